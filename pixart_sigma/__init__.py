@@ -1,0 +1,35 @@
+"""PixArt-Σ from a prompt to a picture, stage by stage.
+
+Importing the package costs almost nothing: torch, diffusers and transformers are imported when a
+public name is first used.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "SigmaError": "errors",
+    "inspect": "checkpoint",
+    "load_transformer": "transformer",
+    "TextEncoder": "text_encoder",
+    "load_vae": "vae",
+    "decode": "vae",
+    "denoise": "sampling",
+    "SigmaPipeline": "pipeline",
+    "pick_size": "aspect_ratio",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
