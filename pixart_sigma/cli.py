@@ -1,0 +1,263 @@
+"""The terminal: `pixart-sigma generate|inspect|quantize-t5|download`.
+
+Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from .errors import SigmaError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.command(arguments) or 0
+    except KeyboardInterrupt:
+        print("\nInterrupted; nothing was written.", file=sys.stderr)
+        return 130
+    except (SigmaError, OSError) as error:
+        print(f"pixart-sigma: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pixart-sigma", description="PixArt-Sigma pictures from the terminal."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="make a picture from a prompt")
+    generate.set_defaults(command=_generate)
+    generate.add_argument("prompt")
+    generate.add_argument("--model", default="demo", help="demo (default) or a pipeline folder")
+    generate.add_argument("--transformer", help="transformer file or folder, instead of the model's")
+    generate.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    generate.add_argument("--vae", help="VAE file or folder, instead of the model's")
+    generate.add_argument(
+        "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
+    )
+    generate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+    generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
+    generate.add_argument(
+        "--no-binning", action="store_true", help="make exactly --size, not the nearest trained size"
+    )
+    generate.add_argument("--negative", default="", help="what the picture should not show")
+    generate.add_argument("--steps", type=int, default=20)
+    generate.add_argument("--guidance", type=float, default=4.5, help="1 or less: no guidance, half the work")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--count", type=int, default=1)
+    generate.add_argument("--scheduler", default="dpmpp_2m")
+    generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
+    generate.add_argument("--image", help="start from this picture")
+    generate.add_argument(
+        "--strength", type=float, default=0.6, help="with --image: 0 keeps it, 1 forgets it"
+    )
+    generate.add_argument(
+        "--clean-caption", action="store_true", help="clean the prompt as the reference does"
+    )
+    generate.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
+    generate.add_argument("--kv-compression", default="auto", metavar="off|auto|OPERATOR:RATIO:LAYERS")
+    generate.add_argument("--tiled-decode", action="store_true", help="decode in tiles: less memory")
+    generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
+    generate.add_argument("--device", default="auto")
+    generate.add_argument(
+        "--memory-report",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print a table; with a file name, write JSON",
+    )
+    generate.add_argument("--out", default="picture.png")
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("path")
+
+    quantize = commands.add_parser("quantize-t5", help="write T5 once in 8 or 4 bit")
+    quantize.set_defaults(command=_quantize)
+    quantize.add_argument("source", help="T5 folder or file")
+    quantize.add_argument("out", help="folder to write")
+    quantize.add_argument("--precision", choices=("int8", "nf4", "fp4"), default="int8")
+    quantize.add_argument("--tokenizer", help="tokenizer file or folder, if not beside the source")
+
+    download = commands.add_parser("download", help="get the official files into ComfyUI's folders")
+    download.set_defaults(command=_download)
+    download.add_argument("variant", choices=("256", "512", "1024", "2K"))
+    download.add_argument(
+        "--to", help="ComfyUI's models folder (default: $COMFYUI_PATH/models, else ./models)"
+    )
+    download.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def _generate(arguments) -> int:
+    out = Path(arguments.out)
+    paths = (
+        [out]
+        if arguments.count == 1
+        else [out.with_name(f"{out.stem}_{number}{out.suffix}") for number in range(1, arguments.count + 1)]
+    )
+    _check_settings(arguments)
+    _check_writable(out)
+    if arguments.memory_report not in (None, "-"):
+        _check_writable(Path(arguments.memory_report))
+
+    import torch
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
+
+    from .aspect_ratio import by_ratio, parse_size
+    from .pipeline import SigmaPipeline
+
+    pipeline = SigmaPipeline.from_path(
+        arguments.model,
+        transformer=arguments.transformer,
+        text_encoder=arguments.text_encoder,
+        vae=arguments.vae,
+        variant=arguments.variant,
+        device=arguments.device,
+        t5_precision=arguments.t5_precision,
+        release=arguments.release,
+        measure=arguments.memory_report is not None,
+    )
+    width = height = None
+    if arguments.size:
+        width, height = parse_size(arguments.size)
+    elif arguments.aspect:
+        bucket = by_ratio(arguments.aspect, pipeline.base_size)
+        width, height = bucket.width, bucket.height
+    image = _read_picture(arguments.image) if arguments.image else None
+
+    with tqdm(total=None, leave=False, disable=None) as bar:
+
+        def on_step(step):
+            bar.reset(total=step.count)
+            bar.update(step.index + 1)
+
+        result = pipeline.generate(
+            arguments.prompt,
+            arguments.negative,
+            width=width,
+            height=height,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            seed=arguments.seed,
+            count=arguments.count,
+            scheduler=arguments.scheduler,
+            timesteps=_timesteps(arguments.timesteps),
+            image=image,
+            strength=arguments.strength if image is not None else 1.0,
+            kv_compression_setting=arguments.kv_compression,
+            clean_caption=arguments.clean_caption,
+            use_resolution_binning=not arguments.no_binning,
+            tiled_decode=arguments.tiled_decode,
+            callback=on_step,
+            on_stage=bar.set_description,
+        )
+    if result.truncated:
+        print(f"The prompt is longer than 300 tokens; this was cut: {result.truncated}", file=sys.stderr)
+    metadata = PngInfo()
+    metadata.add_text("pixart_sigma", json.dumps(result.settings))
+    for path, picture in zip(paths, result.images, strict=True):
+        _write_beside(path, lambda file, picture=picture: picture.save(file, format="PNG", pnginfo=metadata))
+        print(path)
+    if arguments.memory_report == "-":
+        print(pipeline.stages.table())
+    elif arguments.memory_report:
+        report = json.dumps(
+            {"stages": pipeline.stages.as_dict(), "device": str(torch.device(pipeline.device))}, indent=2
+        )
+        _write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
+    return 0
+
+
+def _inspect(arguments) -> int:
+    from .checkpoint import inspect
+
+    print(inspect(arguments.path).describe())
+    return 0
+
+
+def _quantize(arguments) -> int:
+    from .text_encoder import quantize_t5
+
+    quantize_t5(arguments.source, arguments.out, arguments.precision, tokenizer=arguments.tokenizer)
+    print(arguments.out)
+    return 0
+
+
+def _download(arguments) -> int:
+    from .download import download
+
+    download(arguments.variant, arguments.to, ask=not arguments.yes)
+    return 0
+
+
+def _check_settings(arguments):
+    """What can be known to be wrong before torch is imported."""
+    if arguments.count < 1:
+        raise SigmaError(f"--count is {arguments.count}; give 1 or more.")
+    if arguments.steps < 1:
+        raise SigmaError(f"--steps is {arguments.steps}; give 1 or more.")
+    if not math.isfinite(arguments.guidance):
+        raise SigmaError(f"--guidance is {arguments.guidance}; give a number such as 4.5.")
+    if arguments.size and arguments.aspect:
+        raise SigmaError("--size and --aspect both choose the size; give one of them.")
+    if not 0 <= arguments.seed < 2**64:
+        raise SigmaError(f"--seed is {arguments.seed}; give a whole number from 0 to 2^64 - 1.")
+
+
+def _check_writable(path: Path):
+    if path.is_dir():
+        raise SigmaError(f"{path} is a folder; give a file name to write to.")
+    if not path.parent.is_dir():
+        raise SigmaError(f"{path.parent} is not a folder; make it first, or write elsewhere.")
+    if not os.access(path.parent, os.W_OK):
+        raise SigmaError(f"{path.parent} cannot be written to; choose another place with --out.")
+
+
+def _timesteps(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SigmaError(f"--timesteps is {text!r}; give whole numbers such as 999,749,499,249.") from None
+
+
+def _read_picture(path: str):
+    """The picture as (3, H, W) in [0, 1], float32."""
+    import numpy
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            pixels = numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255
+    except UnidentifiedImageError:
+        raise SigmaError(
+            f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file."
+        ) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _write_beside(path: Path, write):
+    """Write a file whole or not at all: beside it first, then renamed over it."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(beside, 0o666 & ~mask)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,187 @@
+"""Stages: a model is loaded when it is used, released when it is done, and what it cost is written down."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .errors import SigmaError
+
+RELEASES = ("keep", "offload", "free")
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Bytes on the device before, at the peak of and after a stage; bytes of its weights; seconds it took."""
+
+    before: int
+    peak: int
+    after: int
+    weights: int
+    seconds: float
+
+
+class Stages:
+    """The models of a run, one stage at a time.
+
+    `release` says what happens when a stage ends, also by an exception or an interrupt: "keep" leaves its model
+    where it is, "offload" moves it to RAM, "free" drops it; it is loaded again when next used.
+    With `measure`, `costs` holds a StageCost per stage name.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", release: str = "free", measure: bool = False):
+        if release not in RELEASES:
+            raise SigmaError(f"release is {release!r}; choose one of {', '.join(RELEASES)}.")
+        self.device = torch.device(device)
+        self.release = release
+        self.measure = measure
+        self.costs: dict[str, StageCost] = {}
+        self._held: dict[str, Any] = {}
+
+    @contextmanager
+    def use(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+        """The stage's model, loaded by `load` where it is not held; released on the way out.
+
+        The caller must not keep the model beyond the block.
+        """
+        meter = _meter(self.device) if self.measure else None
+        start = time.perf_counter()
+        weights = 0
+        try:
+            with meter or nullcontext():
+                if name not in self._held:
+                    self._held[name] = load()
+                elif self.device.type != "cpu":
+                    _module(self._held[name]).to(self.device)
+                if meter:
+                    meter.look()
+                    weights = weight_bytes(_module(self._held[name]))
+                yield self._held[name]
+        finally:
+            self._release(name)
+            if meter:
+                seconds = time.perf_counter() - start
+                self.costs[name] = StageCost(
+                    meter.before, meter.peak, live_bytes(self.device), weights, seconds
+                )
+
+    def _release(self, name: str):
+        if name not in self._held or self.release == "keep":
+            return
+        if self.release == "free":
+            del self._held[name]
+        elif self.device.type != "cpu":
+            _module(self._held[name]).to("cpu")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def table(self) -> str:
+        """What each stage cost, as text for people; GB are 10^9 bytes."""
+        rows = [("stage", "before", "peak", "after", "weights", "seconds")]
+        for name, cost in self.costs.items():
+            sizes = (cost.before, cost.peak, cost.after, cost.weights)
+            rows.append((name, *(_readable(size) for size in sizes), f"{cost.seconds:.1f}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """The costs per stage, ready for JSON."""
+        return {name: asdict(cost) for name, cost in self.costs.items()}
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, each storage counted once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes of tensors alive on the device: the allocator's count on CUDA, the live storages elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    storages = {}
+    for thing in gc.get_objects():
+        # type(), because isinstance asks lazy modules and proxies for their class, which imports them.
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
+            try:
+                storages[_key(thing)] = thing.untyped_storage().nbytes()
+            except (NotImplementedError, RuntimeError):
+                continue  # a tensor without storage, such as a fake or sparse one
+    return sum(storages.values())
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _module(model: Any) -> torch.nn.Module:
+    return model if isinstance(model, torch.nn.Module) else model.model
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _meter(device: torch.device):
+    return _CudaMeter(device) if device.type == "cuda" else _StorageMeter(device)
+
+
+class _CudaMeter:
+    def __init__(self, device: torch.device):
+        self.device, self.before, self.peak = device, 0, 0
+
+    def __enter__(self):
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = self.peak = torch.cuda.memory_allocated(self.device)
+
+    def __exit__(self, *_):
+        self.look()
+
+    def look(self):
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
+
+
+class _StorageMeter(TorchDispatchMode):
+    """Follows the storages that operations make; their sum is looked at whenever it might be a new peak."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.before = self.peak = live_bytes(device)
+        self._base = self.before
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._sum = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._made:
+                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self._sum += storage.nbytes()
+        if self._base + self._sum > self.peak:
+            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+            self._sum = sum(size for _, size in self._made.values())
+            self.peak = max(self.peak, self._base + self._sum)
+        return output
+
+    def look(self):
+        """Count everything alive afresh: files bring tensors that no operation made."""
+        self._made, self._sum = {}, 0
+        self._base = live_bytes(self.device)
+        self.peak = max(self.peak, self._base)

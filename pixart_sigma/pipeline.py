@@ -1,0 +1,256 @@
+"""The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from . import kv_compression
+from .aspect_ratio import check_size, crop_back, nearest
+from .checkpoint import Checkpoint, inspect
+from .errors import CheckpointError, SigmaError
+from .memory import Stages
+from .sampling import Step, denoise, get_noise
+from .text_encoder import TextEncoder, pad_embeds
+from .transformer import load_transformer
+from .vae import decode, encode, load_vae
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures with the latents they came from (B, 4, h, w), and the settings that make them again."""
+
+    images: list[Image.Image]
+    latents: torch.Tensor
+    settings: dict
+    truncated: str = ""
+
+
+@dataclass
+class SigmaPipeline:
+    """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
+
+    checkpoint: Checkpoint
+    text_encoder: Path
+    tokenizer: Path | None
+    vae: Path
+    device: torch.device
+    dtype: torch.dtype
+    t5_precision: str
+    stages: Stages = field(repr=False)
+
+    @classmethod
+    def from_path(
+        cls,
+        path: str | Path = "demo",
+        *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        variant: str | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        t5_precision: str | None = None,
+        release: str = "free",
+        measure: bool = False,
+    ) -> "SigmaPipeline":
+        """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
+
+        Nothing is loaded yet. `t5_precision` defaults to int8, for the demo to fp32; `dtype` of the transformer
+        and the VAE to bfloat16 on a GPU that has it, else float16, on a CPU to float32.
+        Raises CheckpointError where a component is missing or is something else.
+        """
+        folder = DEMO if str(path) == "demo" else Path(path)
+        base = None
+        if transformer is None or text_encoder is None or vae is None:
+            base = inspect(folder, variant=None if transformer else variant)
+        checkpoint = inspect(transformer, variant=variant) if transformer else base
+        components = base.components if base else {}
+        for name, given in (("text_encoder", text_encoder), ("vae", vae)):
+            if given is None and name not in components:
+                raise CheckpointError(
+                    f"{folder} has no {name}: give a whole pipeline folder, or the file with --{name.replace('_', '-')}."
+                )
+        device = _device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else _half(device)
+        if t5_precision is None:
+            t5_precision = "fp32" if folder == DEMO and text_encoder is None else "int8"
+        return cls(
+            checkpoint=checkpoint,
+            text_encoder=Path(text_encoder) if text_encoder else components["text_encoder"],
+            tokenizer=None
+            if text_encoder and _has_tokenizer(Path(text_encoder))
+            else components.get("tokenizer"),
+            vae=Path(vae) if vae else components["vae"],
+            device=device,
+            dtype=dtype,
+            t5_precision=t5_precision,
+            stages=Stages(device, release, measure),
+        )
+
+    @property
+    def base_size(self) -> int:
+        """The side, in pixels, of the square that the checkpoint was trained for."""
+        return self.checkpoint.config.sample_size * 8
+
+    def encode_prompts(
+        self, prompt: str, negative: str = "", *, guidance_scale: float = 4.5, clean_caption: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+        """Trimmed embeddings of the prompt (1, n, C), of the negative prompt (None without guidance), cut words."""
+
+        def load():
+            return TextEncoder.load(
+                self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
+            )
+
+        with self.stages.use("text encoder", load) as text_encoder:
+            positive = text_encoder.encode(prompt, clean_caption=clean_caption)
+            if guidance_scale <= 1:
+                return positive.prompt_embeds, None, positive.truncated
+            # diffusers cleans the negative prompt only when the caption is cleaned, and so do we.
+            unwanted = text_encoder.encode(negative, clean_caption=clean_caption)
+            return positive.prompt_embeds, unwanted.prompt_embeds, positive.truncated
+
+    def generate(
+        self,
+        prompt: str,
+        negative: str = "",
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 20,
+        guidance_scale: float = 4.5,
+        seed: int = 0,
+        count: int = 1,
+        scheduler: str = "dpmpp_2m",
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
+        image: torch.Tensor | None = None,
+        strength: float = 1.0,
+        kv_compression_setting: str = "auto",
+        clean_caption: bool = False,
+        use_resolution_binning: bool = True,
+        tiled_decode: bool = False,
+        callback: Callable[[Step], bool | None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Result:
+        """Make `count` pictures of width x height pixels; picture k is drawn from the k-th noise of the seed.
+
+        With `use_resolution_binning` the transformer works at the trained size nearest in shape and the pictures
+        are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W) in [0, 1],
+        with `strength` in (0, 1], starts from a picture instead of from noise alone.
+        Raises SigmaError before any model is loaded where a setting can be known to be wrong.
+        """
+        width, height = width or self.base_size, height or self.base_size
+        check_size(width, height)
+        if not isinstance(count, int) or count < 1:
+            raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
+        made_width, made_height = self._made_size(width, height, use_resolution_binning)
+        config = self.checkpoint.config
+        compression = kv_compression.resolve(kv_compression_setting, config, made_height, made_width)
+        stage = on_stage or (lambda name: None)
+
+        stage("text encoder")
+        positive, unwanted, truncated = self.encode_prompts(
+            prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption
+        )
+        image_latents = None
+        if image is not None:
+            stage("VAE encode")
+            with self.stages.use("VAE encode", self._load_vae) as vae:
+                resized = crop_back(image[None], made_width, made_height)
+                image_latents = encode(vae, resized).repeat(count, 1, 1, 1)
+
+        generator = torch.Generator().manual_seed(seed)
+        latents = get_noise(
+            count, made_height, made_width, generator, torch.float32, self.device, config.in_channels
+        )
+        stage("transformer")
+        with self.stages.use("transformer", self._load_transformer) as transformer:
+            embeds, mask = pad_embeds([positive] * count)
+            negative_embeds, negative_mask = (
+                (None, None) if unwanted is None else pad_embeds([unwanted] * count)
+            )
+            latents = denoise(
+                transformer,
+                latents.to(self.dtype),
+                embeds.to(self.device, self.dtype),
+                mask,
+                None if negative_embeds is None else negative_embeds.to(self.device, self.dtype),
+                negative_mask,
+                scheduler=scheduler,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                timesteps=timesteps,
+                sigmas=sigmas,
+                strength=strength,
+                image_latents=image_latents,
+                generator=generator,
+                eta=eta,
+                kv_compression=compression,
+                callback=callback,
+            )
+
+        stage("VAE decode")
+        with self.stages.use("VAE decode", self._load_vae) as vae:
+            pictures = decode(vae, latents, tiled=tiled_decode).cpu()
+        if (made_width, made_height) != (width, height):
+            pictures = crop_back(pictures, width, height)
+        settings = {
+            "prompt": prompt,
+            "negative": negative,
+            "width": width,
+            "height": height,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "scheduler": scheduler,
+            "kv_compression": kv_compression_setting,
+            "t5_precision": self.t5_precision,
+            "clean_caption": clean_caption,
+            "model": self.checkpoint.path.name,
+        }
+        return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
+
+    def _made_size(self, width: int, height: int, use_resolution_binning: bool) -> tuple[int, int]:
+        """The size the transformer works at: a bucket of the checkpoint's base, or the asked one in whole latents."""
+        if not use_resolution_binning:
+            return -(-width // 8) * 8, -(-height // 8) * 8
+        bucket = nearest(width, height, self.base_size, binning=True)
+        return bucket.width, bucket.height
+
+    def _load_transformer(self):
+        return load_transformer(self.checkpoint, dtype=self.dtype, device=self.device)
+
+    def _load_vae(self):
+        return load_vae(self.vae, dtype=self.dtype, device=self.device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SigmaError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _half(device: torch.device) -> torch.dtype:
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).exists() for name in ("tokenizer", "spiece.model", "tokenizer.json"))
+
+
+def _to_image(picture: torch.Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())

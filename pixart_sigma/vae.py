@@ -1,0 +1,137 @@
+"""The SDXL VAE: from a diffusers folder or a single file to pictures, and back to latents."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+from .checkpoint import check_file, read_state_dict
+from .errors import CheckpointError, SigmaError
+
+SDXL_SCALING_FACTOR = 0.13025
+SD15_SCALING_FACTOR = 0.18215
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
+    """An AutoencoderKL in eval mode, without gradients.
+
+    `path` is a diffusers folder (`config.json` and weights) or one file, in diffusers' keys or in the keys
+    of the original release that ComfyUI uses, with or without `first_stage_model.` in front.
+    Raises CheckpointError for another kind of model, and for missing or left-over keys.
+    """
+    path = Path(path)
+    state_dict = {
+        key.removeprefix("first_stage_model."): tensor for key, tensor in _read_weights(path).items()
+    }
+    if "decoder.conv_in.weight" not in state_dict:
+        raise CheckpointError(
+            f"{path} is not a VAE: it has no decoder.conv_in.weight. Choose the SDXL VAE "
+            "(the vae folder of PixArt-Sigma-XL-2-1024-MS, or sdxl_vae.safetensors)."
+        )
+    config_file = path / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.is_file() else _config_from(state_dict)
+    if config.get("scaling_factor") == SD15_SCALING_FACTOR:
+        raise CheckpointError(
+            f"{path} is the VAE of Stable Diffusion 1.x or 2.x (scaling factor {SD15_SCALING_FACTOR}); "
+            f"PixArt-Sigma needs the SDXL VAE ({SDXL_SCALING_FACTOR})."
+        )
+    if config.get("latent_channels", 4) != 4:
+        raise CheckpointError(
+            f"{path} makes latents of {config['latent_channels']} channels; PixArt-Sigma needs the SDXL VAE with 4."
+        )
+    if any(key.startswith("decoder.mid.") for key in state_dict):
+        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    state_dict = {key: tensor.to(device, dtype) for key, tensor in state_dict.items()}
+    missing, left_over = vae.load_state_dict(state_dict, strict=False, assign=True)
+    if missing or left_over:
+        word, key = ("lacks", missing[0]) if missing else ("has the unknown key", left_over[0])
+        raise CheckpointError(f"{path} {word} {key}: it is damaged, or the VAE of another model.")
+    return vae.eval().requires_grad_(False)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        return read_state_dict(path)
+    check_file(path)
+    return read_state_dict(path)
+
+
+def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
+    """The configuration that the shapes of a single file imply."""
+    diffusers_keys = "decoder.mid_block.resnets.0.conv1.weight" in state_dict
+    first = (
+        "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+        if diffusers_keys
+        else "encoder.down.{}.block.{}.conv1.weight"
+    )
+    widths = []
+    while (key := first.format(len(widths), 0)) in state_dict:
+        widths.append(state_dict[key].shape[0])
+    layers = 0
+    while first.format(0, layers) in state_dict:
+        layers += 1
+    if not widths:
+        raise CheckpointError("The VAE file has a decoder but no encoder; choose the whole SDXL VAE.")
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "norm_num_groups": 32,
+        "sample_size": 512,
+        "scaling_factor": SDXL_SCALING_FACTOR,
+    }
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+    """Pictures (B, 3, 8h, 8w) in [0, 1], float32, from sampled latents (B, 4, h, w).
+
+    One picture at a time, so that a batch costs no more memory than one. `tiled` uses diffusers' overlapping
+    tiles: less memory, with slight differences of tone between them.
+    Raises SigmaError for latents of another shape, and when the result is not finite.
+    """
+    channels = vae.config.latent_channels
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise SigmaError(
+            f"The VAE decodes latents of shape (batch, {channels}, height, width); these are {tuple(latents.shape)}."
+        )
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+    vae.use_tiling = tiled
+    try:
+        pictures = [
+            vae.decode(latent[None].to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+            for latent in latents
+        ]
+    finally:
+        vae.use_tiling = False
+        if upcast:
+            vae.to(dtype)
+    picture = torch.cat(pictures)
+    if not torch.isfinite(picture).all():
+        raise SigmaError(
+            f"The VAE made values that are not finite in {dtype}: decode in bfloat16 or float32, "
+            "or use the SDXL VAE that was repaired for float16."
+        )
+    return (picture / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents (B, 4, H/8, W/8), scaled as the transformer expects them, from pictures (B, 3, H, W) in [0, 1].
+
+    The mean of the posterior, so that the same picture always gives the same latents.
+    """
+    pictures = pictures.to(vae.device, vae.dtype) * 2 - 1
+    latents = [vae.encode(picture[None]).latent_dist.mean.float() for picture in pictures]
+    return torch.cat(latents) * vae.config.scaling_factor
