@@ -1,0 +1,440 @@
+"""Train the demo model from nothing, on a CPU, on pictures drawn by demo_pictures.py.
+
+    python tools/train_demo.py vae          an AutoencoderKL with the SDXL VAE's four levels
+    python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
+    python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
+    python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
+
+Each stage resumes from its own checkpoint in --work and may be stopped at any time.
+"""
+
+import argparse
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from demo_pictures import COLORS, caption, random_scene, render
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from torch.nn import functional
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+SCALING_FACTOR = 0.13025
+MAX_TOKENS = 300
+# Patch-grid positions span [0, 32) as in every Sigma checkpoint: sample_size // 2 / scale.
+SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
+# (last step, sizes as width x height, batch): small pictures first, the paper's weak-to-strong.
+STAGES = (
+    (3000, ((64, 64), (64, 64), (80, 48), (48, 80)), 64),
+    (6500, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
+    (8000, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336), (128, 128)), 8),
+)
+LEARNING_RATE = 1e-3
+BUFFER = 6000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "transformer", "decoder", "export"))
+    parser.add_argument("--work", type=Path, default=Path("demo_training"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
+    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=600)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    {"vae": train_vae, "transformer": train_transformer, "decoder": train_decoder, "export": export}[
+        arguments.stage
+    ](arguments)
+
+
+# -- VAE ------------------------------------------------------------------------------------------
+
+
+def new_vae() -> AutoencoderKL:
+    """Four levels, 96 wide where the last normalisation stands.
+
+    Both ends of the VAE normalise in 32 groups just before their last convolution. A group of one channel
+    loses the picture's mean colour, one of two keeps its sign alone; three channels let it through.
+    """
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(96, 32, 32, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=256,
+        scaling_factor=SCALING_FACTOR,
+        force_upcast=False,
+    )
+
+
+def anchor_colours(vae: AutoencoderKL):
+    """Start with two opposite constants in each group of three, so that the third passes nearly linearly."""
+    anchors = torch.tensor([0.0, 3.0, -3.0]).repeat(32)
+    for resnet in (vae.encoder.mid_block.resnets[-1], vae.decoder.up_blocks[-1].resnets[-1]):
+        with torch.no_grad():
+            resnet.conv2.bias += anchors
+
+
+def crops(count: int, size: int, rng: random.Random) -> torch.Tensor:
+    """Windows of larger pictures, so that most of them hold an edge; some are whole pictures."""
+    scenes = [random_scene(rng) for _ in range(count)]
+    if size >= 64 and rng.random() < 0.3:
+        return render(scenes, size, size, rng)
+    large = max(96, size * 2)
+    pictures = render(scenes, large, large, rng)
+    windows = []
+    for picture in pictures:
+        for _ in range(4):
+            x, y = rng.randrange(large - size + 1), rng.randrange(large - size + 1)
+            window = picture[:, y : y + size, x : x + size]
+            if window.std() > 0.05:
+                break
+        windows.append(window)
+    return torch.stack(windows)
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 on colours and on their differences to the neighbours, which keeps edges sharp."""
+    loss = functional.l1_loss(output, target) + functional.mse_loss(output, target)
+    for dimension in (2, 3):
+        loss = loss + functional.l1_loss(output.diff(dim=dimension), target.diff(dim=dimension))
+    return loss
+
+
+def train_vae(arguments):
+    torch.manual_seed(0)
+    vae, path = new_vae(), arguments.work / "vae.pt"
+    anchor_colours(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    step = resume(path, vae=vae, optimizer=optimizer)
+    rng = random.Random(step)
+    start, saved = time.time(), time.time()
+    while step < arguments.vae_steps:
+        set_rate(optimizer, 1e-3, step, arguments.vae_steps)
+        size, count = (
+            (32, 16) if step < 0.6 * arguments.vae_steps else rng.choice(((32, 16), (64, 4), (128, 1)))
+        )
+        pictures = crops(count, size, rng)
+        # Noise of a fixed size stands for the posterior's: the latents grow to be heard above it.
+        latents = vae.encode(pictures).latent_dist.mean
+        output = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
+        loss = reconstruction_loss(output, pictures) + 1e-3 * latents.square().mean()
+        apply(loss, optimizer, vae.parameters())
+        step += 1
+        if step % 50 == 0:
+            psnr = 10 * math.log10(4 / functional.mse_loss(output, pictures).item())
+            log(f"vae {step}: loss {loss.item():.4f}, {psnr:.1f} dB, {(time.time() - start) / 60:.1f} min")
+        if time.time() - saved > 60 or step == arguments.vae_steps:
+            save(path, step, vae=vae, optimizer=optimizer)
+            saved = time.time()
+    normalise_latents(vae, rng)
+    save(arguments.work / "vae_final.pt", step, vae=vae)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, rng: random.Random):
+    """Fold the mean and scale of the latents into the 1x1 convolutions around them.
+
+    After it, latents x scaling_factor have mean 0 and deviation 1 per channel.
+    """
+    pictures = torch.cat([render([random_scene(rng) for _ in range(16)], 128, 128, rng) for _ in range(16)])
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(16)])
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    factor = 1 / (deviation * SCALING_FACTOR)
+    after = vae.post_quant_conv
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight /= factor[None, :, None, None]
+    before = vae.quant_conv
+    before.weight[:4] *= factor[:, None, None, None]
+    before.bias[:4] = (before.bias[:4] - mean) * factor
+    before.weight[4:] = 0
+    before.bias[4:] = 2 * (0.05 * factor).mean().log()
+
+
+def train_decoder(arguments):
+    vae, path = new_vae(), arguments.work / "decoder.pt"
+    resume(arguments.work / "vae_final.pt", vae=vae)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    step = resume(path, vae=vae, optimizer=optimizer)
+    rng = random.Random(1000 + step)
+    start, saved = time.time(), time.time()
+    while step < arguments.decoder_steps:
+        set_rate(optimizer, 1e-3, step, arguments.decoder_steps)
+        size, count = rng.choice(((64, 24), (128, 6), (256, 2)))
+        pictures = (
+            crops(count, size, rng) if size < 256 else render([random_scene(rng)] * count, size, size, rng)
+        )
+        with torch.no_grad():
+            latents = vae.encode(pictures).latent_dist.mean
+            # The transformer's latents are never exact: the decoder learns to bear a little noise.
+            latents = latents + torch.randn_like(latents) * 0.05 / SCALING_FACTOR
+        output = vae.decode(latents).sample
+        loss = reconstruction_loss(output, pictures)
+        apply(loss, optimizer, trained)
+        step += 1
+        if step % 20 == 0:
+            log(f"decoder {step}: loss {loss.item():.4f}, {(time.time() - start) / 60:.1f} min")
+        if time.time() - saved > 60 or step == arguments.decoder_steps:
+            save(path, step, vae=vae, optimizer=optimizer)
+            saved = time.time()
+
+
+# -- Text and transformer -------------------------------------------------------------------------
+
+
+def make_tokenizer(work: Path) -> T5Tokenizer:
+    folder = work / "tokenizer"
+    if not (folder / "spiece.model").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = random.Random(0)
+        corpus = [caption(random_scene(rng), rng) for _ in range(4000)]
+        corpus += ["abcdefghijklmnopqrstuvwxyz 0123456789 .,;:!?'\"()-/&%+ " + name for name in COLORS] * 40
+        (work / "captions.txt").write_text("\n".join(corpus))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(work / "captions.txt"),
+            model_prefix=str(folder / "spiece"),
+            vocab_size=256,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+        )
+        (folder / "spiece.vocab").unlink()
+    return T5Tokenizer.from_pretrained(folder, extra_ids=0)
+
+
+def new_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+            d_model=128,
+            d_kv=32,
+            num_heads=4,
+            d_ff=256,
+            num_layers=2,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def new_transformer() -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_layers=5,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=192,
+        caption_channels=128,
+        sample_size=SAMPLE_SIZE,
+        interpolation_scale=INTERPOLATION_SCALE,
+        use_additional_conditions=False,
+        norm_type="ada_norm_single",
+        attention_bias=True,
+    )
+
+
+def initialise(transformer: PixArtTransformer2DModel):
+    """Zero gates and a zero head, as DiT starts (arXiv 2212.09748, section 3.2)."""
+    for parameter_module in (transformer.proj_out,):
+        torch.nn.init.zeros_(parameter_module.weight)
+        torch.nn.init.zeros_(parameter_module.bias)
+    torch.nn.init.zeros_(transformer.adaln_single.linear.weight)
+    torch.nn.init.zeros_(transformer.adaln_single.linear.bias)
+
+
+class Pictures:
+    """Scenes with their latents: a part is drawn anew each time, the rest is met again in other words."""
+
+    def __init__(self, vae: AutoencoderKL, size: tuple[int, int], capacity: int):
+        self.vae, self.size, self.capacity = vae, size, capacity
+        self.scenes, self.latents = [], torch.empty(capacity, 4, size[1] // 8, size[0] // 8)
+        self.next = 0
+
+    @torch.no_grad()
+    def add(self, count: int, rng: random.Random):
+        scenes = [random_scene(rng) for _ in range(count)]
+        latents = self.vae.encode(render(scenes, *self.size, rng)).latent_dist.mean * SCALING_FACTOR
+        for scene, latent in zip(scenes, latents, strict=True):
+            if len(self.scenes) < self.capacity:
+                self.scenes.append(scene)
+            else:
+                self.scenes[self.next] = scene
+            self.latents[self.next] = latent
+            self.next = (self.next + 1) % self.capacity
+
+    def batch(self, count: int, rng: random.Random):
+        chosen = [rng.randrange(len(self.scenes)) for _ in range(count)]
+        texts = ["" if rng.random() < 0.1 else caption(self.scenes[row], rng) for row in chosen]
+        return self.latents[chosen], texts
+
+
+def train_transformer(arguments):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(arguments.work)
+    vae = new_vae()
+    resume(arguments.work / "vae_final.pt", vae=vae)
+    vae.requires_grad_(False)
+    text_encoder, transformer = new_text_encoder(tokenizer), new_transformer()
+    initialise(transformer)
+    modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+    average = torch.optim.swa_utils.AveragedModel(modules, avg_fn=ema)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    path = arguments.work / "transformer.pt"
+    step = resume(path, modules=modules, average=average, optimizer=optimizer)
+    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=True)
+    rng, buffers, total = random.Random(step), {}, STAGES[-1][0]
+    start, saved, losses = time.time(), time.time(), []
+    while step < total:
+        stage = next(index for index, (last, _, _) in enumerate(STAGES) if step < last)
+        _, sizes, count = STAGES[stage]
+        size = rng.choice(sizes)
+        for old in [old for old in buffers if old not in sizes]:
+            del buffers[old]
+        if size not in buffers:
+            buffers[size] = Pictures(vae, size, BUFFER)
+            for _ in range(4):
+                buffers[size].add(max(count, 16), rng)
+        buffers[size].add(count // 4 if len(buffers[size].scenes) > 1000 else count // 2, rng)
+        latents, texts = buffers[size].batch(count, rng)
+        set_rate(optimizer, LEARNING_RATE, step, total)
+        loss = diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts)
+        apply(loss, optimizer, modules.parameters())
+        average.update_parameters(modules)
+        step += 1
+        losses.append(loss.item())
+        if step % 50 == 0:
+            mean = sum(losses[-50:]) / 50
+            log(f"transformer {step} {size}: loss {mean:.4f}, {(time.time() - start) / 60:.1f} min")
+        if time.time() - saved > 90 or step == total:
+            save(path, step, modules=modules, average=average, optimizer=optimizer)
+            saved = time.time()
+
+
+def encode_texts(tokenizer, text_encoder, texts):
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    hidden = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return hidden, tokens.attention_mask
+
+
+def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts):
+    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16)."""
+    noise = torch.randn_like(latents)
+    timestep = torch.randint(0, 1000, (len(latents),))
+    noisy = schedule.add_noise(latents, noise, timestep)
+    hidden, mask = encode_texts(tokenizer, text_encoder, texts)
+    output = transformer(
+        noisy,
+        encoder_hidden_states=hidden,
+        encoder_attention_mask=mask,
+        timestep=timestep,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
+    predicted, variance = output.chunk(2, dim=1)
+    simple = functional.mse_loss(predicted, noise)
+
+    products = schedule.alphas_cumprod
+    current = products[timestep][:, None, None, None]
+    previous = torch.where(timestep > 0, products[timestep - 1], 1.0)[:, None, None, None]
+    beta = 1 - current / previous
+    posterior = (beta * (1 - previous) / (1 - current)).clamp(min=1e-20)
+    low, high = posterior.clamp(min=1e-6).log(), beta.log()
+    fraction = (variance + 1) / 2
+    log_variance = fraction * high + (1 - fraction) * low
+    scale = beta / ((1 - current) * (current / previous)).sqrt()
+    difference = scale * (noise - predicted.detach())
+    divergence = 0.5 * (
+        log_variance - low + (low - log_variance).exp() - 1 + difference**2 * (-log_variance).exp()
+    )
+    return simple + 0.001 * divergence.mean()
+
+
+# -- Export ---------------------------------------------------------------------------------------
+
+
+def export(arguments):
+    tokenizer = make_tokenizer(arguments.work)
+    vae = new_vae()
+    decoder = arguments.work / "decoder.pt"
+    resume(decoder if decoder.exists() else arguments.work / "vae_final.pt", vae=vae)
+    modules = torch.nn.ModuleDict(
+        {"text_encoder": new_text_encoder(tokenizer), "transformer": new_transformer()}
+    )
+    average = torch.optim.swa_utils.AveragedModel(modules, avg_fn=ema)
+    step = resume(arguments.work / "transformer.pt", average=average)
+    from diffusers import PixArtSigmaPipeline
+
+    PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=average.module["text_encoder"].half(),
+        vae=vae.half(),
+        transformer=average.module["transformer"].half(),
+        scheduler=DPMSolverMultistepScheduler(),
+    ).save_pretrained(arguments.out)
+    spiece = arguments.out / "tokenizer" / "spiece.model"
+    spiece.write_bytes((arguments.work / "tokenizer" / "spiece.model").read_bytes())
+    size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
+    log(f"exported step {step} to {arguments.out}, {size / 1e6:.2f} MB")
+
+
+# -- Shared ---------------------------------------------------------------------------------------
+
+
+def ema(averaged, current, count):
+    decay = min(0.999, (1 + count) / (10 + count))
+    return averaged + (1 - decay) * (current - averaged)
+
+
+def set_rate(optimizer, peak, step, total):
+    rate = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def apply(loss, optimizer, parameters):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def save(path: Path, step: int, **parts):
+    state = {name: part.state_dict() for name, part in parts.items()}
+    beside = path.with_suffix(".part")
+    torch.save({"step": step, **state}, beside)
+    os.replace(beside, path)
+
+
+def resume(path: Path, **parts) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def log(text: str):
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
