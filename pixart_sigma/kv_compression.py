@@ -1,0 +1,257 @@
+"""Token compression of keys and values in self-attention (PixArt-Sigma, arXiv 2403.04692, section 2.3).
+
+Queries keep every token; keys and values of the chosen layers are merged over windows of ratio x ratio
+tokens, so that attention over N tokens costs N * N / ratio**2. Operators:
+
+- `conv`: the paper's. Projected keys and values pass a depthwise convolution and a LayerNorm, both trained.
+- `mean`: the window's average, taken before the projections. Needs no trained weights; an approximation.
+- `uniform`: the window's first token.
+- `uniform_every`: each ratio-th token of the flat sequence, so that N / ratio are left.
+- `ave`: the authors' name for nearest-neighbour resizing, which is not an average: it is `uniform`, but an
+  edge that does not fill a window is left out.
+
+Where the grid is not a multiple of the ratio, `mean` averages the tokens that an edge window has, `uniform`
+takes its first, and `conv` and `ave` leave the edge out. Those two do not compress a grid narrower than one
+window.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .errors import SigmaError
+
+if TYPE_CHECKING:
+    from .checkpoint import TransformerConfig
+
+OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")
+RATIOS = (2, 3, 4)
+SPELLING = "off, auto or OPERATOR:RATIO:LAYERS[:START-END%], such as mean:2:14-27 or mean:2:deep:20-80%"
+LAST_TIMESTEP = 999
+
+
+@dataclass(frozen=True)
+class KVCompression:
+    """How keys and values are compressed in one run.
+
+    `layers` are block numbers from 0; with none, nothing is compressed. `start` and `end` bound the part of
+    the noise schedule in which it acts: 0 is pure noise (timestep 999), 1 the clean picture (timestep 0).
+    Raises SigmaError for an unknown operator, a ratio below 2, a negative layer or bounds out of order.
+    """
+
+    operator: str
+    ratio: int
+    layers: tuple[int, ...]
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        if self.operator not in OPERATORS:
+            known = ", ".join(OPERATORS)
+            raise SigmaError(f"Unknown KV compression operator {self.operator!r}. Use one of {known}.")
+        if not isinstance(self.ratio, int) or isinstance(self.ratio, bool) or self.ratio < 2:
+            raise SigmaError(f"KV compression ratio must be a whole number from 2, not {self.ratio!r}.")
+        if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+            raise SigmaError(f"KV compression layers must be block numbers from 0, not {self.layers!r}.")
+        if not 0 <= self.start < self.end <= 1:
+            raise SigmaError(
+                f"KV compression must start before it ends, within 0 and 1, not {self.start} to {self.end}."
+            )
+
+    def __str__(self) -> str:
+        """The spelling that `parse` reads."""
+        if not self.layers:
+            return "off"
+        text = f"{self.operator}:{self.ratio}:{_spell_layers(self.layers)}"
+        if (self.start, self.end) != (0.0, 1.0):
+            text += f":{self.start * 100:g}-{self.end * 100:g}%"
+        return text
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises SigmaError if this config lacks a layer, or `conv` its trained weights."""
+        beyond = [layer for layer in self.layers if layer >= config.num_layers]
+        if beyond:
+            raise SigmaError(
+                f"KV compression names layer {beyond[0]}, "
+                f"but this transformer has layers 0 to {config.num_layers - 1}."
+            )
+        if self.operator != "conv" or not self.layers:
+            return
+        trained = config.kv_compression
+        if trained is None:
+            raise SigmaError(
+                "KV compression by conv needs trained weights and this checkpoint has none. Use mean instead."
+            )
+        if self.ratio != trained.ratio or not set(self.layers) <= set(trained.layers):
+            raise SigmaError(
+                f"This checkpoint's KV weights are trained as {as_trained(config)}, so {self} cannot run. "
+                "Use auto, or another operator such as mean."
+            )
+
+    def acts_at(self, timestep: float) -> bool:
+        """Whether `timestep` (0 to 999) lies from `start` up to `end`, which is left out unless it is 1."""
+        progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
+        return self.start <= progress < self.end or (self.end == 1 and progress >= 1)
+
+
+OFF = KVCompression("mean", 2, ())
+
+
+def parse(text: str, num_layers: int) -> KVCompression | None:
+    """Read OPERATOR:RATIO:LAYERS[:START-END%] for a transformer of `num_layers` blocks; "off" is None.
+
+    LAYERS is `all`, `deep` (the deeper half), or block numbers and ranges from 0 such as `3,14-27`;
+    START-END% is the part of the noise schedule. Raises SigmaError, with the value seen, for anything else,
+    `auto` included: that depends on the picture's size, see `resolve`.
+    """
+    text = text.strip().lower()
+    if text == "off":
+        return None
+    parts = text.split(":")
+    if len(parts) not in (3, 4):
+        raise SigmaError(f"KV compression {text!r} is not understood. Write {SPELLING}.")
+    operator, ratio, layers = (part.strip() for part in parts[:3])
+    if ratio not in map(str, RATIOS):
+        raise SigmaError(f"KV compression ratio must be 2, 3 or 4, not {ratio!r}.")
+    start, end = _parse_window(parts[3].strip()) if len(parts) == 4 else (0.0, 1.0)
+    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), start, end)
+
+
+def resolve(
+    setting: str | KVCompression | None, config: TransformerConfig, height: int, width: int
+) -> KVCompression | None:
+    """What a run of height x width pixels uses on a transformer of this config.
+
+    None: as the checkpoint was trained. "auto": that, or for a checkpoint without KV weights nothing up to
+    1024x1024 pixels and mean:2 on the deeper half of the layers above. "off": nothing, also where the
+    checkpoint was trained with compression (then the answer is `OFF`, which tells the transformer so).
+    Otherwise as `parse`. Raises SigmaError if the setting does not fit the transformer.
+    """
+    trained = as_trained(config)
+    if setting is None:
+        return trained
+    if isinstance(setting, str):
+        if setting.strip().lower() == "auto":
+            if trained is not None or height * width <= 1024 * 1024:
+                return trained
+            setting = "mean:2:deep"
+        setting = parse(setting, config.num_layers)
+        if setting is None:
+            return OFF if trained is not None else None
+    setting.check(config)
+    return setting
+
+
+def as_trained(config: TransformerConfig) -> KVCompression | None:
+    """The compression that a checkpoint's KV weights were trained with, or None."""
+    trained = config.kv_compression
+    return None if trained is None else KVCompression(trained.sampling, trained.ratio, tuple(trained.layers))
+
+
+class SigmaAttnProcessor:
+    """Attention of one diffusers `Attention` module, with KV compression of self-attention.
+
+    `attention(q, k, v, attn_mask=None)` works on (B, heads, tokens, head_dim) and returns that shape.
+    """
+
+    def __init__(self, attention=F.scaled_dot_product_attention):
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        grid=None,
+        kv_compression=None,
+    ):
+        """hidden_states (B, N, C), N = rows * columns of `grid` -> (B, N, C); additive mask (B, 1, 1, L)."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        trained = kv_compression is not None and kv_compression.operator == "conv"
+        if kv_compression is not None and not trained:
+            source = reduce_tokens(source, grid, kv_compression)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        # The authors normalise over all channels and before compression, diffusers' processors per head.
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if trained:
+            key, value = _convolve(attn, key, grid), _convolve(attn, value, grid)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        hidden_states = self.attention(query, key, value, attn_mask=attention_mask)
+        return attn.to_out[0](hidden_states.transpose(1, 2).flatten(2))
+
+
+def reduce_tokens(tokens: torch.Tensor, grid: tuple[int, int], kv_compression: KVCompression) -> torch.Tensor:
+    """Tokens (B, N, C) on a grid of N = rows * columns -> the tokens (B, N', C) of keys and values.
+
+    For every operator but `conv`. Each acts on tokens alone, so that it may come before the projections,
+    which is the same as the authors' order and cheaper.
+    """
+    rows, columns = grid
+    ratio = kv_compression.ratio
+    if kv_compression.operator == "uniform_every":
+        return tokens[:, ::ratio]
+    picture = tokens.unflatten(1, (rows, columns))
+    if kv_compression.operator == "mean":
+        windows = F.avg_pool2d(picture.permute(0, 3, 1, 2), ratio, ceil_mode=True, count_include_pad=False)
+        return windows.flatten(2).transpose(1, 2)
+    if kv_compression.operator == "ave":
+        if min(grid) < ratio:
+            return tokens
+        picture = picture[:, : rows // ratio * ratio, : columns // ratio * ratio]
+    return picture[:, ::ratio, ::ratio].flatten(1, 2)
+
+
+def _convolve(attn, tokens, grid):
+    if min(grid) < attn.sr.kernel_size[0]:
+        return tokens
+    picture = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    return attn.norm(attn.sr(picture).flatten(2).transpose(1, 2))
+
+
+def _parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    if text == "all":
+        return tuple(range(num_layers))
+    if text == "deep":
+        return tuple(range(num_layers // 2, num_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None:
+            raise SigmaError(
+                f"KV compression layers {text!r} are not understood. "
+                "Write all, deep, or block numbers such as 14-27."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise SigmaError(
+                f"KV compression layers {part.strip()!r} are out of range: this transformer has layers 0 to "
+                f"{num_layers - 1}, and a range is written from the lower to the higher."
+            )
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _parse_window(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)-(\d{1,3}(?:\.\d+)?)%", text)
+    if match is None or not float(match[1]) < float(match[2]) <= 100:
+        raise SigmaError(f"KV compression window {text!r} is not understood. Write one such as 20-80%.")
+    return float(match[1]) / 100, float(match[2]) / 100
+
+
+def _spell_layers(layers: tuple[int, ...]) -> str:
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
