@@ -99,22 +99,31 @@ def describe(variant: str, models: str | Path | None = None) -> str:
 def download(
     variant: str,
     target: str | Path | None = None,
-    ask: Callable[[str], bool] | None = None,
+    ask: bool = True,
     fetch: Callable[..., str] | None = None,
+    answer: Callable[[str], str] = input,
 ) -> Path | None:
-    """Get a whole pipeline folder and return it, or None when `ask` declines.
+    """Get a whole pipeline folder and return it, or None when the answer is not yes.
 
-    `target` is a models folder (default: see `pipeline_folder`). `ask` gets the text of `describe` before
-    anything is written and answers whether to go on. `fetch` is `huggingface_hub.hf_hub_download` by
-    default, which resumes what was interrupted and checks what is there. Files of the 1024 repository
-    that another variant already brought are linked. SigmaError when the disk is too small or a file
-    cannot be had.
+    `target` is a models folder (default: see `pipeline_folder`). The text of `describe` is printed first,
+    and `ask` waits for an answer before anything is written. `fetch` is `huggingface_hub.hf_hub_download`
+    by default, which resumes what was interrupted and checks what is there. Files of the 1024 repository
+    that another variant already brought are linked. SigmaError when nobody can answer, the disk is too
+    small or a file cannot be had.
     """
     folder = pipeline_folder(variant, target)
     files = plan(variant)
     needed = _missing_bytes(files, folder)
-    if ask is not None and not ask(describe(variant, target)):
-        return None
+    print(describe(variant, target), flush=True)
+    if ask:
+        try:
+            agreed = answer("Download? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            raise SigmaError(
+                "There is no terminal to answer on. Add --yes to download without asking."
+            ) from None
+        if not agreed:
+            return None
     if fetch is None:
         from huggingface_hub import hf_hub_download as fetch
     try:

@@ -90,33 +90,49 @@ def test_an_unknown_variant_is_refused(variant):
 @pytest.mark.parametrize("variant", NAMES)
 def test_a_download_leaves_the_published_layout(variant, tmp_path):
     hub = Hub()
-    folder = download(variant, tmp_path, fetch=hub)
+    folder = download(variant, tmp_path, ask=False, fetch=hub)
     assert folder == tmp_path / "diffusers" / NAMES[variant]
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == LAYOUT
     transformer = (folder / "transformer/config.json").read_text(encoding="utf-8")
     assert transformer == f"PixArt-alpha/{NAMES[variant]}/transformer/config.json"
 
 
-def test_sizes_are_shown_before_anything_is_written(tmp_path):
-    hub, shown = Hub(), []
+@pytest.mark.parametrize("reply", ["", "n", "no", "perhaps"])
+def test_sizes_are_shown_before_anything_is_written(reply, tmp_path, capsys):
+    hub = Hub()
 
-    def decline(text: str) -> bool:
-        shown.append(text)
-        return False
+    def answer(question: str) -> str:
+        shown = capsys.readouterr().out
+        assert "21.83 GB" in shown and "2.44 GB" in shown and "19.05 GB" in shown
+        assert "PixArt-Sigma-XL-2-512-MS" in shown and "PixArt-Sigma-XL-2-1024-MS" in shown
+        return reply
 
-    assert download("512", tmp_path, decline, hub) is None
+    assert download("512", tmp_path, fetch=hub, answer=answer) is None
     assert hub.asked == [] and list(tmp_path.iterdir()) == []
-    assert "21.83 GB" in shown[0] and "2.44 GB" in shown[0] and "19.05 GB" in shown[0]
-    assert "PixArt-Sigma-XL-2-512-MS" in shown[0] and "PixArt-Sigma-XL-2-1024-MS" in shown[0]
-    assert download("512", tmp_path, lambda text: True, hub) is not None
+
+
+def test_yes_goes_on(tmp_path):
+    hub = Hub()
+    assert download("512", tmp_path, fetch=hub, answer=lambda question: "Yes") is not None
+    assert len(hub.asked) == len(LAYOUT)
+
+
+def test_nobody_to_answer_is_said(tmp_path):
+    def closed(question: str) -> str:
+        raise EOFError
+
+    hub = Hub()
+    with pytest.raises(SigmaError, match="--yes"):
+        download("512", tmp_path, fetch=hub, answer=closed)
+    assert hub.asked == []
 
 
 def test_a_second_variant_shares_the_text_encoder(tmp_path):
-    first = download("1024", tmp_path, fetch=Hub())
+    first = download("1024", tmp_path, ask=False, fetch=Hub())
     text = describe("512", tmp_path)
     assert text.count("here already") == 5 and text.splitlines()[-1].endswith("2.44 GB")
     hub = Hub()
-    second = download("512", tmp_path, fetch=hub)
+    second = download("512", tmp_path, ask=False, fetch=hub)
     assert {name for _, name in hub.asked} == {name for name in LAYOUT if name.startswith("transformer/")}
     name = "text_encoder/model-00001-of-00002.safetensors"
     assert (first / name).samefile(second / name)
@@ -126,26 +142,26 @@ def test_without_links_the_files_are_downloaded(tmp_path, monkeypatch):
     def no_link(source, target):
         raise OSError("no links here")
 
-    download("1024", tmp_path, fetch=Hub())
+    download("1024", tmp_path, ask=False, fetch=Hub())
     monkeypatch.setattr(downloads.os, "link", no_link)
     hub = Hub()
-    download("512", tmp_path, fetch=hub)
+    download("512", tmp_path, ask=False, fetch=hub)
     assert {name for _, name in hub.asked} == LAYOUT
 
 
 def test_the_hub_checks_what_is_there_already(tmp_path):
-    download("1024", tmp_path, fetch=Hub())
+    download("1024", tmp_path, ask=False, fetch=Hub())
     hub = Hub()
-    download("1024", tmp_path, fetch=hub)
+    download("1024", tmp_path, ask=False, fetch=hub)
     assert {name for _, name in hub.asked} == LAYOUT
 
 
 def test_a_broken_line_is_one_sentence_and_can_go_on(tmp_path):
     broken = "vae/diffusion_pytorch_model.safetensors"
     with pytest.raises(SigmaError, match="the line is down") as caught:
-        download("1024", tmp_path, fetch=Hub(broken))
+        download("1024", tmp_path, ask=False, fetch=Hub(broken))
     assert broken in str(caught.value) and "\n" not in str(caught.value)
-    assert download("1024", tmp_path, fetch=Hub()) is not None
+    assert download("1024", tmp_path, ask=False, fetch=Hub()) is not None
 
 
 def test_an_interrupt_passes_through(tmp_path):
@@ -153,7 +169,7 @@ def test_an_interrupt_passes_through(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        download("1024", tmp_path, fetch=interrupted)
+        download("1024", tmp_path, ask=False, fetch=interrupted)
 
 
 def test_a_small_disk_is_noticed_first(tmp_path, monkeypatch):
@@ -161,11 +177,11 @@ def test_a_small_disk_is_noticed_first(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage(10**10, 0, 10**10))
     hub = Hub()
     with pytest.raises(SigmaError, match="21.83 GB more.*10.00 GB free"):
-        download("1024", tmp_path, fetch=hub)
+        download("1024", tmp_path, ask=False, fetch=hub)
     assert hub.asked == []
 
 
 def test_a_target_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "models").write_text("not a folder")
     with pytest.raises(SigmaError, match="another target"):
-        download("1024", tmp_path / "models", fetch=Hub())
+        download("1024", tmp_path / "models", ask=False, fetch=Hub())
