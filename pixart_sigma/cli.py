@@ -63,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--clean-caption", action="store_true", help="clean the prompt as the reference does"
     )
     generate.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
-    generate.add_argument("--kv-compression", default="auto", metavar="off|auto|OPERATOR:RATIO:LAYERS")
+    generate.add_argument(
+        "--kv-compression",
+        metavar="off|auto|OPERATOR:RATIO:LAYERS",
+        help="such as mean:2:14-27; default: as the checkpoint was trained",
+    )
     generate.add_argument("--tiled-decode", action="store_true", help="decode in tiles: less memory")
     generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
     generate.add_argument("--device", default="auto")

@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +32,8 @@ class StageCost:
 class Stages:
     """The models of a run, one stage at a time.
 
-    `release` says what happens when a stage ends, also by an exception or an interrupt: "keep" leaves its model
-    where it is, "offload" moves it to RAM, "free" drops it; it is loaded again when next used.
+    `release` says what happens when a stage ends, also by an exception or an interrupt: "keep" leaves its
+    model where it is, "offload" moves it to RAM, "free" drops it; it is loaded again when next used.
     With `measure`, `costs` holds a StageCost per stage name.
     """
 
@@ -45,11 +46,11 @@ class Stages:
         self.costs: dict[str, StageCost] = {}
         self._held: dict[str, Any] = {}
 
-    @contextmanager
-    def use(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
-        """The stage's model, loaded by `load` where it is not held; released on the way out.
+    def run(self, name: str, load: Callable[[], Any], use: Callable[[Any], Any]) -> Any:
+        """use(model), the stage's model loaded by `load` unless it is held, and released before this returns.
 
-        The caller must not keep the model beyond the block.
+        `use` must not keep the model. Where it raises, the frames of the traceback forget their variables, so
+        that an error that somebody keeps does not keep the weights.
         """
         meter = _meter(self.device) if self.measure else None
         start = time.perf_counter()
@@ -63,14 +64,16 @@ class Stages:
                 if meter:
                     meter.look()
                     weights = weight_bytes(_module(self._held[name]))
-                yield self._held[name]
+                return use(self._held[name])
+        except BaseException as error:
+            _forget_variables(error)
+            raise
         finally:
             self._release(name)
             if meter:
                 seconds = time.perf_counter() - start
-                self.costs[name] = StageCost(
-                    meter.before, meter.peak, live_bytes(self.device), weights, seconds
-                )
+                after = live_bytes(self.device)
+                self.costs[name] = StageCost(meter.before, meter.peak, after, weights, seconds)
 
     def _release(self, name: str):
         if name not in self._held or self.release == "keep":
@@ -101,6 +104,12 @@ class Stages:
     def as_dict(self) -> dict[str, dict[str, float]]:
         """The costs per stage, ready for JSON."""
         return {name: asdict(cost) for name, cost in self.costs.items()}
+
+
+def _forget_variables(error: BaseException | None):
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def weight_bytes(module: torch.nn.Module) -> int:

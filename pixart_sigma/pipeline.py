@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from . import kv_compression
-from .aspect_ratio import check_size, crop_back, nearest
+from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .checkpoint import Checkpoint, inspect
 from .errors import CheckpointError, SigmaError
 from .memory import Stages
@@ -60,8 +60,8 @@ class SigmaPipeline:
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
 
-        Nothing is loaded yet. `t5_precision` defaults to int8, for the demo to fp32; `dtype` of the transformer
-        and the VAE to bfloat16 on a GPU that has it, else float16, on a CPU to float32.
+        Nothing is loaded yet. `t5_precision` defaults to int8, for the demo to fp32; `dtype` of the
+        transformer and the VAE to bfloat16 on a GPU that has it, else float16, on a CPU to float32.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -72,8 +72,9 @@ class SigmaPipeline:
         components = base.components if base else {}
         for name, given in (("text_encoder", text_encoder), ("vae", vae)):
             if given is None and name not in components:
+                option = "--" + name.replace("_", "-")
                 raise CheckpointError(
-                    f"{folder} has no {name}: give a whole pipeline folder, or the file with --{name.replace('_', '-')}."
+                    f"{folder} has no {name}: give a whole pipeline folder, or the file with {option}."
                 )
         device = _device(device)
         if dtype is None:
@@ -101,20 +102,19 @@ class SigmaPipeline:
     def encode_prompts(
         self, prompt: str, negative: str = "", *, guidance_scale: float = 4.5, clean_caption: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """Trimmed embeddings of the prompt (1, n, C), of the negative prompt (None without guidance), cut words."""
+        """Trimmed embeddings (1, n, C) of the prompt and of the negative prompt, and the words that were cut.
 
-        def load():
-            return TextEncoder.load(
-                self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
-            )
+        Without guidance the negative prompt is not encoded, and its embeddings are None.
+        """
 
-        with self.stages.use("text encoder", load) as text_encoder:
+        def encode_both(text_encoder: TextEncoder):
             positive = text_encoder.encode(prompt, clean_caption=clean_caption)
             if guidance_scale <= 1:
                 return positive.prompt_embeds, None, positive.truncated
-            # diffusers cleans the negative prompt only when the caption is cleaned, and so do we.
             unwanted = text_encoder.encode(negative, clean_caption=clean_caption)
             return positive.prompt_embeds, unwanted.prompt_embeds, positive.truncated
+
+        return self.stages.run("text encoder", self._load_text_encoder, encode_both)
 
     def generate(
         self,
@@ -133,7 +133,7 @@ class SigmaPipeline:
         eta: float = 0.0,
         image: torch.Tensor | None = None,
         strength: float = 1.0,
-        kv_compression_setting: str = "auto",
+        kv_compression_setting: str | None = None,
         clean_caption: bool = False,
         use_resolution_binning: bool = True,
         tiled_decode: bool = False,
@@ -142,9 +142,10 @@ class SigmaPipeline:
     ) -> Result:
         """Make `count` pictures of width x height pixels; picture k is drawn from the k-th noise of the seed.
 
-        With `use_resolution_binning` the transformer works at the trained size nearest in shape and the pictures
-        are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W) in [0, 1],
-        with `strength` in (0, 1], starts from a picture instead of from noise alone.
+        With `use_resolution_binning` the transformer works at the trained size nearest in shape and the
+        pictures are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W)
+        in [0, 1], with `strength` in (0, 1], starts from a picture instead of from noise alone.
+        `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
         width, height = width or self.base_size, height or self.base_size
@@ -163,21 +164,21 @@ class SigmaPipeline:
         image_latents = None
         if image is not None:
             stage("VAE encode")
-            with self.stages.use("VAE encode", self._load_vae) as vae:
-                resized = crop_back(image[None], made_width, made_height)
-                image_latents = encode(vae, resized).repeat(count, 1, 1, 1)
+            picture = crop_back(image[None], made_width, made_height)
+            image_latents = self.stages.run("VAE encode", self._load_vae, lambda vae: encode(vae, picture))
+            image_latents = image_latents.repeat(count, 1, 1, 1)
 
         generator = torch.Generator().manual_seed(seed)
         latents = get_noise(
             count, made_height, made_width, generator, torch.float32, self.device, config.in_channels
         )
         stage("transformer")
-        with self.stages.use("transformer", self._load_transformer) as transformer:
-            embeds, mask = pad_embeds([positive] * count)
-            negative_embeds, negative_mask = (
-                (None, None) if unwanted is None else pad_embeds([unwanted] * count)
-            )
-            latents = denoise(
+        embeds, mask = pad_embeds([positive] * count)
+        negative_embeds, negative_mask = (None, None) if unwanted is None else pad_embeds([unwanted] * count)
+        latents = self.stages.run(
+            "transformer",
+            self._load_transformer,
+            lambda transformer: denoise(
                 transformer,
                 latents.to(self.dtype),
                 embeds.to(self.device, self.dtype),
@@ -195,11 +196,13 @@ class SigmaPipeline:
                 eta=eta,
                 kv_compression=compression,
                 callback=callback,
-            )
+            ),
+        )
 
         stage("VAE decode")
-        with self.stages.use("VAE decode", self._load_vae) as vae:
-            pictures = decode(vae, latents, tiled=tiled_decode).cpu()
+        pictures = self.stages.run(
+            "VAE decode", self._load_vae, lambda vae: decode(vae, latents, tiled=tiled_decode).cpu()
+        )
         if (made_width, made_height) != (width, height):
             pictures = crop_back(pictures, width, height)
         settings = {
@@ -219,11 +222,16 @@ class SigmaPipeline:
         return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
 
     def _made_size(self, width: int, height: int, use_resolution_binning: bool) -> tuple[int, int]:
-        """The size the transformer works at: a bucket of the checkpoint's base, or the asked one in whole latents."""
-        if not use_resolution_binning:
+        """The size the transformer works at: a bucket of the checkpoint's base, or whole latents."""
+        if not use_resolution_binning or self.checkpoint.config.sample_size not in BINNING:
             return -(-width // 8) * 8, -(-height // 8) * 8
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
+
+    def _load_text_encoder(self):
+        return TextEncoder.load(
+            self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
+        )
 
     def _load_transformer(self):
         return load_transformer(self.checkpoint, dtype=self.dtype, device=self.device)

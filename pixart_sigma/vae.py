@@ -39,7 +39,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str =
         )
     if config.get("latent_channels", 4) != 4:
         raise CheckpointError(
-            f"{path} makes latents of {config['latent_channels']} channels; PixArt-Sigma needs the SDXL VAE with 4."
+            f"{path} makes latents of {config['latent_channels']} channels; "
+            "PixArt-Sigma needs the SDXL VAE with 4."
         )
     if any(key.startswith("decoder.mid.") for key in state_dict):
         state_dict = convert_ldm_vae_checkpoint(state_dict, config)
@@ -101,7 +102,8 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> to
     channels = vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise SigmaError(
-            f"The VAE decodes latents of shape (batch, {channels}, height, width); these are {tuple(latents.shape)}."
+            f"The VAE decodes latents of shape (batch, {channels}, height, width); "
+            f"these are {tuple(latents.shape)}."
         )
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.force_upcast
