@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-
 from pixart_sigma.checkpoint import KVWeights, TransformerConfig
+
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.kv_compression import OFF, KVCompression, parse, resolve
 from pixart_sigma.transformer import build_transformer
@@ -36,7 +36,7 @@ def attention_module(ratio, qk_norm=False):
 
 
 def merge_as_the_authors(tokens, grid, operator, ratio, weights):
-    """The original network's downsample_2d, on projected keys or values (B, N, C); `mean` written out by hand."""
+    """The original network's downsample_2d, on projected keys or values (B, N, C); `mean` by hand."""
     batch, _, channels = tokens.shape
     rows, columns = grid
     if operator == "uniform_every":
@@ -97,9 +97,7 @@ def test_qk_norm_is_over_all_channels_and_before_compression(operator):
     x = torch.randn(1, 24, WIDTH, generator=torch.Generator().manual_seed(1))
     setting = KVCompression(operator, 2, (0,)) if operator else None
     expected = original_attention(x, (4, 6), operator, 2, weights)
-    torch.testing.assert_close(
-        attn(x, grid=(4, 6), kv_compression=setting), expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(attn(x, grid=(4, 6), kv_compression=setting), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("operator", "tokens"), [("mean", 1), ("uniform", 1), ("ave", 3), ("conv", 3)])
@@ -210,7 +208,14 @@ def test_resolve_with_trained_weights():
 
 def test_window_is_a_part_of_the_noise_schedule():
     setting = KVCompression("mean", 2, (0,), 0.2, 0.8)
-    assert [setting.acts_at(t) for t in (999, 900, 700, 300, 100, 0)] == [False, False, True, True, False, False]
+    assert [setting.acts_at(t) for t in (999, 900, 700, 300, 100, 0)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     late = KVCompression("mean", 2, (0,), 0.5, 1.0)
     assert late.acts_at(0) and not late.acts_at(999)
     assert KVCompression("mean", 2, (0,), 0.0, 0.5).acts_at(999)
