@@ -259,7 +259,7 @@ def test_layer_classes_are_used_throughout_and_restored():
 
 
 def original_network(weights, latents, timestep, embeds, heads, base_size, scale, ratio=2):
-    """PixArtMS of the authors' repository: fused qkv, token grid = latent grid / 2, all tokens of the prompt."""
+    """PixArtMS of the authors, from scratch on original keys: fused qkv, every prompt token is real."""
 
     def linear(x, name):
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
