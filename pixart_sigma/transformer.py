@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
-from .errors import CheckpointError, SigmaError
+from .errors import SigmaError
 from .kv_compression import KVCompression, SigmaAttnProcessor, as_trained
 
 if TYPE_CHECKING:
@@ -260,23 +260,7 @@ def load_transformer(
         source = checkpoints.inspect(source.path, variant)
     transformer = build_transformer(source.config)
     state_dict = checkpoints.load_transformer_state_dict(source)
-    _check_state_dict(transformer, state_dict, source.path)
     for name in state_dict:
         state_dict[name] = state_dict[name].to(device=device, dtype=dtype)
     transformer.load_state_dict(state_dict, assign=True)
     return transformer.eval().requires_grad_(False)
-
-
-def _check_state_dict(transformer, state_dict, path):
-    expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in state_dict:
-            raise CheckpointError(f"{path} lacks the weight {name}. The file is incomplete: get it again.")
-        if state_dict[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(state_dict[name].shape)}, but {tuple(shape)} is needed. "
-                "The file does not match its config."
-            )
-    extra = sorted(state_dict.keys() - expected.keys())
-    if extra:
-        raise CheckpointError(f"{path} has a weight that its config has no place for: {extra[0]}.")

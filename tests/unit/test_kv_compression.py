@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 
+from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.kv_compression import OFF, KVCompression, parse, resolve
 from pixart_sigma.transformer import build_transformer
