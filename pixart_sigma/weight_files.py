@@ -1,6 +1,7 @@
 """Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -39,8 +40,8 @@ DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 def check_file(path: str | Path) -> None:
     """Raise CheckpointError unless `path` is a whole safetensors file or a PyTorch pickle, by its contents.
 
-    Named are a missing or unreadable file, an empty one, a saved web page, a git-lfs pointer, GGUF, a file that
-    was cut off, and anything else that holds no weights. Reads no tensor data.
+    Named are a missing or unreadable file, an empty one, a saved web page, a git-lfs pointer, GGUF, a file
+    that was cut off, and anything else that holds no weights. Reads no tensor data.
     """
     _format(Path(path))
 
@@ -48,7 +49,7 @@ def check_file(path: str | Path) -> None:
 def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a file, an index or a folder (see `find_weight_files`).
 
-    Reads no tensor data. Raises CheckpointError, as `check_file` does and for a pickle that holds more than data.
+    Reads no tensor data. Raises CheckpointError as `check_file` does, and for a pickle with code in it.
     """
     return _merge(Path(path), _file_header)
 
@@ -56,8 +57,8 @@ def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtyp
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, an index or a folder (see `find_weight_files`), in the dtypes of the file.
 
-    They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part under
-    `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
+    They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part
+    under `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
     """
     return _merge(Path(path), _file_tensors)
 
@@ -65,18 +66,11 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 def find_weight_files(path: str | Path) -> tuple[Path, ...]:
     """The files that make up a file, an index (`*.index.json`) or a folder of weights, without opening them.
 
-    In a folder the usual names go first, safetensors before pickles. Raises CheckpointError for a folder without
-    weights or with several to choose from, a missing shard and an index that can not be used.
+    In a folder the usual names go first, safetensors before pickles. Raises CheckpointError for a folder
+    without weights or with several to choose from, a missing shard and an index that can not be used.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return tuple(path.parent / name for name in _shard_names(path)) if _is_index(path) else (path,)
-    for extension in EXTENSIONS:
-        for name in CANONICAL_NAMES:
-            for file in (path / (name + extension), path / (name + extension + ".index.json")):
-                if file.exists() or file.is_symlink():
-                    return find_weight_files(file)
-    return find_weight_files(_only_weights(path))
+    located = _locate(Path(path))
+    return tuple(located.parent / name for name in _shards(located)) if _is_index(located) else (located,)
 
 
 def read_json(path: Path) -> dict:
@@ -92,8 +86,23 @@ def read_json(path: Path) -> dict:
     return settings
 
 
+def _locate(path: Path) -> Path:
+    """The weight file or index that a path stands for."""
+    if not os.path.isdir(path):
+        return path
+    for extension in EXTENSIONS:
+        for name in CANONICAL_NAMES:
+            for file in (path / (name + extension), path / (name + extension + ".index.json")):
+                if os.path.lexists(file):
+                    return file
+    return _only_weights(path)
+
+
 def _only_weights(folder: Path) -> Path:
-    names = sorted(file.name for file in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"The folder {folder} can not be read: {error.strerror}.") from error
     indexes = [name for name in names if name.endswith(".index.json")]
     if len(indexes) == 1:
         return folder / indexes[0]
@@ -101,9 +110,13 @@ def _only_weights(folder: Path) -> Path:
         found = [name for name in names if name.endswith(extension)]
         whole = [name for name in found if not SHARD.search(name)]
         if found and not whole:
-            raise CheckpointError(f"{folder} has shards ({found[0]}) but no index: get *.index.json beside them.")
+            raise CheckpointError(
+                f"{folder} has shards ({found[0]}) but no index: get *.index.json beside them."
+            )
         if len(whole) > 1:
-            raise CheckpointError(f"{folder} has several weight files ({', '.join(whole)}): choose one of them.")
+            raise CheckpointError(
+                f"{folder} has several weight files ({', '.join(whole)}): choose one of them."
+            )
         if whole:
             return folder / whole[0]
     held = ", ".join(names[:5]) if names else "nothing"
@@ -114,44 +127,50 @@ def _is_index(path: Path) -> bool:
     return path.name.endswith(".index.json")
 
 
-def _shard_names(index: Path) -> list[str]:
+def _shards(index: Path) -> dict[str, list[str]]:
+    """The keys that each shard should have, by its file name."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map, so it is not an index of shards. Download it again.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+        raise CheckpointError(
+            f"{index} has no weight_map, so it is not an index of shards. Download it again."
+        )
+    shards = {}
+    for key, name in sorted(weight_map.items(), key=lambda item: item[1]):
+        shards.setdefault(name, []).append(key)
+    for name in shards:
         # An index from the net may not reach outside its own folder.
         if name != Path(name).name or "\\" in name or not name.endswith(EXTENSIONS):
             raise CheckpointError(f"{index} names {name!r}, which is not a weight file beside it.")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"The shard {index.parent / name} is missing: download it, {index.name} lists it.")
-    if not names:
+        if not os.path.isfile(index.parent / name):
+            raise CheckpointError(
+                f"The shard {index.parent / name} is missing: download it, {index.name} lists it."
+            )
+    if not shards:
         raise CheckpointError(f"{index} lists no shards. Download it again.")
-    return names
+    return shards
 
 
 def _merge(path: Path, read) -> dict:
-    files = find_weight_files(path)
+    located = _locate(path)
+    if not _is_index(located):
+        return read(located)
     merged = {}
-    for file in files:
-        for key, value in read(file).items():
-            if key in merged:
-                raise CheckpointError(f"{key} is in two of the shards in {file.parent}. Download them again.")
-            merged[key] = value
-    if len(files) > 1 or files[0] != path:
-        for index in files[0].parent.glob("*.index.json"):
-            weight_map = read_json(index).get("weight_map", {})
-            if {files[0].parent / name for name in weight_map.values()} != set(files):
-                continue
-            absent = sorted(weight_map.keys() - merged.keys())
-            if absent:
-                shard = files[0].parent / weight_map[absent[0]]
-                raise CheckpointError(f"{shard} lacks {absent[0]}, which {index.name} says it has. {DAMAGED}")
+    for name, keys in _shards(located).items():
+        shard = read(located.parent / name)
+        for key in keys:
+            if key not in shard:
+                raise CheckpointError(
+                    f"{located.parent / name} lacks {key}, which {located.name} lists. {DAMAGED}"
+                )
+        twice = sorted(merged.keys() & shard.keys())
+        if twice:
+            raise CheckpointError(f"{twice[0]} is in two shards of {located}. Download them again.")
+        merged |= shard
     return merged
 
 
 def _format(path: Path) -> str:
-    """ "safetensors", "zip" or "pickle" (PyTorch's before 1.6)."""
+    """What a file's first bytes make it: "safetensors", "zip" or "pickle" (PyTorch's before 1.6)."""
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
@@ -176,14 +195,16 @@ def _format(path: Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the model. Run `git lfs pull` beside it.")
     if head.startswith(b"GGUF"):
-        raise CheckpointError(f"{path} is a GGUF file, which is not read here. Use a safetensors or .pth file.")
+        raise CheckpointError(
+            f"{path} is a GGUF file, which is not read here. Use a safetensors or .pth file."
+        )
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path, size)
         return "zip"
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         _check_safetensors(path, head, size)
         return "safetensors"
-    if head[:1] == b"\x80" and 2 <= head[1:2][0] <= 5 if len(head) > 1 else False:
+    if re.match(rb"\x80[\x02-\x05]", head):
         return "pickle"
     raise CheckpointError(f"{path} is not a model file: it is neither safetensors nor a PyTorch checkpoint.")
 
@@ -193,7 +214,9 @@ def _check_zip(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is cut off or damaged ({size} bytes are there). Download it again.") from error
+        raise CheckpointError(
+            f"{path} is cut off or damaged ({size} bytes are there). Download it again."
+        ) from error
     if not any(name.endswith("/data.pkl") for name in names):
         raise CheckpointError(f"{path} is a zip archive without a PyTorch checkpoint in it. Unpack it first.")
 
@@ -201,7 +224,9 @@ def _check_zip(path: Path, size: int) -> None:
 def _check_safetensors(path: Path, head: bytes, size: int) -> None:
     length = int.from_bytes(head[:8], "little")
     if size > 8 and (head[8:9] != b"{" or length > MAX_SAFETENSORS_HEADER):
-        raise CheckpointError(f"{path} is not a safetensors file, though it may be named so. Download it again.")
+        raise CheckpointError(
+            f"{path} is not a safetensors file, though it may be named so. Download it again."
+        )
     needed = 8 + length
     if size >= needed:
         try:
@@ -218,7 +243,9 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
 
 def _file_header(path: Path) -> dict:
     if _format(path) != "safetensors":
-        return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in _load_pickle(path, "meta").items()}
+        return {
+            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in _load_pickle(path, "meta").items()
+        }
     header = {}
     try:
         with safe_open(path, framework="np") as file:
@@ -226,7 +253,9 @@ def _file_header(path: Path) -> dict:
                 tensor = file.get_slice(key)
                 dtype = SAFETENSORS_DTYPES.get(str(tensor.get_dtype()))
                 if dtype is None:
-                    raise CheckpointError(f"{path} stores {key} as {tensor.get_dtype()}, which is not read here.")
+                    raise CheckpointError(
+                        f"{path} stores {key} as {tensor.get_dtype()}, which is not read here."
+                    )
                 header[key] = (tuple(tensor.get_shape()), dtype)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} can not be read: {error}. {DAMAGED}") from error
@@ -273,5 +302,7 @@ def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights by name.")
     for key, tensor in content.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path} holds a {type(tensor).__name__} under {key!r} where a weight belongs.")
+            raise CheckpointError(
+                f"{path} holds a {type(tensor).__name__} under {key!r} where a weight belongs."
+            )
     return content
