@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--negative", default="", help="what the picture should not show")
     generate.add_argument("--steps", type=int, default=20)
-    generate.add_argument("--guidance", type=float, default=4.5, help="1 or less: no guidance, half the work")
+    generate.add_argument("--guidance", type=float, help="default 4.5; 1 or less: no guidance, half the work")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--count", type=int, default=1)
     generate.add_argument("--scheduler", default="dpmpp_2m")
@@ -210,7 +210,7 @@ def _check_settings(arguments):
         raise SigmaError(f"--count is {arguments.count}; give 1 or more.")
     if arguments.steps < 1:
         raise SigmaError(f"--steps is {arguments.steps}; give 1 or more.")
-    if not math.isfinite(arguments.guidance):
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
         raise SigmaError(f"--guidance is {arguments.guidance}; give a number such as 4.5.")
     if arguments.size and arguments.aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")

@@ -12,7 +12,7 @@ from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .checkpoint import Checkpoint, inspect
 from .errors import CheckpointError, SigmaError
 from .memory import Stages
-from .sampling import Step, denoise, get_noise
+from .sampling import Step, default_guidance, denoise, get_noise
 from .text_encoder import TextEncoder, pad_embeds
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
@@ -40,7 +40,7 @@ class SigmaPipeline:
     vae: Path
     device: torch.device
     dtype: torch.dtype
-    t5_precision: str
+    t5_precision: str | None
     stages: Stages = field(repr=False)
 
     @classmethod
@@ -60,8 +60,9 @@ class SigmaPipeline:
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
 
-        Nothing is loaded yet. `t5_precision` defaults to int8, for the demo to fp32; `dtype` of the
-        transformer and the VAE to bfloat16 on a GPU that has it, else float16, on a CPU to float32.
+        Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
+        for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
+        float16, on a CPU to float32.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -79,8 +80,8 @@ class SigmaPipeline:
         device = _device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else _half(device)
-        if t5_precision is None:
-            t5_precision = "fp32" if folder == DEMO and text_encoder is None else "int8"
+        if t5_precision is None and folder == DEMO and text_encoder is None:
+            t5_precision = "fp32"
         return cls(
             checkpoint=checkpoint,
             text_encoder=Path(text_encoder) if text_encoder else components["text_encoder"],
@@ -101,8 +102,8 @@ class SigmaPipeline:
 
     def encode_prompts(
         self, prompt: str, negative: str = "", *, guidance_scale: float = 4.5, clean_caption: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """Trimmed embeddings (1, n, C) of the prompt and of the negative prompt, and the words that were cut.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, str, str]:
+        """Trimmed embeddings (1, n, C) of prompt and negative prompt, the words cut off, T5's precision.
 
         Without guidance the negative prompt is not encoded, and its embeddings are None.
         """
@@ -110,9 +111,14 @@ class SigmaPipeline:
         def encode_both(text_encoder: TextEncoder):
             positive = text_encoder.encode(prompt, clean_caption=clean_caption)
             if guidance_scale <= 1:
-                return positive.prompt_embeds, None, positive.truncated
+                return positive.prompt_embeds, None, positive.truncated, text_encoder.precision
             unwanted = text_encoder.encode(negative, clean_caption=clean_caption)
-            return positive.prompt_embeds, unwanted.prompt_embeds, positive.truncated
+            return (
+                positive.prompt_embeds,
+                unwanted.prompt_embeds,
+                positive.truncated,
+                text_encoder.precision,
+            )
 
         return self.stages.run("text encoder", self._load_text_encoder, encode_both)
 
@@ -124,7 +130,7 @@ class SigmaPipeline:
         width: int | None = None,
         height: int | None = None,
         steps: int = 20,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         seed: int = 0,
         count: int = 1,
         scheduler: str = "dpmpp_2m",
@@ -150,6 +156,8 @@ class SigmaPipeline:
         """
         width, height = width or self.base_size, height or self.base_size
         check_size(width, height)
+        if guidance_scale is None:
+            guidance_scale = default_guidance(scheduler)
         if not isinstance(count, int) or count < 1:
             raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
         made_width, made_height = self._made_size(width, height, use_resolution_binning)
@@ -158,7 +166,7 @@ class SigmaPipeline:
         stage = on_stage or (lambda name: None)
 
         stage("text encoder")
-        positive, unwanted, truncated = self.encode_prompts(
+        positive, unwanted, truncated, precision = self.encode_prompts(
             prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption
         )
         image_latents = None
@@ -170,7 +178,7 @@ class SigmaPipeline:
 
         generator = torch.Generator().manual_seed(seed)
         latents = get_noise(
-            count, made_height, made_width, generator, torch.float32, self.device, config.in_channels
+            count, made_height, made_width, generator, self.dtype, self.device, config.in_channels
         )
         stage("transformer")
         embeds, mask = pad_embeds([positive] * count)
@@ -180,7 +188,7 @@ class SigmaPipeline:
             self._load_transformer,
             lambda transformer: denoise(
                 transformer,
-                latents.to(self.dtype),
+                latents,
                 embeds.to(self.device, self.dtype),
                 mask,
                 None if negative_embeds is None else negative_embeds.to(self.device, self.dtype),
@@ -215,7 +223,7 @@ class SigmaPipeline:
             "seed": seed,
             "scheduler": scheduler,
             "kv_compression": kv_compression_setting,
-            "t5_precision": self.t5_precision,
+            "t5_precision": precision,
             "clean_caption": clean_caption,
             "model": self.checkpoint.path.name,
         }
