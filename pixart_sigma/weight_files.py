@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -289,7 +290,16 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
                 "Use a safetensors file from a source that you trust."
             ) from error
         raise CheckpointError(f"{path} holds no weights that can be read safely. {DAMAGED}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        struct.error,
+    ) as error:
         raise CheckpointError(f"{path} can not be read as a PyTorch checkpoint. {DAMAGED}") from error
     return _weights_of(content, path)
 

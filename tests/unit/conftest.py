@@ -40,7 +40,7 @@ A bicycle made of glass, floating in space, 8k render.""".splitlines()
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    """A tokenizer as PixArt publishes it: spiece.model (pad 0, eos 1, unk 2) and its config, no tokenizer.json."""
+    """A tokenizer as PixArt publishes it: spiece.model (pad 0, eos 1, unk 2) and its config."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("tiny") / "tokenizer"
@@ -221,7 +221,7 @@ def write_original(diffusers_state_dict):
 
 @pytest.fixture(scope="session")
 def trained_state_dict(diffusers_state_dict):
-    """`trained_state_dict(kv_layers=(), kv_ratio=2, qk_norm=False)`: diffusers' keys with trained KV weights."""
+    """`trained_state_dict(kv_layers=(), kv_ratio=2, qk_norm=False)`: diffusers' keys, trained extras."""
 
     def make(kv_layers=(), kv_ratio=2, qk_norm=False):
         return with_trained_extras(diffusers_state_dict, kv_layers, kv_ratio, qk_norm)
@@ -248,7 +248,7 @@ def with_trained_extras(state_dict, kv_layers, kv_ratio, qk_norm):
     return state_dict
 
 
-# Written down a second time, the other way round, so that a slip in the engine's map does not hide in its test.
+# Written down a second time, the other way round, so that a slip in the engine's map shows.
 ORIGINAL_NAMES = {
     "pos_embed.proj": "x_embedder.proj",
     "caption_projection.linear_1": "y_embedder.y_proj.fc1",
