@@ -1,7 +1,8 @@
 """From noise to clean latents: schedulers by name, timesteps, and the denoising loop with guidance.
 
-The noise schedule is the published checkpoints' (linear betas from 1e-4 to 0.02 over 1000 timesteps, the model
-predicts the noise); the solvers are diffusers'. In float32 the latents equal those of diffusers' PixArtSigmaPipeline.
+The noise schedule is the published checkpoints' (linear betas from 1e-4 to 0.02 over 1000 timesteps, the
+model predicts the noise); the solvers are diffusers'. In float32 the latents equal those of diffusers'
+PixArtSigmaPipeline.
 """
 
 import inspect
@@ -52,8 +53,9 @@ class Step:
 def make_scheduler(name: str):
     """A fresh diffusers scheduler with PixArt-Sigma's noise schedule; `name` is one of SCHEDULERS.
 
-    dpmpp_2m is the published scheduler_config.json. sa_solver is set as in the authors' app_pixart_sigma.py (they
-    use 25 steps, guidance 3). lcm and one_step are for checkpoints distilled for them. Raises SigmaError.
+    dpmpp_2m is the published scheduler_config.json. sa_solver is set as in the authors' app_pixart_sigma.py
+    (they use 25 steps, guidance 3). lcm and one_step are for checkpoints distilled for them.
+    Raises SigmaError for another name.
     """
     linspace = NOISE_SCHEDULE | {"timestep_spacing": "linspace"}
     if name == "dpmpp_2m":
@@ -71,19 +73,18 @@ def make_scheduler(name: str):
     if name == "euler_ancestral":
         return EulerAncestralDiscreteScheduler(**linspace)
     if name == "ddim":
-        # DDIM steps down by 1000 / steps, so only "trailing" timesteps (999, 949, ...) are where the latents are.
-        return DDIMScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing", clip_sample=False)
+        return DDIMScheduler(**linspace, clip_sample=False)
     if name == "unipc":
         return UniPCMultistepScheduler(**linspace)
     if name == "lcm":
-        return LCMScheduler(**NOISE_SCHEDULE)
+        return LCMScheduler(**linspace)
     if name == "one_step":
-        return DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False)
+        return DDPMScheduler(**linspace, clip_sample=False)
     raise SigmaError(f"Unknown scheduler {name!r}. Use one of {', '.join(SCHEDULERS)}.")
 
 
 def default_guidance(scheduler) -> float:
-    """The guidance scale of a run that gives none: 4.5, or 1 (off) for one_step, which is distilled with it."""
+    """The guidance scale of a run that gives none: 4.5, or 1 (off) for one_step, which is distilled."""
     return 1.0 if scheduler == "one_step" else DEFAULT_GUIDANCE
 
 
@@ -98,9 +99,10 @@ def get_noise(
 ) -> torch.Tensor:
     """Unit noise (count, channels, height // 8, width // 8) for pictures of height x width pixels.
 
-    Drawn on the CPU, picture by picture, so that it depends on neither device nor count. For sizes in multiples of
-    16 that is what diffusers' `randn_tensor` draws from one CPU generator. A generator may be given in place of a
-    seed and is then advanced. Raises SigmaError for a count or a size that leaves nothing, or an impossible seed.
+    Drawn on the CPU, picture by picture, so that it depends on neither device nor count. For sizes in
+    multiples of 16 that is what diffusers' `randn_tensor` draws from one CPU generator. A generator may
+    be given in place of a seed and is then advanced. Raises SigmaError for a count or a size that leaves
+    nothing, or an impossible seed.
     """
     if count < 1 or height < 8 or width < 8:
         raise SigmaError(
@@ -111,7 +113,7 @@ def get_noise(
     else:
         try:
             generator = torch.Generator("cpu").manual_seed(seed)
-        except (RuntimeError, TypeError, OverflowError) as error:
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise SigmaError(f"Seed {seed!r} is not a whole number from -2**63 to 2**64 - 1.") from error
     shape = (channels, height // 8, width // 8)
     pictures = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
@@ -128,9 +130,10 @@ def get_timesteps(
 ) -> torch.Tensor:
     """Set the scheduler's timesteps and return those to run, highest first.
 
-    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them: timesteps are whole numbers
-    from 999 to 0, descending; sigmas descend and end with the last level, usually 0. With strength < 1 only the last
-    int(steps * strength) are run, as in diffusers' img2img pipelines. Raises SigmaError with the value seen.
+    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them: timesteps are whole
+    numbers from 999 to 0, descending; sigmas descend and end with the last level, usually 0. With
+    strength < 1 only the last int(steps * strength) are run, as in diffusers' img2img pipelines. Raises
+    SigmaError with the value seen.
     """
     if not _is_finite(strength) or not 0 < strength <= 1:
         raise SigmaError(f"strength is {strength}; give a number above 0, and at most 1.")
@@ -182,21 +185,24 @@ def denoise(
     kv_compression=None,
     callback: Callable[[Step], bool | None] | None = None,
 ) -> torch.Tensor:
-    """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w), scaled by the VAE's scaling_factor.
+    """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
 
-    transformer: called as `transformer(latents, timestep, prompt_embeds, prompt_mask, kv_compression=...)` -> noise.
-    prompt_embeds, negative_embeds (B or 1, tokens, C), of any two lengths; masks (B or 1, tokens), True or 1 for real
-    tokens, None when all are. Both go through the transformer in one batch, negative first, and the noise is
-    `negative + guidance_scale * (prompt - negative)` (arXiv 2207.12598); guidance_scale <= 1 runs the prompt alone.
-    None is `default_guidance(scheduler)`.
-    scheduler: a name of SCHEDULERS or a diffusers scheduler. one_step runs timestep 400 alone, whatever `steps` is.
+    transformer: called as `transformer(latents, timestep, prompt_embeds, prompt_mask, kv_compression=...)`,
+    returns the noise in the latents.
+    prompt_embeds, negative_embeds (B or 1, tokens, C), of any two lengths; masks (B or 1, tokens), True or 1
+    for real tokens, None when all are. Both go through the transformer in one batch, negative first, and the
+    noise is `negative + guidance_scale * (prompt - negative)` (arXiv 2207.12598). guidance_scale <= 1 runs
+    the prompt alone; None is `default_guidance(scheduler)`.
+    scheduler: a name of SCHEDULERS or a diffusers scheduler. one_step runs timestep 400, whatever `steps`.
     steps, timesteps, sigmas, strength: see `get_timesteps`.
-    image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep, not from noise
-    alone. generator: noise of the stochastic schedulers. eta in [0, 1]: ddim's share of fresh noise.
-    callback(Step) is called after each step; if it returns False the latents as they are then are returned.
+    image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep, and not
+    from noise alone.
+    generator: for the stochastic schedulers. eta in [0, 1]: ddim's share of fresh noise.
+    callback(Step) is called after each step; if it returns False the latents are returned as they are then.
 
-    Latents stay in float32 between steps and come back in the dtype they had; the transformer sees the embeddings'
-    dtype. Raises SigmaError for input that cannot work, and if a step's latents are not finite.
+    Latents stay in float32 between steps and come back in the dtype they had; the transformer sees them
+    in the embeddings' dtype. Raises SigmaError for input that cannot work, and if a step's latents are
+    not finite.
     """
     _check_latents("latents", latents)
     guidance_scale = default_guidance(scheduler) if guidance_scale is None else guidance_scale
@@ -243,7 +249,8 @@ def denoise(
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
         if not latents.isfinite().all():
             raise SigmaError(
-                f"Latents are not finite after step {index + 1} of {len(timesteps)} (timestep {float(timestep):g}). "
+                f"Latents are not finite after step {index + 1} of {len(timesteps)}, "
+                f"timestep {float(timestep):g}. "
                 "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
             )
         if callback is not None:
@@ -255,10 +262,11 @@ def denoise(
 
 
 def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise (DDPM, arXiv 2006.11239).
+    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise.
 
-    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler. Between two
-    whole timesteps sigma = sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler schedulers do.
+    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler. Between
+    two whole timesteps sigma = sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
+    Source: DDPM, arXiv 2006.11239.
     """
     table = scheduler.alphas_cumprod
     below = min(max(int(timestep), 0), len(table) - 1)
@@ -269,7 +277,7 @@ def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep
 
 
 def _batch_embeds(count, prompt_embeds, prompt_mask, negative_embeds, negative_mask, guided):
-    """Embeddings and mask of the transformer's batch: (B, L, C), or with guidance (2 B, L, C), negative first."""
+    """Embeddings and mask of the transformer's batch: B rows, or with guidance 2 B, negative first."""
     embeds, mask = _check_embeds("prompt_embeds", count, prompt_embeds, prompt_mask)
     if guided:
         if negative_embeds is None:
@@ -325,8 +333,8 @@ def _check_latents(name, latents):
 def _check_scheduler(scheduler):
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.prediction_type != "epsilon":
         raise SigmaError(
-            f"{type(scheduler).__name__} is not for a model that predicts noise. Use one of {', '.join(SCHEDULERS)}, "
-            "or a diffusers scheduler with prediction_type epsilon."
+            f"{type(scheduler).__name__} is not for a model that predicts noise. "
+            f"Use one of {', '.join(SCHEDULERS)}, or a diffusers scheduler with prediction_type epsilon."
         )
     return scheduler
 
@@ -347,8 +355,8 @@ def _step_arguments(scheduler, generator, eta, count):
 def _check_timesteps(scheduler, timesteps):
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise SigmaError(
-            f"{type(scheduler).__name__} takes no timesteps of one's own. Give steps, or use dpmpp_2m, euler, lcm "
-            "or one_step."
+            f"{type(scheduler).__name__} takes no timesteps of one's own. "
+            "Give steps, or use dpmpp_2m, euler, lcm or one_step."
         )
     timesteps = list(timesteps)
     whole = all(_is_finite(value) and value == int(value) and 0 <= value <= 999 for value in timesteps)
@@ -362,7 +370,8 @@ def _check_sigmas(scheduler, sigmas):
     takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if not takes or isinstance(scheduler, UniPCMultistepScheduler):
         raise SigmaError(
-            f"{type(scheduler).__name__} takes no sigmas of one's own. Give steps, or use the scheduler euler."
+            f"{type(scheduler).__name__} takes no sigmas of one's own. "
+            "Give steps, or use the scheduler euler."
         )
     sigmas = list(sigmas)
     if (
