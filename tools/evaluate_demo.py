@@ -3,7 +3,7 @@
     python tools/evaluate_demo.py --out evaluation.json
 
 The prompts are scenes that training never sees (`Scene.held_out`). `demo_judge` looks at the pictures; here
-its answer is compared with the prompt. Only what a prompt says is judged: a prompt without a place cannot get it
+its answer is compared with the prompt. Only what a prompt says is judged: one without a place cannot get it
 wrong. An object's colour and shape count as right only when the picture has the asked number of objects.
 """
 
