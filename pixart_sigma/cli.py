@@ -15,9 +15,8 @@ from .errors import SigmaError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         return arguments.command(arguments) or 0
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written.", file=sys.stderr)
@@ -27,10 +26,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise SigmaError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pixart-sigma", description="PixArt-Sigma pictures from the terminal."
-    )
+    parser = _Parser(prog="pixart-sigma", description="PixArt-Sigma pictures from the terminal.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="make a picture from a prompt")
@@ -223,7 +225,7 @@ def _check_writable(path: Path):
         raise SigmaError(f"{path} is a folder; give a file name to write to.")
     if not path.parent.is_dir():
         raise SigmaError(f"{path.parent} is not a folder; make it first, or write elsewhere.")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise SigmaError(f"{path.parent} cannot be written to; choose another place with --out.")
 
 

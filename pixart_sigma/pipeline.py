@@ -9,7 +9,7 @@ from PIL import Image
 
 from . import kv_compression
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
-from .checkpoint import Checkpoint, inspect
+from .checkpoint import Checkpoint, find_components, inspect
 from .errors import CheckpointError, SigmaError
 from .memory import Stages
 from .sampling import Step, default_guidance, denoise, get_noise
@@ -66,11 +66,8 @@ class SigmaPipeline:
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
-        base = None
-        if transformer is None or text_encoder is None or vae is None:
-            base = inspect(folder, variant=None if transformer else variant)
-        checkpoint = inspect(transformer, variant=variant) if transformer else base
-        components = base.components if base else {}
+        checkpoint = inspect(transformer or folder, variant=variant)
+        components = find_components(folder)
         for name, given in (("text_encoder", text_encoder), ("vae", vae)):
             if given is None and name not in components:
                 option = "--" + name.replace("_", "-")
@@ -269,4 +266,4 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _to_image(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    return Image.fromarray((picture.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())

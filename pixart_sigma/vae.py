@@ -93,8 +93,9 @@ def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
-    """Pictures (B, 3, 8h, 8w) in [0, 1], float32, from sampled latents (B, 4, h, w).
+    """Pictures (B, 3, 8h, 8w), float32, from sampled latents (B, 4, h, w).
 
+    Black is 0 and white is 1; values a little outside are left for the caller to clamp, after resizing.
     One picture at a time, so that a batch costs no more memory than one. `tiled` uses diffusers' overlapping
     tiles: less memory, with slight differences of tone between them.
     Raises SigmaError for latents of another shape, and when the result is not finite.
@@ -125,7 +126,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> to
             f"The VAE made values that are not finite in {dtype}: decode in bfloat16 or float32, "
             "or use the SDXL VAE that was repaired for float16."
         )
-    return (picture / 2 + 0.5).clamp(0, 1)
+    return picture / 2 + 0.5
 
 
 @torch.no_grad()

@@ -19,6 +19,9 @@ import sentencepiece
 import torch
 from demo_pictures import COLORS, caption, random_scene, render
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -28,9 +31,9 @@ MAX_TOKENS = 300
 SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 # (last step, sizes as width x height, batch): small pictures first, the paper's weak-to-strong.
 STAGES = (
-    (3000, ((64, 64), (64, 64), (80, 48), (48, 80)), 64),
-    (6500, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
-    (8000, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336), (128, 128)), 8),
+    (900, ((64, 64), (64, 64), (80, 48), (48, 80)), 64),
+    (2700, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
+    (3500, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336), (128, 128)), 8),
 )
 LEARNING_RATE = 1e-3
 BUFFER = 6000
@@ -41,9 +44,10 @@ def main():
     parser.add_argument("stage", choices=("vae", "transformer", "decoder", "export"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
-    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--decoder-steps", type=int, default=600)
     arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     {"vae": train_vae, "transformer": train_transformer, "decoder": train_decoder, "export": export}[
         arguments.stage
@@ -72,11 +76,26 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def anchor_colours(vae: AutoencoderKL):
-    """Start with two opposite constants in each group of three, so that the third passes nearly linearly."""
-    anchors = torch.tensor([0.0, 3.0, -3.0]).repeat(32)
-    for resnet in (vae.encoder.mid_block.resnets[-1], vae.decoder.up_blocks[-1].resnets[-1]):
-        with torch.no_grad():
+def start_linear(vae: AutoencoderKL):
+    """Start as a chain of plain convolutions that passes colours; the residual blocks come in by learning.
+
+    Before the two last normalisations, two opposite constants in each group of three channels let the third
+    pass nearly linearly.
+    """
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d):
+                # PyTorch's start shrinks the signal by sqrt(3) per layer; this one keeps it.
+                module.weight *= 3**0.5
+                module.bias.zero_()
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.zero_()
+            elif isinstance(module, Attention):
+                module.to_out[0].weight.zero_()
+                module.to_out[0].bias.zero_()
+        anchors = torch.tensor([0.0, 3.0, -3.0]).repeat(32)
+        for resnet in (vae.encoder.mid_block.resnets[-1], vae.decoder.up_blocks[-1].resnets[-1]):
             resnet.conv2.bias += anchors
 
 
@@ -109,13 +128,13 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 def train_vae(arguments):
     torch.manual_seed(0)
     vae, path = new_vae(), arguments.work / "vae.pt"
-    anchor_colours(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    start_linear(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     step = resume(path, vae=vae, optimizer=optimizer)
     rng = random.Random(step)
     start, saved = time.time(), time.time()
     while step < arguments.vae_steps:
-        set_rate(optimizer, 1e-3, step, arguments.vae_steps)
+        set_rate(optimizer, 2e-3, step, arguments.vae_steps)
         size, count = (
             (32, 16) if step < 0.6 * arguments.vae_steps else rng.choice(((32, 16), (64, 4), (128, 1)))
         )
@@ -249,11 +268,9 @@ def new_transformer() -> PixArtTransformer2DModel:
 
 def initialise(transformer: PixArtTransformer2DModel):
     """Zero gates and a zero head, as DiT starts (arXiv 2212.09748, section 3.2)."""
-    for parameter_module in (transformer.proj_out,):
-        torch.nn.init.zeros_(parameter_module.weight)
-        torch.nn.init.zeros_(parameter_module.bias)
-    torch.nn.init.zeros_(transformer.adaln_single.linear.weight)
-    torch.nn.init.zeros_(transformer.adaln_single.linear.bias)
+    for layer in (transformer.proj_out, transformer.adaln_single.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class Pictures:
@@ -298,8 +315,6 @@ def train_transformer(arguments):
     path = arguments.work / "transformer.pt"
     step = resume(path, modules=modules, average=average, optimizer=optimizer)
     schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    for block in transformer.transformer_blocks:
-        block.compile(dynamic=True)
     rng, buffers, total = random.Random(step), {}, STAGES[-1][0]
     start, saved, losses = time.time(), time.time(), []
     while step < total:
@@ -312,7 +327,7 @@ def train_transformer(arguments):
             buffers[size] = Pictures(vae, size, BUFFER)
             for _ in range(4):
                 buffers[size].add(max(count, 16), rng)
-        buffers[size].add(count // 4 if len(buffers[size].scenes) > 1000 else count // 2, rng)
+        buffers[size].add(count // 8 if len(buffers[size].scenes) > 1000 else count // 4, rng)
         latents, texts = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
         loss = diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts)
@@ -404,7 +419,8 @@ def ema(averaged, current, count):
 
 
 def set_rate(optimizer, peak, step, total):
-    rate = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    """A short warm-up, the peak, and a straight way down over the last 40 %."""
+    rate = peak * min(1, (step + 1) / 100, 0.02 + (total - step) / (0.4 * total))
     for group in optimizer.param_groups:
         group["lr"] = rate
 

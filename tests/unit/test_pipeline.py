@@ -1,0 +1,181 @@
+import gc
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from pixart_sigma.errors import SigmaError
+from pixart_sigma.memory import Stages
+from pixart_sigma.pipeline import SigmaPipeline
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pipeline_folder):
+    """The tiny pipeline at the base of 256 px, so that a run is quick."""
+    folder = tmp_path_factory.mktemp("base") / "PixArt-Sigma-Tiny-256"
+    shutil.copytree(pipeline_folder, folder)
+    config_file = folder / "transformer" / "config.json"
+    config = json.loads(config_file.read_text()) | {"sample_size": 32, "interpolation_scale": 0.5}
+    config_file.write_text(json.dumps(config))
+    return folder
+
+
+def pipeline(folder, **settings) -> SigmaPipeline:
+    return SigmaPipeline.from_path(folder, **{"device": "cpu", "t5_precision": "fp32"} | settings)
+
+
+@pytest.mark.parametrize(
+    "size, guidance_scale, negative",
+    [((256, 256), 4.5, ""), ((300, 170), 4.5, "blurry, cropped"), ((256, 256), 1.0, "")],
+)
+def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, negative):
+    from diffusers import PixArtSigmaPipeline
+
+    width, height = size
+    reference = PixArtSigmaPipeline.from_pretrained(folder)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(
+        "A knight in silver armor",
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(7),
+        clean_caption=False,
+        output_type="pil",
+    ).images[0]
+    result = pipeline(folder).generate(
+        "A knight in silver armor",
+        negative,
+        width=width,
+        height=height,
+        steps=STEPS,
+        guidance_scale=guidance_scale,
+        seed=7,
+    )
+    assert result.images[0].size == size
+    ours, theirs = (
+        torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (result.images[0], expected)
+    )
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert theirs.float().std() > 5
+
+
+def test_each_stage_is_measured_and_gone_after_it(folder):
+    made = pipeline(folder, measure=True)
+    made.generate("a boat", width=256, height=256, steps=1)
+    costs = made.stages.costs
+    assert list(costs) == ["text encoder", "transformer", "VAE decode"]
+    for cost in costs.values():
+        assert cost.weights > 0 and cost.peak >= cost.before + cost.weights * 0.99
+    # After each stage only embeddings, latents and pictures are left: less than a quarter of the least model.
+    start, least = costs["text encoder"].before, min(cost.weights for cost in costs.values())
+    assert costs["VAE decode"].after - start < least
+
+
+@pytest.mark.parametrize("release", ["keep", "free"])
+def test_release_decides_what_the_next_run_loads(folder, release, monkeypatch):
+    made = pipeline(folder, release=release)
+    loads = []
+    original = SigmaPipeline._load_transformer
+    monkeypatch.setattr(SigmaPipeline, "_load_transformer", lambda self: loads.append(1) or original(self))
+    first = made.generate("a boat", steps=1, width=256, height=256)
+    second = made.generate("a boat", steps=1, width=256, height=256)
+    assert len(loads) == {"keep": 1, "free": 2}[release]
+    assert torch.equal(first.latents, second.latents)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_in_the_middle_leaves_no_weight(folder, error, monkeypatch):
+    weights = []
+    original = Stages.run
+
+    def run(self, name, load, use):
+        def watched():
+            model = load()
+            module = model if isinstance(model, torch.nn.Module) else model.model
+            weights.extend(weakref.ref(parameter) for parameter in module.parameters())
+            return model
+
+        return original(self, name, watched, use)
+
+    monkeypatch.setattr(Stages, "run", run)
+
+    def stop(step):
+        raise error("in the middle")
+
+    with pytest.raises(error) as kept:
+        pipeline(folder).generate("a boat", steps=2, width=256, height=256, callback=stop)
+    gc.collect()
+    assert kept.value is not None and len(weights) > 20
+    assert not [weight for weight in weights if weight() is not None]
+
+
+def test_picture_k_depends_on_the_seed_not_on_the_count(folder):
+    made = pipeline(folder, release="keep")
+    one = made.generate("a boat", steps=1, width=256, height=256, seed=3)
+    three = made.generate("a boat", steps=1, width=256, height=256, seed=3, count=3)
+    assert len(three.images) == 3
+    assert torch.allclose(one.latents[0], three.latents[0], atol=1e-5)
+    assert not torch.allclose(three.latents[0], three.latents[1], atol=0.1)
+
+
+def test_a_callback_stops_the_run(folder):
+    seen = []
+
+    def stop_at_second(step):
+        seen.append(step.index)
+        return step.index < 1
+
+    pipeline(folder).generate("a boat", steps=4, width=256, height=256, callback=stop_at_second)
+    assert seen == [0, 1]
+
+
+def test_img2img_with_little_strength_stays_near_the_picture(folder):
+    made = pipeline(folder, release="keep")
+    image = torch.rand(3, 96, 128)
+    little = made.generate("a boat", image=image, strength=0.1, steps=20, width=256, height=192)
+    much = made.generate("a boat", image=image, strength=1.0, steps=2, width=256, height=192)
+    assert little.images[0].size == (256, 192)
+    assert not torch.allclose(little.latents, much.latents, atol=0.1)
+
+
+def test_prompts_of_every_kind_make_a_picture(folder):
+    made = pipeline(folder, release="keep")
+    for prompt in ("", "雪の中の狐 🦊", "word " * 10_000):
+        result = made.generate(prompt, steps=1, width=256, height=256)
+        assert result.images[0].size == (256, 256)
+    assert result.truncated.startswith("word")
+
+
+def test_a_transformer_alone_says_what_is_missing(folder):
+    with pytest.raises(SigmaError, match="text_encoder.*--text-encoder"):
+        pipeline(folder / "transformer")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"width": 0}, "width is 0"),
+        ({"height": -64}, "height is -64"),
+        ({"width": 9000}, "9000"),
+        ({"steps": 0}, "0"),
+        ({"guidance_scale": float("nan")}, "nan"),
+        ({"count": 0}, "count is 0"),
+        ({"scheduler": "magic"}, "magic"),
+        ({"kv_compression_setting": "mean:7:all"}, "7"),
+        ({"strength": 0.0}, "strength"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_is_loaded(folder, settings, message, monkeypatch):
+    def loads(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Stages, "run", loads)
+    with pytest.raises(SigmaError, match=message):
+        pipeline(folder).generate("a boat", **settings)
