@@ -12,7 +12,7 @@ from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .checkpoint import Checkpoint, find_components, inspect
 from .errors import CheckpointError, SigmaError
 from .memory import Stages
-from .sampling import Step, default_guidance, denoise, get_noise
+from .sampling import Step, check_settings, default_guidance, denoise, get_noise
 from .text_encoder import TextEncoder, pad_embeds
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
@@ -151,10 +151,12 @@ class SigmaPipeline:
         `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
-        width, height = width or self.base_size, height or self.base_size
+        width = self.base_size if width is None else width
+        height = self.base_size if height is None else height
         check_size(width, height)
         if guidance_scale is None:
             guidance_scale = default_guidance(scheduler)
+        check_settings(scheduler, steps, guidance_scale, timesteps, sigmas, strength)
         if not isinstance(count, int) or count < 1:
             raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
         made_width, made_height = self._made_size(width, height, use_resolution_binning)

@@ -164,6 +164,20 @@ def get_timesteps(
     return scheduler.timesteps[skipped * order :]
 
 
+def check_settings(
+    scheduler="dpmpp_2m",
+    steps: int = 20,
+    guidance_scale: float = 4.5,
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+    strength: float = 1.0,
+) -> None:
+    """Raise the SigmaError that `denoise` would for these settings, before any model is loaded."""
+    _check_guidance(guidance_scale)
+    scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else _check_scheduler(scheduler)
+    get_timesteps(scheduler, steps, timesteps, sigmas, strength)
+
+
 @torch.no_grad()
 def denoise(
     transformer: Callable[..., torch.Tensor],
@@ -206,10 +220,7 @@ def denoise(
     """
     _check_latents("latents", latents)
     guidance_scale = default_guidance(scheduler) if guidance_scale is None else guidance_scale
-    if not _is_finite(guidance_scale):
-        raise SigmaError(
-            f"guidance_scale is {guidance_scale}; give a finite number such as 4.5, or 1 for none."
-        )
+    _check_guidance(guidance_scale)
     if image_latents is not None:
         _check_latents("image_latents", image_latents)
         if image_latents.shape not in (latents.shape, (1, *latents.shape[1:])):
@@ -274,6 +285,13 @@ def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep
     low, high = ((1 - pair) / pair).sqrt().tolist()
     sigma = low + (float(timestep) - below) * (high - low)
     return scaled * math.sqrt(1 + sigma**2) - sigma * noise
+
+
+def _check_guidance(guidance_scale):
+    if not _is_finite(guidance_scale):
+        raise SigmaError(
+            f"guidance_scale is {guidance_scale}; give a finite number such as 4.5, or 1 for none."
+        )
 
 
 def _batch_embeds(count, prompt_embeds, prompt_mask, negative_embeds, negative_mask, guided):

@@ -404,8 +404,12 @@ def export(arguments):
         transformer=average.module["transformer"].half(),
         scheduler=DPMSolverMultistepScheduler(),
     ).save_pretrained(arguments.out)
+    # The published folders have spiece.model and no tokenizer.json.
+    (arguments.out / "tokenizer" / "tokenizer.json").unlink()
     spiece = arguments.out / "tokenizer" / "spiece.model"
     spiece.write_bytes((arguments.work / "tokenizer" / "spiece.model").read_bytes())
+    for file in arguments.out.rglob("*.safetensors"):
+        file.chmod(0o644)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     log(f"exported step {step} to {arguments.out}, {size / 1e6:.2f} MB")
 

@@ -12,7 +12,7 @@ QUICK = ["--steps", "1", "--device", "cpu", "--t5-precision", "fp32"]
 
 @pytest.fixture
 def generate(pipeline_folder, tmp_path, capsys):
-    """Runs `pixart-sigma generate` on the tiny pipeline at 256 px without binning -> (status, stdout, stderr)."""
+    """Runs `pixart-sigma generate` on the tiny pipeline at 64 px -> (status, stdout, stderr)."""
 
     def run(*options, prompt="a boat"):
         status = cli.main(

@@ -73,9 +73,9 @@ def test_each_stage_is_measured_and_gone_after_it(folder):
     assert list(costs) == ["text encoder", "transformer", "VAE decode"]
     for cost in costs.values():
         assert cost.weights > 0 and cost.peak >= cost.before + cost.weights * 0.99
-    # After each stage only embeddings, latents and pictures are left: less than a quarter of the least model.
-    start, least = costs["text encoder"].before, min(cost.weights for cost in costs.values())
-    assert costs["VAE decode"].after - start < least
+    # The pictures, latents and embeddings stay; no weights do.
+    left = costs["VAE decode"].after - costs["text encoder"].before
+    assert left < 3 * 256 * 256 * 4 + 50_000 < costs["VAE decode"].weights
 
 
 @pytest.mark.parametrize("release", ["keep", "free"])
@@ -150,7 +150,7 @@ def test_prompts_of_every_kind_make_a_picture(folder):
     for prompt in ("", "雪の中の狐 🦊", "word " * 10_000):
         result = made.generate(prompt, steps=1, width=256, height=256)
         assert result.images[0].size == (256, 256)
-    assert result.truncated.startswith("word")
+    assert result.truncated.endswith("word word")
 
 
 def test_a_transformer_alone_says_what_is_missing(folder):
