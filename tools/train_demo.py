@@ -32,8 +32,8 @@ SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 # (last step, sizes as width x height, batch): small pictures first, the paper's weak-to-strong.
 STAGES = (
     (900, ((64, 64), (64, 64), (80, 48), (48, 80)), 64),
-    (2700, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
-    (3500, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336), (128, 128)), 8),
+    (3600, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
+    (4800, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336)), 8),
 )
 LEARNING_RATE = 1e-3
 BUFFER = 6000
@@ -325,9 +325,10 @@ def train_transformer(arguments):
             del buffers[old]
         if size not in buffers:
             buffers[size] = Pictures(vae, size, BUFFER)
-            for _ in range(4):
-                buffers[size].add(max(count, 16), rng)
-        buffers[size].add(count // 8 if len(buffers[size].scenes) > 1000 else count // 4, rng)
+            for _ in range(6):
+                buffers[size].add(8, rng)
+        # Encoding costs more than a training step, so once there are enough only one picture is new.
+        buffers[size].add(4 if len(buffers[size].scenes) < 400 else 1, rng)
         latents, texts = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
         loss = diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts)
