@@ -1,0 +1,60 @@
+"""Weight bytes alive in a staged run, against its largest stage: at most 1.02 times.
+
+    python benchmarks/live_weights.py [MODEL FOLDER]
+
+Parameters and buffers alive in the process are counted once each stage is loaded, and at its end. The model
+is the demo unless a folder is given.
+"""
+
+import gc
+import sys
+
+import torch
+
+from pixart_sigma.memory import Stages
+from pixart_sigma.pipeline import SigmaPipeline
+
+GATE = 1.02
+
+
+def live_weights() -> int:
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.nn.Module):
+            for tensor in (*thing.parameters(recurse=False), *thing.buffers(recurse=False)):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+class CountingStages(Stages):
+    """Stages that note the live weights while each one's model is in use."""
+
+    def run(self, name, load, use):
+        def counted(model):
+            seen[name] = live_weights()
+            return use(model)
+
+        result = super().run(name, load, counted)
+        left[name] = live_weights()
+        return result
+
+
+seen: dict[str, int] = {}
+left: dict[str, int] = {}
+
+
+def main() -> int:
+    model = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    pipeline = SigmaPipeline.from_path(model, device="cpu", measure=True)
+    pipeline.stages = CountingStages("cpu", "free", measure=True)
+    pipeline.generate("a red circle", steps=1)
+    largest = max(cost.weights for cost in pipeline.stages.costs.values())
+    for name, size in seen.items():
+        print(f"{name}: {size / 1e6:.2f} MB of weights alive in use, {left[name] / 1e6:.2f} MB after")
+    ratio = max(seen.values()) / largest
+    print(f"most alive at once: {ratio:.3f} of the largest stage, {largest / 1e6:.2f} MB (gate {GATE})")
+    return 0 if ratio <= GATE and not any(left.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
