@@ -29,12 +29,13 @@ SCALING_FACTOR = 0.13025
 MAX_TOKENS = 300
 # Patch-grid positions span [0, 32) as in every Sigma checkpoint: sample_size // 2 / scale.
 SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
-# (last step, sizes as width x height, batch): small pictures first, the paper's weak-to-strong.
-STAGES = (
-    (900, ((64, 64), (64, 64), (80, 48), (48, 80)), 64),
-    (3600, ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160)), 32),
-    (4800, ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336)), 8),
-)
+# Small pictures first and ever larger ones, the paper's weak-to-strong: (last step, sizes as width x height).
+SMALL = ((64, 64), (64, 64), (80, 48), (48, 80))
+MIDDLE = ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160))
+LARGE = ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336))
+STAGES = ((900, SMALL), (4500, SMALL + MIDDLE), (8000, MIDDLE), (11000, MIDDLE + LARGE))
+# Patches in a batch: 128 of the smallest pictures, 8 of the largest.
+PATCHES_PER_STEP = 2048
 LEARNING_RATE = 1e-3
 BUFFER = 6000
 
@@ -184,10 +185,10 @@ def train_decoder(arguments):
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     step = resume(path, vae=vae, optimizer=optimizer)
     rng = random.Random(1000 + step)
-    start, saved = time.time(), time.time()
+    start, saved, errors = time.time(), time.time(), []
     while step < arguments.decoder_steps:
         set_rate(optimizer, 1e-3, step, arguments.decoder_steps)
-        size, count = rng.choice(((64, 24), (128, 6), (256, 2)))
+        size, count = rng.choice(((64, 8), (64, 8), (128, 2), (128, 2), (256, 1)))
         pictures = (
             crops(count, size, rng) if size < 256 else render([random_scene(rng)] * count, size, size, rng)
         )
@@ -199,8 +200,11 @@ def train_decoder(arguments):
         loss = reconstruction_loss(output, pictures)
         apply(loss, optimizer, trained)
         step += 1
+        errors.append(functional.mse_loss(output, pictures).item())
         if step % 20 == 0:
-            log(f"decoder {step}: loss {loss.item():.4f}, {(time.time() - start) / 60:.1f} min")
+            psnr = sum(10 * math.log10(4 / error) for error in errors[-20:]) / 20
+            minutes = (time.time() - start) / 60
+            log(f"decoder {step}: loss {loss.item():.4f}, {psnr:.1f} dB, {minutes:.1f} min")
         if time.time() - saved > 60 or step == arguments.decoder_steps:
             save(path, step, vae=vae, optimizer=optimizer)
             saved = time.time()
@@ -318,17 +322,21 @@ def train_transformer(arguments):
     rng, buffers, total = random.Random(step), {}, STAGES[-1][0]
     start, saved, losses = time.time(), time.time(), []
     while step < total:
-        stage = next(index for index, (last, _, _) in enumerate(STAGES) if step < last)
-        _, sizes, count = STAGES[stage]
+        sizes = next(sizes for last, sizes in STAGES if step < last)
         size = rng.choice(sizes)
+        count = PATCHES_PER_STEP * 16 * 16 // (size[0] * size[1])
         for old in [old for old in buffers if old not in sizes]:
             del buffers[old]
         if size not in buffers:
             buffers[size] = Pictures(vae, size, BUFFER)
             for _ in range(6):
                 buffers[size].add(8, rng)
-        # Encoding costs more than a training step, so once there are enough only one picture is new.
-        buffers[size].add(4 if len(buffers[size].scenes) < 400 else 1, rng)
+        # Encoding costs as much as a training step, so once there are enough few pictures are new.
+        area = size[0] * size[1] / 128**2
+        if len(buffers[size].scenes) < 400 / area:
+            buffers[size].add(4, rng)
+        elif rng.random() < 1 / area:
+            buffers[size].add(1, rng)
         latents, texts = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
         loss = diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts)
@@ -351,7 +359,11 @@ def encode_texts(tokenizer, text_encoder, texts):
 
 
 def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts):
-    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16)."""
+    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16).
+
+    Noise prediction counts the more, the noisier: 1 / sqrt(signal-to-noise ratio) (arXiv 2310.08442).
+    What the words say is decided where there is nothing but noise, and there the plain error is tiny.
+    """
     noise = torch.randn_like(latents)
     timestep = torch.randint(0, 1000, (len(latents),))
     noisy = schedule.add_noise(latents, noise, timestep)
@@ -365,10 +377,11 @@ def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, text
         return_dict=False,
     )[0]
     predicted, variance = output.chunk(2, dim=1)
-    simple = functional.mse_loss(predicted, noise)
 
     products = schedule.alphas_cumprod
     current = products[timestep][:, None, None, None]
+    weight = ((1 - current) / current).sqrt().clamp(0.2, 10)
+    simple = (weight * (predicted - noise).square()).mean()
     previous = torch.where(timestep > 0, products[timestep - 1], 1.0)[:, None, None, None]
     beta = 1 - current / previous
     posterior = (beta * (1 - previous) / (1 - current)).clamp(min=1e-20)

@@ -9,9 +9,9 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as alpha
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
-from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 
 from pixart_sigma import transformer as engine
+from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.kv_compression import OFF, KVCompression
 from pixart_sigma.transformer import build_transformer, load_transformer
