@@ -33,9 +33,10 @@ SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 SMALL = ((64, 64), (64, 64), (80, 48), (48, 80))
 MIDDLE = ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160))
 LARGE = ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336))
-STAGES = ((900, SMALL), (4500, SMALL + MIDDLE), (8000, MIDDLE), (11000, MIDDLE + LARGE))
+STAGES = ((900, SMALL), (5000, SMALL + MIDDLE), (7500, MIDDLE), (9500, MIDDLE + LARGE))
 # Patches in a batch: 128 of the smallest pictures, 8 of the largest.
 PATCHES_PER_STEP = 2048
+VAE_CROP_STEPS = 1000
 LEARNING_RATE = 1e-3
 BUFFER = 6000
 
@@ -45,7 +46,7 @@ def main():
     parser.add_argument("stage", choices=("vae", "transformer", "decoder", "export"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
-    parser.add_argument("--vae-steps", type=int, default=1000)
+    parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--decoder-steps", type=int, default=600)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -100,6 +101,14 @@ def start_linear(vae: AutoencoderKL):
             resnet.conv2.bias += anchors
 
 
+def freeze_ends(vae: AutoencoderKL):
+    """Hold the constants and the last normalisations: they drift together and shift all colours at once."""
+    vae.encoder.conv_norm_out.requires_grad_(False)
+    vae.decoder.conv_norm_out.requires_grad_(False)
+    vae.encoder.mid_block.resnets[-1].conv2.bias.requires_grad_(False)
+    vae.decoder.up_blocks[-1].resnets[-1].conv2.bias.requires_grad_(False)
+
+
 def crops(count: int, size: int, rng: random.Random) -> torch.Tensor:
     """Windows of larger pictures, so that most of them hold an edge; some are whole pictures."""
     scenes = [random_scene(rng) for _ in range(count)]
@@ -126,32 +135,49 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return loss
 
 
+@torch.no_grad()
+def psnr(vae: AutoencoderKL) -> float:
+    """Mean over eight whole pictures, in dB."""
+    rng = random.Random(7)
+    pictures = render([random_scene(rng) for _ in range(8)], 128, 128, rng)
+    output = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+    return (10 * (4 / (output - pictures).square().mean((1, 2, 3))).log10()).mean().item()
+
+
 def train_vae(arguments):
     torch.manual_seed(0)
     vae, path = new_vae(), arguments.work / "vae.pt"
     start_linear(vae)
+    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    step = resume(path, vae=vae, optimizer=optimizer)
+    step = resume(path, vae=vae, average=average, optimizer=optimizer)
     rng = random.Random(step)
-    start, saved = time.time(), time.time()
-    while step < arguments.vae_steps:
-        set_rate(optimizer, 2e-3, step, arguments.vae_steps)
-        size, count = (
-            (32, 16) if step < 0.6 * arguments.vae_steps else rng.choice(((32, 16), (64, 4), (128, 1)))
-        )
-        pictures = crops(count, size, rng)
+    start, saved, total = time.time(), time.time(), arguments.vae_steps
+    while step < total:
+        if step < VAE_CROP_STEPS:
+            set_rate(optimizer, 2e-3, step, VAE_CROP_STEPS)
+            pictures = crops(16, 32, rng)
+        else:
+            freeze_ends(vae)
+            # Flat pictures: each weight's error shifts every pixel alike, so the steps must be small.
+            set_rate(optimizer, 3e-4, step - VAE_CROP_STEPS, total - VAE_CROP_STEPS)
+            size, count = rng.choice(((64, 4), (96, 2), (128, 1)))
+            pictures = render([random_scene(rng) for _ in range(count)], size, size, rng)
         # Noise of a fixed size stands for the posterior's: the latents grow to be heard above it.
         latents = vae.encode(pictures).latent_dist.mean
         output = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
         loss = reconstruction_loss(output, pictures) + 1e-3 * latents.square().mean()
         apply(loss, optimizer, vae.parameters())
+        average.update_parameters(vae)
         step += 1
-        if step % 50 == 0:
-            psnr = 10 * math.log10(4 / functional.mse_loss(output, pictures).item())
-            log(f"vae {step}: loss {loss.item():.4f}, {psnr:.1f} dB, {(time.time() - start) / 60:.1f} min")
-        if time.time() - saved > 60 or step == arguments.vae_steps:
-            save(path, step, vae=vae, optimizer=optimizer)
+        if step % 100 == 0:
+            minutes = (time.time() - start) / 60
+            quality = psnr(average.module)
+            log(f"vae {step}: loss {loss.item():.4f}, average {quality:.1f} dB, {minutes:.1f} min")
+        if time.time() - saved > 60 or step == total:
+            save(path, step, vae=vae, average=average, optimizer=optimizer)
             saved = time.time()
+    vae = average.module
     normalise_latents(vae, rng)
     save(arguments.work / "vae_final.pt", step, vae=vae)
 
@@ -182,16 +208,14 @@ def train_decoder(arguments):
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-4)
     step = resume(path, vae=vae, optimizer=optimizer)
     rng = random.Random(1000 + step)
     start, saved, errors = time.time(), time.time(), []
     while step < arguments.decoder_steps:
-        set_rate(optimizer, 1e-3, step, arguments.decoder_steps)
+        set_rate(optimizer, 3e-4, step, arguments.decoder_steps)
         size, count = rng.choice(((64, 8), (64, 8), (128, 2), (128, 2), (256, 1)))
-        pictures = (
-            crops(count, size, rng) if size < 256 else render([random_scene(rng)] * count, size, size, rng)
-        )
+        pictures = render([random_scene(rng) for _ in range(count)], size, size, rng)
         with torch.no_grad():
             latents = vae.encode(pictures).latent_dist.mean
             # The transformer's latents are never exact: the decoder learns to bear a little noise.
