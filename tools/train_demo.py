@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--vae-steps", type=int, default=2800)
-    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -205,32 +205,33 @@ def normalise_latents(vae: AutoencoderKL, rng: random.Random):
 def train_decoder(arguments):
     vae, path = new_vae(), arguments.work / "decoder.pt"
     resume(arguments.work / "vae_final.pt", vae=vae)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
+    for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
+        part.requires_grad_(False)
+    freeze_ends(vae)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-4)
-    step = resume(path, vae=vae, optimizer=optimizer)
+    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    step = resume(path, vae=vae, average=average, optimizer=optimizer)
     rng = random.Random(1000 + step)
-    start, saved, errors = time.time(), time.time(), []
-    while step < arguments.decoder_steps:
-        set_rate(optimizer, 3e-4, step, arguments.decoder_steps)
-        size, count = rng.choice(((64, 8), (64, 8), (128, 2), (128, 2), (256, 1)))
+    start, saved, total = time.time(), time.time(), arguments.decoder_steps
+    while step < total:
+        set_rate(optimizer, 2e-4, step, total)
+        size, count = rng.choice(((64, 4), (128, 1), (128, 1), (192, 1)))
         pictures = render([random_scene(rng) for _ in range(count)], size, size, rng)
         with torch.no_grad():
             latents = vae.encode(pictures).latent_dist.mean
             # The transformer's latents are never exact: the decoder learns to bear a little noise.
             latents = latents + torch.randn_like(latents) * 0.05 / SCALING_FACTOR
-        output = vae.decode(latents).sample
-        loss = reconstruction_loss(output, pictures)
+        loss = reconstruction_loss(vae.decode(latents).sample, pictures)
         apply(loss, optimizer, trained)
+        average.update_parameters(vae)
         step += 1
-        errors.append(functional.mse_loss(output, pictures).item())
-        if step % 20 == 0:
-            psnr = sum(10 * math.log10(4 / error) for error in errors[-20:]) / 20
+        if step % 100 == 0:
             minutes = (time.time() - start) / 60
-            log(f"decoder {step}: loss {loss.item():.4f}, {psnr:.1f} dB, {minutes:.1f} min")
-        if time.time() - saved > 60 or step == arguments.decoder_steps:
-            save(path, step, vae=vae, optimizer=optimizer)
+            quality = psnr(average.module)
+            log(f"decoder {step}: loss {loss.item():.4f}, average {quality:.1f} dB, {minutes:.1f} min")
+        if time.time() - saved > 60 or step == total:
+            save(path, step, vae=vae, average=average, optimizer=optimizer)
             saved = time.time()
 
 
@@ -357,9 +358,9 @@ def train_transformer(arguments):
                 buffers[size].add(8, rng)
         # Encoding costs as much as a training step, so once there are enough few pictures are new.
         area = size[0] * size[1] / 128**2
-        if len(buffers[size].scenes) < 400 / area:
+        if len(buffers[size].scenes) < 200 / area:
             buffers[size].add(4, rng)
-        elif rng.random() < 1 / area:
+        elif rng.random() < 0.5 / area:
             buffers[size].add(1, rng)
         latents, texts = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
@@ -426,8 +427,10 @@ def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, text
 def export(arguments):
     tokenizer = make_tokenizer(arguments.work)
     vae = new_vae()
-    decoder = arguments.work / "decoder.pt"
-    resume(decoder if decoder.exists() else arguments.work / "vae_final.pt", vae=vae)
+    resume(arguments.work / "vae_final.pt", vae=vae)
+    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
+    if resume(arguments.work / "decoder.pt", average=average):
+        vae = average.module
     modules = torch.nn.ModuleDict(
         {"text_encoder": new_text_encoder(tokenizer), "transformer": new_transformer()}
     )
