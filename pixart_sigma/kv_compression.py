@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import SigmaError
+from .hooks import NO_HOOKS
 
 if TYPE_CHECKING:
     from .checkpoint import TransformerConfig
@@ -170,13 +171,21 @@ class SigmaAttnProcessor:
         attention_mask=None,
         grid=None,
         kv_compression=None,
+        hooks=NO_HOOKS,
     ):
         """hidden_states (B, N, C), N = rows * columns of `grid` -> (B, N, C); additive mask (B, 1, 1, L)."""
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        name = "attn1" if encoder_hidden_states is None else "attn2"
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        queries, keys, values = hooks.before_attention(name, hidden_states, keys, keys)
+        # A hook that merged tokens has left no grid to compress.
+        if kv_compression is not None and keys.shape[1] != grid[0] * grid[1]:
+            kv_compression = None
         trained = kv_compression is not None and kv_compression.operator == "conv"
         if kv_compression is not None and not trained:
-            source = reduce_tokens(source, grid, kv_compression)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+            reduced = reduce_tokens(keys, grid, kv_compression)
+            values = reduced if values is keys else reduce_tokens(values, grid, kv_compression)
+            keys = reduced
+        query, key, value = attn.to_q(queries), attn.to_k(keys), attn.to_v(values)
         # The authors normalise over all channels and before compression, diffusers' processors per head.
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -185,8 +194,8 @@ class SigmaAttnProcessor:
         if trained:
             key, value = _convolve(attn, key, grid), _convolve(attn, value, grid)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        hidden_states = self.attention(query, key, value, attn_mask=attention_mask)
-        return attn.to_out[0](hidden_states.transpose(1, 2).flatten(2))
+        attended = hooks.attend(self.attention, query, key, value, attention_mask)
+        return hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 def reduce_tokens(tokens: torch.Tensor, grid: tuple[int, int], kv_compression: KVCompression) -> torch.Tensor:

@@ -19,6 +19,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 from .errors import SigmaError
+from .hooks import NO_HOOKS, Hooks
 from .kv_compression import KVCompression, SigmaAttnProcessor, as_trained
 
 if TYPE_CHECKING:
@@ -41,20 +42,27 @@ _swap_lock = threading.RLock()
 class SigmaBlock(BasicTransformerBlock):
     """One transformer block: self-attention, cross-attention and MLP, modulated by the timestep."""
 
-    def forward(self, hidden_states, prompt_embeds, prompt_bias, modulation, grid, kv_compression=None):
+    def forward(
+        self,
+        hidden_states,
+        prompt_embeds,
+        prompt_bias,
+        modulation,
+        grid,
+        kv_compression=None,
+        hooks=NO_HOOKS,
+    ):
         """hidden_states (B, N, C), prompt_embeds (B, L, C), modulation (B or 1, 6 * C) -> (B, N, C)."""
         modulation = modulation.unflatten(-1, (6, -1))
         modulation = self.scale_shift_table.to(modulation)[None] + modulation
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        attended = self.attn1(
-            modulate(self.norm1(hidden_states), shift_msa, scale_msa),
-            grid=grid,
-            kv_compression=kv_compression,
-        )
-        hidden_states = torch.addcmul(hidden_states, gate_msa, attended)
+        tokens = modulate(self.norm1(hidden_states), shift_msa, scale_msa)
+        tokens = self.attn1(tokens, grid=grid, kv_compression=kv_compression, hooks=hooks)
+        hidden_states = torch.addcmul(hidden_states, gate_msa, tokens)
+        del tokens  # the MLP's hidden state is the peak: one tensor of tokens is a twelfth of it
         # PixArt reads the prompt from the tokens as they are, without a norm.
         hidden_states = hidden_states + self.attn2(
-            hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=prompt_bias
+            hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=prompt_bias, hooks=hooks
         )
         fed = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return torch.addcmul(hidden_states, gate_mlp, fed)
@@ -90,6 +98,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
         prompt_embeds: torch.Tensor,
         prompt_mask: torch.Tensor | None = None,
         kv_compression: KVCompression | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
 
@@ -97,9 +106,9 @@ class SigmaTransformer(PixArtTransformer2DModel):
         bottom by their last column and row, and cropped back. timestep 0 to 999, one or (B,). prompt_embeds
         (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
         which is the fast path. kv_compression: None is as the checkpoint was trained (not at all, for all
-        public ones), `kv_compression.OFF` never. Settings hold for this call alone. Returns the predicted
-        noise (B, 4, h, w); the learned-variance channels are dropped. Raises SigmaError if shapes or the
-        compression do not fit this transformer.
+        public ones), `kv_compression.OFF` never. hooks: what to change on the way. Settings hold for this
+        call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
+        Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
         self._check(latents, timestep, prompt_embeds, prompt_mask)
@@ -121,7 +130,9 @@ class SigmaTransformer(PixArtTransformer2DModel):
 
         for index, block in enumerate(self.transformer_blocks):
             compressed = kv_compression is not None and index in kv_compression.layers
-            hidden_states = block(
+            hidden_states, prompt_embeds = hooks.run_block(
+                index,
+                block,
                 hidden_states,
                 prompt_embeds,
                 prompt_bias,
