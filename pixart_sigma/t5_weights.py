@@ -1,6 +1,7 @@
 """What a T5 encoder checkpoint holds: its config, its precision, and its weights ready for transformers."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -34,6 +35,21 @@ class Float8Weight:
             scale = self.scale.float()
             weight = weight * (scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1))
         return weight[index]
+
+
+class WatchedWeight:
+    """A weight that tells when it is read, the way transformers reads it."""
+
+    def __init__(self, weight, read):
+        self.weight, self.read = weight, read
+
+    def __getitem__(self, index):
+        value = self.weight[index]
+        self.read()
+        return value
+
+    def is_floating_point(self) -> bool:
+        return self.weight.is_floating_point()
 
 
 def read_t5(path: Path):
@@ -250,6 +266,25 @@ def expected_shapes(config, path: Path | str = "config") -> dict[str, tuple[int,
             f"{path}: the encoder's config does not describe a T5 encoder: {error}"
         ) from error
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if "embed_tokens" not in key}
+
+
+def expected_nbytes(weights: dict, precision: str, dtype: torch.dtype) -> int:
+    """Bytes the encoder will occupy in a precision, computing in dtype."""
+    total = 0
+    for key, weight in weights.items():
+        stored = weight.weight if isinstance(weight, Float8Weight) else weight
+        linear = LINEAR.search(key)
+        if stored.dtype in (torch.int8, torch.uint8) or QUANTIZED_COMPANION.match(key):
+            total += stored.nbytes
+        elif linear and linear[1] == "wo":  # never quantised, and never in fp16
+            total += stored.numel() * (2 if dtype == torch.bfloat16 else 4)
+        elif linear and precision == "int8":  # one fp32 scale per row
+            total += stored.numel() + 4 * stored.shape[0]
+        elif linear and precision in ("nf4", "fp4"):  # one fp32 scale per 64 numbers
+            total += stored.numel() // 2 + 4 * math.ceil(stored.numel() / 64) + 64
+        else:
+            total += stored.numel() * dtype.itemsize
+    return total
 
 
 def _shape(weight) -> tuple[int, ...]:

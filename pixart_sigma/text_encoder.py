@@ -1,5 +1,6 @@
 """The T5 text encoder in every precision: a prompt in, embeddings of its real tokens out."""
 
+import itertools
 import logging
 import math
 import shutil
@@ -12,10 +13,11 @@ import torch
 
 from .caption_cleaning import prepare_prompt
 from .errors import CheckpointError, SigmaError
-from .t5_weights import read_t5
+from .t5_weights import WatchedWeight, expected_nbytes, read_t5
 
 PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
 QUANTIZED = ("int8", "nf4", "fp4")
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_TOKENS = 300  # the length PixArt-Sigma was trained with, end token included
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
@@ -42,7 +44,9 @@ class TextEncoder:
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
 
     @classmethod
-    def load(cls, path, tokenizer=None, precision: str | None = None, device="cpu") -> "TextEncoder":
+    def load(
+        cls, path, tokenizer=None, precision: str | None = None, device="cpu", progress=None
+    ) -> "TextEncoder":
         """Load a T5 encoder.
 
         path: a Hugging Face folder (in shards or not; one that transformers saved in int8, nf4 or fp4 loads
@@ -53,27 +57,22 @@ class TextEncoder:
         precision: one of PRECISIONS; None is the saved precision of a quantised folder, else int8. The
             quantised ones compute in bf16 where the device has it, else in fp16. `wo` is never quantised,
             and stays fp32 beside fp16, in which it overflows.
+        progress: called as progress(weights read, all weights), perhaps from another thread; what it raises
+            stops the loading.
 
         Raises SigmaError for a wrong precision, a missing tokenizer, GGUF, and a precision other than the one
         the folder was quantised in; CheckpointError for files that do not hold exactly one T5 encoder.
         """
-        path = Path(path)
-        if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
-            path = path / "text_encoder"
-        if precision is not None and precision not in PRECISIONS:
-            raise SigmaError(
-                f"Unknown text encoder precision {precision!r}: use one of {', '.join(PRECISIONS)}."
-            )
         device = check_device(device)
-
-        config, weights, saved = read_t5(path)
-        if saved and precision not in (None, saved):
-            raise SigmaError(
-                f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
-                "or load the original encoder: quantising twice would lose quality."
-            )
-        precision = precision or saved or "int8"
+        path, config, weights, precision = read_encoder(path, precision)
         loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
+        if progress is not None:
+            done = itertools.count(1)  # atomic, unlike +=
+            total = len(weights)
+            weights = {
+                key: WatchedWeight(weight, lambda: progress(next(done), total))
+                for key, weight in weights.items()
+            }
         return cls(build_model(config, weights, precision, device, path), loaded_tokenizer, precision)
 
     @property
@@ -112,14 +111,54 @@ class TextEncoder:
             first_cut = tokens["offset_mapping"][MAX_TOKENS - 1][0]
             truncated = text[first_cut:].strip()
             ids = [*ids[: MAX_TOKENS - 1], self.tokenizer.eos_token_id]
+        return Encoded(self.encode_ids(ids), truncated)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: list[int], layer: int = -1) -> torch.Tensor:
+        """The embeddings (1, n, C) of n token ids, after the layer that counts from the end.
+
+        Raises SigmaError when the encoder overflows or has no such layer.
+        """
+        layers = self.model.config.num_layers
+        if not -layers <= layer <= -1:
+            raise SigmaError(f"The text encoder has no layer {layer}: use a number from {-layers} to -1.")
         input_ids = torch.tensor([ids], device=self.device)
-        prompt_embeds = self.model(input_ids=input_ids).last_hidden_state
+        if layer == -1:
+            prompt_embeds = self.model(input_ids=input_ids).last_hidden_state
+        else:
+            hidden = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states[layer]
+            prompt_embeds = self.model.encoder.final_layer_norm(hidden)
         if not torch.isfinite(prompt_embeds).all():
             raise SigmaError(
                 f"The text encoder produced numbers that are not finite in {self.precision}. "
                 "Use bf16 or int8, or check the encoder's file."
             )
-        return Encoded(prompt_embeds, truncated)
+        return prompt_embeds
+
+
+def read_encoder(path, precision: str | None = None):
+    """What TextEncoder.load builds from: (path of the encoder, T5Config, weights, precision). Weights are
+    memory-mapped. Raises SigmaError and CheckpointError as TextEncoder.load."""
+    path = Path(path)
+    if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
+        path = path / "text_encoder"
+    if precision is not None and precision not in PRECISIONS:
+        raise SigmaError(f"Unknown text encoder precision {precision!r}: use one of {', '.join(PRECISIONS)}.")
+    config, weights, saved = read_t5(path)
+    if saved and precision not in (None, saved):
+        raise SigmaError(
+            f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
+            "or load the original encoder: quantising twice would lose quality."
+        )
+    return path, config, weights, precision or saved or "int8"
+
+
+def describe_encoder(path, tokenizer=None, precision: str | None = None, device="cpu") -> tuple:
+    """(tokenizer, bytes) of the encoder that TextEncoder.load would give, without loading its weights."""
+    path, config, weights, precision = read_encoder(path, precision)
+    dtype = PLAIN.get(precision) or compute_dtype(check_device(device))
+    loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
+    return loaded_tokenizer, expected_nbytes(weights, precision, dtype)
 
 
 def pad_embeds(embeds: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -200,8 +239,7 @@ def build_model(config, weights: dict, precision: str, device: torch.device, pat
     """Build transformers' T5EncoderModel from weights that were checked, quantising layer by layer."""
     from transformers import T5EncoderModel
 
-    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype = plain.get(precision) or compute_dtype(device)
+    dtype = PLAIN.get(precision) or compute_dtype(device)
     quantization = None
     if precision in QUANTIZED:
         for package in ("bitsandbytes", "accelerate"):

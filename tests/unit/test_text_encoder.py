@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pixart_sigma.caption_cleaning import prepare_prompt
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.t5_weights import config_from_shapes, expected_shapes
-from pixart_sigma.text_encoder import TextEncoder, compute_dtype, pad_embeds, quantize_t5
+from pixart_sigma.text_encoder import TextEncoder, compute_dtype, describe_encoder, pad_embeds, quantize_t5
 
 WORDS = "a small red fox with happy face in the snow, lake and mountain at night".split()
 VOCABULARY = 256
@@ -214,6 +214,42 @@ def test_int8_nbytes_are_counted_from_shapes(folder):
     assert encoder.nbytes == expected
     encoder.encode(PROMPT)
     assert encoder.nbytes == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "fp16", "fp32", "saved int8", "saved nf4"])
+def test_size_and_progress_are_known_before_the_weights_are(folder, tmp_path, precision):
+    path = folder
+    if precision.startswith("saved "):
+        path, precision = tmp_path / "saved", precision.removeprefix("saved ")
+        quantize_t5(folder, path, precision)
+    tokenizer, nbytes = describe_encoder(path, precision=precision)
+    told = []
+    encoder = TextEncoder.load(path, precision=precision, progress=lambda *call: told.append(call))
+    assert nbytes == pytest.approx(encoder.nbytes, rel=0.02)
+    assert tokenizer(PROMPT)["input_ids"] == encoder.tokenizer(PROMPT)["input_ids"]
+    done, total = zip(*told, strict=True)
+    assert sorted(done) == list(range(1, total[0] + 1))
+    direct = TextEncoder.load(path, precision=precision)
+    assert torch.equal(encoder.encode(PROMPT).prompt_embeds, direct.encode(PROMPT).prompt_embeds)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])  # read in this thread, and in others
+def test_progress_can_stop_the_loading(folder, precision):
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TextEncoder.load(folder, precision=precision, progress=stop)
+
+
+def test_an_earlier_layer(exact):
+    ids = exact.tokenizer(PROMPT)["input_ids"]
+    assert torch.equal(exact.encode_ids(ids), exact.encode(PROMPT).prompt_embeds)
+    hidden = exact.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1]
+    assert torch.equal(exact.encode_ids(ids, -2), exact.model.encoder.final_layer_norm(hidden))
+    with pytest.raises(SigmaError, match="no layer -3: use a number from -2"):
+        exact.encode_ids(ids, -3)
 
 
 def test_int8_does_not_log_a_cast_per_layer(folder, caplog):
