@@ -5,8 +5,12 @@ public name is first used.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+# The folder of the model that comes with the pack.
+DEMO = Path(__file__).parent / "demo"
 
 _MODULE_OF = {
     "SigmaError": "errors",
@@ -20,7 +24,7 @@ _MODULE_OF = {
     "pick_size": "aspect_ratio",
 }
 
-__all__ = ["__version__", *_MODULE_OF]
+__all__ = ["DEMO", "__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):

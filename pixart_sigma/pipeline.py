@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import kv_compression
+from . import DEMO, kv_compression
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .checkpoint import Checkpoint, find_components, inspect
 from .errors import CheckpointError, SigmaError
@@ -16,8 +16,6 @@ from .sampling import Step, check_settings, default_guidance, denoise, get_noise
 from .text_encoder import TextEncoder, pad_embeds
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
-
-DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,26 @@ SD15_SCALING_FACTOR = 0.18215
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
-    """An AutoencoderKL in eval mode, without gradients.
+    """An AutoencoderKL in eval mode, without gradients, from what `read_vae` reads; it raises the same."""
+    state_dict, config = read_vae(path)
+    if any(key.startswith("decoder.mid.") for key in state_dict):
+        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    state_dict = {key: tensor.to(device, dtype) for key, tensor in state_dict.items()}
+    missing, left_over = vae.load_state_dict(state_dict, strict=False, assign=True)
+    if missing or left_over:
+        word, key = ("lacks", missing[0]) if missing else ("has the unknown key", left_over[0])
+        raise CheckpointError(f"{path} {word} {key}: it is damaged, or the VAE of another model.")
+    return vae.eval().requires_grad_(False)
+
+
+def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights of a VAE and its configuration in diffusers' words.
 
     `path` is a diffusers folder (`config.json` and weights) or one file, in diffusers' keys or in the keys
     of the original release that ComfyUI uses, with or without `first_stage_model.` in front.
-    Raises CheckpointError for another kind of model, and for missing or left-over keys.
+    Raises CheckpointError for another kind of model, and for the VAE of Stable Diffusion 1.x.
     """
     path = Path(path)
     state_dict = {
@@ -42,16 +57,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str =
             f"{path} makes latents of {config['latent_channels']} channels; "
             "PixArt-Sigma needs the SDXL VAE with 4."
         )
-    if any(key.startswith("decoder.mid.") for key in state_dict):
-        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
-    state_dict = {key: tensor.to(device, dtype) for key, tensor in state_dict.items()}
-    missing, left_over = vae.load_state_dict(state_dict, strict=False, assign=True)
-    if missing or left_over:
-        word, key = ("lacks", missing[0]) if missing else ("has the unknown key", left_over[0])
-        raise CheckpointError(f"{path} {word} {key}: it is damaged, or the VAE of another model.")
-    return vae.eval().requires_grad_(False)
+    return state_dict, config
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
