@@ -1,7 +1,8 @@
 """Train the demo model from nothing, on a CPU, on pictures drawn by demo_pictures.py.
 
     python tools/train_demo.py vae          an AutoencoderKL with the SDXL VAE's four levels
-    python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
+    python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
+   python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from demo_pictures import COLORS, caption, random_scene, render
+from demo_pictures import COLORS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, caption, random_scene, render
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -33,7 +34,7 @@ SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 SMALL = ((64, 64), (64, 64), (80, 48), (48, 80))
 MIDDLE = ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160))
 LARGE = ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336))
-STAGES = ((900, SMALL), (5000, SMALL + MIDDLE), (7500, MIDDLE), (9500, MIDDLE + LARGE))
+STAGES = ((5900, SMALL), (7300, SMALL[:1] + MIDDLE), (9000, MIDDLE[:2] + LARGE))
 # Patches in a batch: 128 of the smallest pictures, 8 of the largest.
 PATCHES_PER_STEP = 2048
 VAE_CROP_STEPS = 1000
@@ -43,17 +44,22 @@ BUFFER = 6000
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "transformer", "decoder", "export"))
+    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--vae-steps", type=int, default=2800)
+    parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1200)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "transformer": train_transformer, "decoder": train_decoder, "export": export}[
-        arguments.stage
-    ](arguments)
+    {
+        "vae": train_vae,
+        "text": train_text_encoder,
+        "transformer": train_transformer,
+        "decoder": train_decoder,
+        "export": export,
+    }[arguments.stage](arguments)
 
 
 # -- VAE ------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ def make_tokenizer(work: Path) -> T5Tokenizer:
 
 
 def new_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    return T5EncoderModel(
+    text_encoder = T5EncoderModel(
         T5Config(
             vocab_size=math.ceil(len(tokenizer) / 64) * 64,
             d_model=128,
@@ -276,6 +282,22 @@ def new_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
             dropout_rate=0.0,
         )
     )
+    look_at_neighbours(text_encoder)
+    return text_encoder
+
+
+@torch.no_grad()
+def look_at_neighbours(text_encoder: T5EncoderModel):
+    """Start with one head that reads the token before, one the token after, and one the four on each side.
+
+    Word order enters T5 by these biases alone. From T5's own start, near zero, they take thousands of steps
+    to grow, and until then the encoder knows which colours are named but not of what.
+    """
+    bias = text_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    before, after = slice(1, 5), slice(17, 21)  # rows of the distances 1 to 4
+    bias.zero_()
+    bias[before.start, 0] = bias[after.start, 1] = 5
+    bias[before, 2] = bias[after, 2] = 3
 
 
 def new_transformer() -> PixArtTransformer2DModel:
@@ -324,8 +346,63 @@ class Pictures:
 
     def batch(self, count: int, rng: random.Random):
         chosen = [rng.randrange(len(self.scenes)) for _ in range(count)]
-        texts = ["" if rng.random() < 0.1 else caption(self.scenes[row], rng) for row in chosen]
-        return self.latents[chosen], texts
+        scenes = [self.scenes[row] for row in chosen]
+        texts = ["" if rng.random() < 0.1 else caption(scene, rng) for scene in scenes]
+        return self.latents[chosen], texts, scenes
+
+
+class Reader(nn.Module):
+    """Reads what a caption says by attention to its tokens, as the transformer does; used in training alone.
+
+    Real T5 knows language before Sigma meets it. The transformer's error alone teaches this one the colours
+    soon, but only very slowly what each was said of.
+    """
+
+    ANSWERS = (None, *COLORS, *SHAPES, *SIZES, *POSITIONS, *RELATIONS)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.questions = nn.Parameter(torch.randn(10, width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.answer = nn.Linear(width, len(self.ANSWERS))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        """Mean cross-entropy of the answers to ten questions about hidden (B, L, width)."""
+        said = torch.tensor(
+            [[self.ANSWERS.index(answer) for answer in self.facts(scene)] for scene in scenes]
+        )
+        questions = self.questions.expand(len(hidden), -1, -1)
+        read = self.attention(questions, hidden, hidden, key_padding_mask=mask == 0, need_weights=False)[0]
+        return functional.cross_entropy(self.answer(read).flatten(0, 1), said.flatten())
+
+    @staticmethod
+    def facts(scene: Scene) -> list[str | None]:
+        facts = [scene.background, scene.relation]
+        for thing in (*scene.objects, None)[:2]:
+            facts += [thing.color, thing.shape, thing.size, thing.position] if thing else [None] * 4
+        return facts
+
+
+def train_text_encoder(arguments):
+    torch.manual_seed(0)
+    tokenizer, path = make_tokenizer(arguments.work), arguments.work / "text_encoder.pt"
+    text_encoder = new_text_encoder(tokenizer)
+    modules = torch.nn.ModuleDict(
+        {"text_encoder": text_encoder, "reader": Reader(text_encoder.config.d_model)}
+    )
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    step = resume(path, modules=modules, optimizer=optimizer)
+    rng, start = random.Random(step), time.time()
+    while step < arguments.text_steps:
+        set_rate(optimizer, LEARNING_RATE, step, arguments.text_steps)
+        scenes = [random_scene(rng) for _ in range(128)]
+        hidden, mask = encode_texts(tokenizer, text_encoder, [caption(scene, rng) for scene in scenes])
+        loss = modules["reader"](hidden, mask, scenes)
+        apply(loss, optimizer, modules.parameters())
+        step += 1
+        if step % 50 == 0:
+            log(f"text {step}: reading {loss.item():.4f}, {(time.time() - start) / 60:.1f} min")
+            save(path, step, modules=modules, optimizer=optimizer)
 
 
 def train_transformer(arguments):
@@ -336,11 +413,18 @@ def train_transformer(arguments):
     vae.requires_grad_(False)
     text_encoder, transformer = new_text_encoder(tokenizer), new_transformer()
     initialise(transformer)
+    reader = Reader(text_encoder.config.d_model)
+    if not resume(
+        arguments.work / "text_encoder.pt",
+        modules=torch.nn.ModuleDict({"text_encoder": text_encoder, "reader": reader}),
+    ):
+        raise SystemExit("Train T5 first: python tools/train_demo.py text")
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
     average = torch.optim.swa_utils.AveragedModel(modules, avg_fn=ema)
     optimizer = torch.optim.AdamW(
         modules.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
+    reader_optimizer = torch.optim.AdamW(reader.parameters(), lr=LEARNING_RATE)
     path = arguments.work / "transformer.pt"
     step = resume(path, modules=modules, average=average, optimizer=optimizer)
     schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
@@ -358,20 +442,28 @@ def train_transformer(arguments):
                 buffers[size].add(8, rng)
         # Encoding costs as much as a training step, so once there are enough few pictures are new.
         area = size[0] * size[1] / 128**2
-        if len(buffers[size].scenes) < 200 / area:
+        if len(buffers[size].scenes) < 120 / area:
             buffers[size].add(4, rng)
         elif rng.random() < 0.5 / area:
             buffers[size].add(1, rng)
-        latents, texts = buffers[size].batch(count, rng)
+        latents, texts, scenes = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
-        loss = diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts)
-        apply(loss, optimizer, modules.parameters())
+        hidden, mask = encode_texts(tokenizer, text_encoder, texts)
+        loss = diffusion_loss(transformer, schedule, latents, hidden, mask)
+        spoken = [row for row, text in enumerate(texts) if text]
+        reading = reader(hidden[spoken], mask[spoken], [scenes[row] for row in spoken])
+        reader_optimizer.zero_grad()
+        apply(loss + 0.02 * reading, optimizer, modules.parameters())
+        reader_optimizer.step()
         average.update_parameters(modules)
         step += 1
         losses.append(loss.item())
         if step % 50 == 0:
             mean = sum(losses[-50:]) / 50
-            log(f"transformer {step} {size}: loss {mean:.4f}, {(time.time() - start) / 60:.1f} min")
+            minutes = (time.time() - start) / 60
+            log(
+                f"transformer {step} {size}: loss {mean:.4f}, reading {reading.item():.3f}, {minutes:.1f} min"
+            )
         if time.time() - saved > 90 or step == total:
             save(path, step, modules=modules, average=average, optimizer=optimizer)
             saved = time.time()
@@ -383,16 +475,16 @@ def encode_texts(tokenizer, text_encoder, texts):
     return hidden, tokens.attention_mask
 
 
-def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, texts):
+def diffusion_loss(transformer, schedule, latents, hidden, mask):
     """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16).
 
-    Noise prediction counts the more, the noisier: 1 / sqrt(signal-to-noise ratio) (arXiv 2310.08442).
-    What the words say is decided where there is nothing but noise, and there the plain error is tiny.
+    Noise prediction is weighted by 1 / signal-to-noise ratio, within bounds, which makes it the error of the
+    predicted picture. What the words say is decided where there is nothing but noise, and the plain error is
+    tiny there: without the weight, colours are drawn but not on what they were said of.
     """
     noise = torch.randn_like(latents)
     timestep = torch.randint(0, 1000, (len(latents),))
     noisy = schedule.add_noise(latents, noise, timestep)
-    hidden, mask = encode_texts(tokenizer, text_encoder, texts)
     output = transformer(
         noisy,
         encoder_hidden_states=hidden,
@@ -405,7 +497,7 @@ def diffusion_loss(tokenizer, text_encoder, transformer, schedule, latents, text
 
     products = schedule.alphas_cumprod
     current = products[timestep][:, None, None, None]
-    weight = ((1 - current) / current).sqrt().clamp(0.2, 10)
+    weight = ((1 - current) / current).clamp(0.2, 300)
     simple = (weight * (predicted - noise).square()).mean()
     previous = torch.where(timestep > 0, products[timestep - 1], 1.0)[:, None, None, None]
     beta = 1 - current / previous
