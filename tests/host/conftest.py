@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from server import PACK, Server  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def host() -> Path:
@@ -15,16 +18,25 @@ def host() -> Path:
     return folder
 
 
+# The pack as ComfyUI loads it: a package under a folder name that it does not choose.
+START = f"""
+import importlib.util, os, sys
+sys.path.insert(0, ".")
+import comfy.options
+comfy.options.enable_args_parsing()
+spec = importlib.util.spec_from_file_location("pack", {str(PACK / "__init__.py")!r})
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+"""
+
+
 @pytest.fixture
 def run_in_host(host):
-    """Runs a script with ComfyUI's modules importable, on the CPU; gives its standard output."""
+    """Runs a script with ComfyUI's modules and `pack` importable, on the CPU; gives its standard output."""
 
     def run(script: str, *arguments) -> str:
-        start = (
-            "import sys; sys.path.insert(0, '.'); import comfy.options; comfy.options.enable_args_parsing()\n"
-        )
         done = subprocess.run(
-            [sys.executable, "-c", start + script, "--cpu"],
+            [sys.executable, "-c", START + script, "--cpu"],
             cwd=host,
             env=os.environ | {f"ARGUMENT_{index}": str(value) for index, value in enumerate(arguments)},
             capture_output=True,
@@ -35,3 +47,11 @@ def run_in_host(host):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server(host, tmp_path_factory):
+    """A running ComfyUI with a copy of this pack."""
+    running = Server(host, tmp_path_factory.mktemp("comfyui"))
+    yield running
+    running.stop()

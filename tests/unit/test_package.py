@@ -12,6 +12,8 @@ import pixart_sigma
 
 PACKAGE = Path(pixart_sigma.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+NODES = PACKAGE.parent / "nodes"
+NODE_SOURCES = sorted(NODES.rglob("*.py"))
 
 
 def imported_names(source: str) -> list[tuple[int, str]]:
@@ -47,7 +49,7 @@ def test_import_from_a_name_that_is_not_there():
         exec("from pixart_sigma import no_such_name")
 
 
-@pytest.mark.parametrize("name", [name for name in pixart_sigma.__all__ if name != "__version__"])
+@pytest.mark.parametrize("name", sorted(set(pixart_sigma.__all__) - {"__version__", "DEMO"}))
 def test_public_names_resolve(name):
     assert callable(getattr(pixart_sigma, name))
     assert name in dir(pixart_sigma)
@@ -66,6 +68,20 @@ def test_imports_stay_inside_the_engine(path):
             )
             assert root != "pixart_sigma", f"{path.name} imports {module} by its absolute name"
         assert level <= depth, f"{path.name} reaches outside the package"
+
+
+@pytest.mark.parametrize("path", NODE_SOURCES, ids=lambda path: path.relative_to(NODES).as_posix())
+def test_only_one_folder_of_the_nodes_knows_the_host(path):
+    in_host = path.parent.name == "host"
+    for level, module in imported_names(path.read_text(encoding="utf-8")):
+        root = module.partition(".")[0]
+        if level == 0:
+            assert root not in {"pixart_sigma", "diffusers"} or root == "diffusers" and in_host, (
+                f"{path.name} imports {module} by its absolute name"
+            )
+            from_host = root.startswith("comfy") or root in {"nodes", "folder_paths", "latent_preview"}
+            assert in_host or not from_host, f"{path.name} imports {module} from the host"
+        assert level <= len(path.relative_to(NODES).parts) + 1, f"{path.name} reaches outside the pack"
 
 
 def test_the_import_reader_sees_every_form():

@@ -1,0 +1,18 @@
+"""The nodes, in the order in which a picture passes them."""
+
+from .host.api import HOST_VERSION, ComfyExtension
+
+OLDEST_HOST = (0, 26)
+
+
+class SigmaExtension(ComfyExtension):
+    async def get_node_list(self):
+        version = tuple(int(part) for part in HOST_VERSION.split(".")[:2])
+        if version < OLDEST_HOST:
+            raise RuntimeError(
+                f"The PixArt-Sigma nodes need ComfyUI 0.26 or newer, and this is {HOST_VERSION}. "
+                "Update ComfyUI."
+            )
+        from . import decode, loaders, memory, sampling, size, text
+
+        return [node for module in (loaders, text, size, sampling, decode, memory) for node in module.NODES]

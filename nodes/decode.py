@@ -1,0 +1,103 @@
+"""From latents to pictures, at the size that was asked for."""
+
+from ..pixart_sigma.errors import SigmaError
+from .host.api import io
+
+# In latent pixels: tiles of 512 pixels.
+TILE = 64
+OVERLAP = 16
+
+
+class VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaVAEDecode",
+            display_name="Σ VAE Decode",
+            category="PixArt Sigma",
+            description="Turns latents into pictures, crops them to the size that was asked for, and "
+            "releases the VAE.",
+            search_aliases=["decode", "vae decode", "latent to image", "tiled decode", "crop"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="What the sampler made."),
+                io.Vae.Input("vae", tooltip="The SDXL VAE, or the demo's for the demo transformer."),
+                io.Combo.Input(
+                    "tiling",
+                    options=["auto", "off", "on"],
+                    default="auto",
+                    tooltip="auto decodes the whole picture, and in tiles only if memory runs out. Tiles "
+                    "need less memory and can differ slightly in tone. off fails rather than use tiles.",
+                ),
+                io.Int.Input(
+                    "asked_width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    tooltip="Scale and crop to this width, from Aspect-Ratio Bucket. 0 leaves the size.",
+                ),
+                io.Int.Input(
+                    "asked_height",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    tooltip="With asked_width. 0 leaves the size.",
+                ),
+                io.Combo.Input(
+                    "after_use",
+                    options=["keep", "offload", "free"],
+                    default="keep",
+                    tooltip="What happens to the VAE afterwards. keep leaves it where it is, offload moves "
+                    "it out of the GPU, free also drops it from RAM where it can.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, tiling, asked_width, asked_height, after_use):
+        from .host.memory import record
+        from .host.release import release
+
+        latents = samples["samples"]
+        check_latents(latents)
+        if bool(asked_width) != bool(asked_height):
+            raise ValueError(
+                f"The asked size is {asked_width}x{asked_height}. Give both, or 0 for both to leave the size."
+            )
+        with record("Decode"):
+            try:
+                pictures = _decode(vae, latents, tiling)
+            finally:
+                release(vae, after_use)
+        if asked_width:
+            from ..pixart_sigma.aspect_ratio import crop_back
+
+            pictures = crop_back(pictures.movedim(-1, 1), asked_width, asked_height).movedim(1, -1)
+        return io.NodeOutput(pictures)
+
+
+def check_latents(latents):
+    """SigmaError for latents that are not finite or not those of an SDXL VAE, (B, 4, h, w)."""
+    if latents.ndim != 4 or latents.shape[1] != 4:
+        raise SigmaError(
+            f"These latents have the shape {tuple(latents.shape)}; the SDXL VAE decodes (batch, 4, height, "
+            "width). They come from another kind of model."
+        )
+    if not latents.isfinite().all():
+        raise SigmaError(
+            "The latents contain values that are not numbers, so there is no picture in them. Sample again "
+            "in bf16 or fp32, or with a lower cfg."
+        )
+
+
+def _decode(vae, latents, tiling):
+    if tiling == "on":
+        return vae.decode_tiled(latents, tile_x=TILE, tile_y=TILE, overlap=OVERLAP)
+    if tiling == "off":
+        from .host.vae import decode_whole
+
+        return decode_whole(vae, latents)
+    return vae.decode(latents)
+
+
+NODES = [VAEDecode]

@@ -1,0 +1,86 @@
+"""Patches made for the host's own PixArt, applied to the same weights under our names.
+
+The host finds a LoRA's targets by the authors' names, in which q, k and v are one tensor; ours are three.
+"""
+
+from collections import defaultdict
+
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+
+from ...pixart_sigma.original_keys import BLOCK_MODULES, FUSED, MODULES, to_diffusers_keys
+
+PREFIX = "diffusion_model."
+EMPTY = torch.empty(0)  # stands in the state dict for the weights that have another name with us
+
+
+def original_names(layers: int) -> list[str]:
+    """The authors' names of all weights that a LoRA may be for."""
+    modules = [*MODULES]
+    modules += [f"blocks.{layer}.{name}" for layer in range(layers) for name in (*FUSED, *BLOCK_MODULES)]
+    return [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
+
+
+def add_translated(add, patches: dict, width: int) -> list:
+    """Give `add(patches)` our patches for the host's; returns those of the host's keys that were applied."""
+    # A file may hold one patch for q, k and v together and another for q: the same key twice.
+    rounds = []
+    targets = defaultdict(list)
+    for key, patch in patches.items():
+        for target, part in translate(key, patch, width):
+            chosen = next((made for made in rounds if target not in made), None)
+            if chosen is None:
+                chosen = {}
+                rounds.append(chosen)
+            chosen[target] = part
+            targets[key].append(target)
+    applied = {target for made in rounds for target in add(made)}
+    return [key for key in patches if all(target in applied for target in targets[key])]
+
+
+def translate(key, patch, width: int) -> list[tuple]:
+    """(key, patch) for each of our weights that a patch of the host is for.
+
+    Keys are a weight's name or (name, (dimension, start, length)). `width` is the rows that q, k and v have
+    each. What can not be translated is returned as it is.
+    """
+    name, *where = (key,) if isinstance(key, str) else key
+    names = to_diffusers_keys(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else ()
+    if len(names) == 1:
+        renamed = PREFIX + names[0]
+        return [((renamed, *where) if where else renamed, patch)]
+    offset, *function = where or (None,)
+    parts = [((0, index * width, width), PREFIX + part) for index, part in enumerate(names)]
+    if offset is not None:
+        exact = dict(parts).get(tuple(offset))
+        return [((exact, None, *function) if function else exact, patch)] if exact else [(key, patch)]
+    split = [(part, rows_of(patch, rows[1], width, width * len(names))) for rows, part in parts]
+    return split if split and all(part is not None for _, part in split) else [(key, patch)]
+
+
+def rows_of(patch, start: int, count: int, total: int):
+    """The part of a patch for `total` rows that changes `count` rows from `start`, or None."""
+    if isinstance(patch, WeightAdapterBase):
+        return RowsAdapter(patch.loaded_keys, (patch, start, total))
+    if isinstance(patch, tuple) and len(patch) == 2 and patch[0] in ("diff", "set"):
+        tensor, *settings = patch[1]
+        if len(tensor) == total:
+            return patch[0], (tensor.narrow(0, start, count), *settings)
+    return None
+
+
+class RowsAdapter(WeightAdapterBase):
+    """Some rows of what another adapter does; `weights` are that one, the first row, and how many it has."""
+
+    name = "rows"
+
+    def __init__(self, loaded_keys, weights):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    def calculate_weight(self, weight, *arguments, **settings):
+        adapter, start, total = self.weights
+        whole = weight.new_zeros(total, *weight.shape[1:])
+        rows = slice(start, start + len(weight))
+        whole[rows] = weight
+        return adapter.calculate_weight(whole, *arguments, **settings)[rows]

@@ -1,0 +1,54 @@
+"""The engine's transformer with the forward pass that the host calls.
+
+Importing this imports diffusers, so nodes do it when they run.
+"""
+
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from ...pixart_sigma.transformer import SigmaTransformer, layer_classes
+from .hooks import KV_COMPRESSION, HostHooks, attention
+
+
+class SigmaNetwork(SigmaTransformer):
+    # diffusers looks for it in the weights, which the host may keep elsewhere or in another one.
+    dtype = None
+
+    def forward(
+        self,
+        x,
+        timesteps,
+        context,
+        context_mask=None,
+        control=None,
+        transformer_options=None,
+        **kwargs,
+    ):
+        """x (B, 4, h, w), timesteps (B,), context (B, L, C), context_mask (B, L) or None -> noise like x."""
+        options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        # The wrappers expect the options to be the last argument.
+        return executor.execute(x, timesteps, context, context_mask, control, options, **kwargs)
+
+    def _forward(self, x, timesteps, context, context_mask, control, transformer_options, **kwargs):
+        config = self.sigma_config
+        hooks = HostHooks(
+            transformer_options,
+            x,
+            config.num_layers,
+            config.num_attention_heads,
+            config.attention_head_dim,
+        )
+        setting = transformer_options.get(KV_COMPRESSION)
+        return super().forward(x, timesteps, context, context_mask, setting, hooks)
+
+    def forget_sizes(self):
+        """Drop the positions of the sizes seen so far, which lie on the device."""
+        self._positions.clear()
+
+
+def build_network(config, operations) -> SigmaNetwork:
+    """The transformer without weights, of the host's layer classes."""
+    with layer_classes(operations), torch.device("meta"):
+        return SigmaNetwork(config, attention)

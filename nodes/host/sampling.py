@@ -1,0 +1,132 @@
+"""Our sampler on the host's own: its noise, masks, previews and progress."""
+
+import logging
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+
+from ...pixart_sigma.errors import SigmaError
+from .hooks import KV_COMPRESSION
+
+REFERENCE = "reference"
+LAST_TIMESTEP = 999
+
+
+def sampler_names() -> list[str]:
+    """The host's samplers, the reference pipeline's first."""
+    names = list(comfy.samplers.KSampler.SAMPLERS)
+    return sorted(names, key=lambda name: name != "dpmpp_2m")
+
+
+def schedule_names() -> list[str]:
+    return [REFERENCE, *comfy.samplers.KSampler.SCHEDULERS]
+
+
+def reference_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
+    """Noise levels (steps + 1,) of the reference pipeline's timesteps, then 0.
+
+    They are evenly spaced from 999 and rounded, as by diffusers' "linspace". With denoise < 1 they are the
+    last ones of a longer schedule, as the host's schedulers do it; with 0 there are none.
+    """
+    if denoise <= 0:
+        return torch.zeros(0)
+    total = steps if denoise > 0.9999 else max(steps, min(int(steps / denoise), LAST_TIMESTEP))
+    timesteps = torch.linspace(0, LAST_TIMESTEP, total + 1, dtype=torch.float64).round().flip(0)[:-1]
+    sigmas = model.get_model_object("model_sampling").sigma(timesteps.float()).float().cpu()
+    return torch.cat([sigmas, torch.zeros(1)])[-(steps + 1) :]
+
+
+def sample(
+    model,
+    positive,
+    negative,
+    latent: dict,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    schedule: str,
+    denoise: float,
+    kv_compression: str,
+) -> dict:
+    """The denoised LATENT. Raises SigmaError for latents or settings that the model cannot work with."""
+    samples = latent["samples"]
+    scale = {name: latent[name] for name in ("downscale_ratio_spacial",) if name in latent}
+    samples = comfy.sample.fix_empty_latent_channels(model, samples, **scale)
+    _check_latents(model, samples)
+    model = set_kv_compression(model, kv_compression, samples.shape[-2] * 8, samples.shape[-1] * 8)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    settings = {
+        "noise_mask": latent.get("noise_mask"),
+        "callback": latent_preview.prepare_callback(model, steps),
+        "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
+        "seed": seed,
+    }
+    if schedule == REFERENCE:
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        sigmas = reference_sigmas(model, steps, denoise)
+        done = comfy.sample.sample_custom(
+            model, noise, cfg, sampler, sigmas, positive, negative, samples, **settings
+        )
+    else:
+        done = comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler_name,
+            schedule,
+            positive,
+            negative,
+            samples,
+            denoise=denoise,
+            **settings,
+        )
+    if not done.isfinite().all():
+        raise SigmaError(
+            "The sampler's latents are not finite. Load the transformer in bf16 or fp32 rather than fp16, or "
+            f"lower cfg, which is {cfg:g}."
+        )
+    latent = {name: latent[name] for name in latent if not name.startswith("downscale_ratio")}
+    return latent | {"samples": done}
+
+
+def set_kv_compression(model, setting: str, height: int, width: int):
+    """A clone of the MODEL that compresses as `setting` says for a picture of this size, in pixels."""
+    from ...pixart_sigma.kv_compression import resolve
+
+    config = getattr(model.model.diffusion_model, "sigma_config", None)
+    if config is None:
+        if setting.strip().lower() in ("off", "auto"):
+            return model
+        raise SigmaError(
+            f"KV compression is {setting!r}, but this MODEL is not from Load Σ Transformer. Load it there, "
+            "or set kv_compression to off."
+        )
+    resolved = resolve(setting, config, height, width)
+    model = model.clone()
+    model.model_options["transformer_options"][KV_COMPRESSION] = resolved
+    base = config.sample_size * 8
+    if not base**2 / 4 <= height * width <= base**2 * 4 and resolved is None:
+        logging.warning(
+            f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
+            "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
+        )
+    return model
+
+
+def _check_latents(model, samples):
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
+        shape = "nested" if samples.is_nested else tuple(samples.shape)
+        raise SigmaError(
+            f"The latents are {shape}; this model works on (batch, {channels}, height, width). They come "
+            "from another kind of model: use Aspect-Ratio Bucket, or encode with the SDXL VAE."
+        )
+    if not samples.isfinite().all():
+        raise SigmaError(
+            "The latents contain NaN or infinity. Encode the picture again, with the VAE in fp32."
+        )

@@ -1,0 +1,288 @@
+"""The engine's T5 text encoder, answering as the host's CLIP."""
+
+import copy
+import gc
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP
+
+from ...pixart_sigma.caption_cleaning import prepare_prompt
+
+SECTION = "t5xxl"  # the host's name for T5's tokens
+PAD = 0
+
+
+def load_clip(path: Path, precision: str | None, device: str) -> "SigmaClip":
+    """A CLIP around the T5 encoder at `path`; its weights are read at the first encode.
+
+    precision: see TextEncoder.load. device: "cpu", or "auto" for where the host puts text encoders.
+    """
+    if device == "cpu":
+        load_device = offload_device = torch.device("cpu")
+    else:
+        load_device = comfy.model_management.text_encoder_device()
+        offload_device = comfy.model_management.text_encoder_offload_device()
+    return SigmaClip(TextEncoderPatcher(SigmaTextModel(path, precision), load_device, offload_device))
+
+
+class SigmaClip(comfy.sd.CLIP):
+    """What the nodes pass around as CLIP. Clones share their weights."""
+
+    def __init__(self, patcher: "TextEncoderPatcher"):
+        super().__init__(no_init=True)
+        self.patcher = patcher
+        self.patcher.is_clip = True
+        self.cond_stage_model = patcher.model
+        self.tokenizer = SigmaTokenizer(patcher)
+        self.tokenizer_options = {}
+        self.layer_idx = None
+        self.use_clip_schedule = False
+        self.apply_hooks_to_conds = None
+
+    def clone(self, disable_dynamic=False) -> "SigmaClip":
+        twin = copy.copy(self)
+        twin.patcher = self.patcher.clone()
+        twin.tokenizer_options = self.tokenizer_options.copy()
+        return twin
+
+    def get_sd(self):
+        raise NotImplementedError(
+            "This text encoder can not be saved from a workflow. Quantise and save it in a terminal with "
+            "`python -m pixart_sigma quantize-t5`."
+        )
+
+    state_dict_for_saving = get_sd
+
+
+class SigmaTokenizer:
+    """Prompts to weighted tokens, in the form of the host's tokenizers."""
+
+    def __init__(self, patcher: "TextEncoderPatcher"):
+        self.patcher = patcher
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids=False, tokenizer_options=None, clean_caption=False, **kwargs
+    ) -> dict[str, list[list[tuple]]]:
+        """One section of at most 300 (token, weight) or (token, weight, word id); what is cut is logged.
+
+        "(word:1.3)" sets weights as the host does, except in a cleaned caption.
+        """
+        from ...pixart_sigma.text_encoder import MAX_TOKENS
+
+        text = prepare_prompt(text, clean_caption)
+        if clean_caption or kwargs.get("disable_weights"):
+            parts = [(text, 1.0)]
+        else:
+            parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+
+        tokenizer = self.patcher.tokenizer()
+        tokens, cut = [], []
+        for word_id, (part, weight) in enumerate(parts, start=1):
+            part = comfy.sd1_clip.unescape_important(part)
+            found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            room = MAX_TOKENS - 1 - len(tokens)  # one for the end token
+            tokens += [(token, weight, word_id) for token in found["input_ids"][:room]]
+            if len(found["input_ids"]) > room:
+                cut.append(part[found["offset_mapping"][room][0] :].strip())
+        if cut:
+            logging.warning(
+                f"The prompt is longer than the {MAX_TOKENS} tokens that PixArt-Sigma reads. Not read: "
+                f"{' '.join(cut)!r}. Shorten the prompt."
+            )
+        tokens.append((tokenizer.eos_token_id, 1.0, 0))
+
+        options = tokenizer_options or {}
+        tokens += [(PAD, 1.0, 0)] * options.get(f"{SECTION}_min_padding", 0)
+        tokens += [(PAD, 1.0, 0)] * (options.get(f"{SECTION}_min_length", 0) - len(tokens))
+        return {SECTION: [tokens if return_word_ids else [token[:2] for token in tokens]]}
+
+    def untokenize(self, tokens):
+        return [(token, self.patcher.tokenizer().convert_ids_to_tokens(token[0])) for token in tokens]
+
+    def decode(self, token_ids, skip_special_tokens=True) -> str:
+        return self.patcher.tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def state_dict(self):
+        return {}
+
+
+class SigmaTextModel(torch.nn.Module):
+    """The weights that all clones of a CLIP share: in a file, or loaded.
+
+    It has no parameters of its own, so the host finds nothing here to move, cast or patch.
+    """
+
+    def __init__(self, path: Path, precision: str | None):
+        super().__init__()
+        self.path, self.precision = path, precision
+        self.encoder = None
+        self.description = None
+        self.layer = None
+        self.told_about_patches = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.encoder is None else self.encoder.device
+
+    def load(self, device: torch.device):
+        """Bring the weights to the device, from where they are or from the file."""
+        from ...pixart_sigma.text_encoder import TextEncoder
+
+        if self.encoder is not None and self.encoder.device != device:
+            self.move(device)
+        if self.encoder is None:
+            with _normal_tensors():
+                self.encoder = TextEncoder.load(
+                    self.path, precision=self.precision, device=device, progress=_progress()
+                )
+
+    def move(self, device: torch.device):
+        """Move the weights; those that can not be moved are dropped, to be read again."""
+        from ...pixart_sigma.text_encoder import QUANTIZED
+
+        if self.encoder is None or self.encoder.device == device:
+            return
+        if self.encoder.precision in QUANTIZED:
+            self.drop()
+            return
+        try:
+            with _normal_tensors():
+                self.encoder.model.to(device)
+        except (RuntimeError, MemoryError) as error:
+            logging.warning(f"The text encoder does not fit on {device} and is dropped: {error}")
+            self.drop()
+
+    def drop(self):
+        if self.encoder is not None:
+            self.encoder = None
+            gc.collect()  # its modules refer to each other
+
+    def encode_token_weights(self, tokens: dict) -> tuple[torch.Tensor, None]:
+        """Embeddings (1, n, C) in fp32 of the host's weighted tokens, and no pooled output.
+
+        A token of weight w is moved w times as far from what the encoder makes of padding alone.
+        """
+        embeds = []
+        for section in tokens[SECTION]:
+            ids = [token[0] for token in section]
+            weights = torch.tensor([float(token[1]) for token in section], device=self.device)
+            embed = self._encode(ids)
+            weighted = weights != 1
+            if weighted.any():
+                empty = self._encode([PAD] * len(ids))
+                moved = (embed - empty) * weights[:, None] + empty
+                embed = torch.where(weighted[:, None], moved, embed)
+            embeds.append(embed)
+        return torch.cat(embeds, dim=1).to(comfy.model_management.intermediate_device()), None
+
+    def _encode(self, ids: list[int]) -> torch.Tensor:
+        return self.encoder.encode_ids(ids, self.layer or -1).float()
+
+    def set_clip_options(self, options: dict):
+        self.layer = options.get("layer", self.layer)
+
+    def reset_clip_options(self):
+        self.layer = None
+
+
+class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
+    """Loads and unloads the encoder as a whole: bitsandbytes weights can not be moved one by one.
+
+    load_device and offload_device are the host's; 8-bit and 4-bit weights are never offloaded but dropped.
+    """
+
+    def tokenizer(self):
+        return self._description()[0]
+
+    def model_size(self) -> int:
+        encoder = self.model.encoder
+        return self._description()[1] if encoder is None else encoder.nbytes
+
+    def loaded_size(self) -> int:
+        encoder = self.model.encoder
+        return encoder.nbytes if encoder is not None and encoder.device == self.load_device else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self.offload_device if self.model.encoder is None else self.model.device
+
+    def load(
+        self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs
+    ):
+        self.model.load(device_to or self.load_device)
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False) -> int:
+        before = self.loaded_size()
+        self.load(device_to)
+        return self.loaded_size() - before
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False) -> int:
+        return 0  # too little for the host, which then calls detach
+
+    def patch_model(
+        self, device_to=None, lowvram_model_memory=0, load_weights=True, force_patch_weights=False
+    ):
+        if load_weights:
+            self.load(device_to)
+        return self.model
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.model.move(device_to or self.offload_device)
+
+    def detach(self, unpatch_all=True):
+        if unpatch_all:
+            self.model.move(self.offload_device)
+        for callback in self.get_all_callbacks(CallbacksMP.ON_DETACH):
+            callback(self, unpatch_all)
+        return self.model
+
+    def drop(self):
+        """Forget the weights, in RAM too."""
+        self.model.drop()
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:
+        if patches and strength_patch and not self.model.told_about_patches:
+            self.model.told_about_patches = True
+            logging.warning(
+                "LoRA: nothing is applied to the T5 text encoder of PixArt-Sigma, whose weights can not be "
+                "patched; the transformer's part is applied as usual. To patch T5, load it with CLIPLoader "
+                "(type pixart)."
+            )
+        return []
+
+    def _description(self) -> tuple:
+        """(tokenizer, bytes expected); read from the file once, kept after the weights are dropped."""
+        from ...pixart_sigma.text_encoder import describe_encoder
+
+        if self.model.description is None:
+            self.model.description = describe_encoder(
+                self.model.path, precision=self.model.precision, device=self.load_device
+            )
+        return self.model.description
+
+
+@contextmanager
+def _normal_tensors():
+    """A node runs in inference mode, and what is made there could not be moved outside of a run."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _progress():
+    bar = None
+
+    def progress(done: int, total: int):
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done)
+
+    return progress

@@ -1,0 +1,180 @@
+"""The engine's transformer as the host's MODEL."""
+
+from pathlib import Path
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.ops
+import comfy.supported_models
+import torch
+
+from ...pixart_sigma import DEMO
+from ...pixart_sigma.errors import SigmaError
+from .lora import EMPTY, PREFIX, original_names
+from .patcher import make_patcher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Red, green and blue from the four channels of the demo's latents, and what is added, by
+# `python tools/fit_latent_rgb.py`.
+DEMO_LATENT_RGB = (
+    [[0.1407, 0.0485, 0.2665], [-0.3379, 0.2786, 0.342], [0.4236, 0.2062, 0.3548], [0.3958, 0.3381, -0.2335]],
+    [0.1843, 0.0717, 0.0952],
+)
+
+
+def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynamic: bool = False):
+    """The host's MODEL, a patcher, of the transformer at `path`; weights that fit stay mapped to the file.
+
+    variant: "256", "512", "1024" or "2K" for a file that does not say; None finds out. dtype: "bf16", "fp16",
+    "fp32", a torch dtype, or None for what the host picks. Raises CheckpointError for anything but a whole
+    PixArt-Sigma transformer.
+    """
+    from ...pixart_sigma.checkpoint import inspect, load_transformer_state_dict
+    from .network import build_network
+
+    checkpoint = inspect(path, variant)
+    state_dict = load_transformer_state_dict(checkpoint)
+    config = _host_config(checkpoint, sum(tensor.numel() for tensor in state_dict.values()), dtype)
+    if Path(path) == DEMO:
+        config.latent_format = DemoLatents()
+    dtype = config.unet_config["dtype"]
+    operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
+    network = build_network(checkpoint.config, operations)
+    patcher = make_patcher(SigmaModel(config, network), disable_dynamic)
+    if not patcher.is_dynamic():  # which casts on the way to the device
+        for name in state_dict:
+            state_dict[name] = state_dict[name].to(patcher.offload_device, dtype)
+    network.load_state_dict(state_dict, assign=True)
+    network.eval().requires_grad_(False)
+    network.dtype = dtype
+    for module in network.modules():
+        for name, _ in module.named_parameters(recurse=False):
+            setattr(module, f"{name}_comfy_model_dtype", dtype)
+    patcher.cached_patcher_init = (load_model, (path, variant, dtype))
+    return patcher
+
+
+def _host_config(checkpoint, parameters: int, dtype):
+    """The host's description of PixArt-Sigma, with these sizes and the dtypes of weights and computation."""
+    sizes = checkpoint.config
+    config = comfy.supported_models.PixArtSigma(
+        {
+            "image_model": "pixart_sigma",
+            "depth": sizes.num_layers,
+            "hidden_size": sizes.cross_attention_dim,
+            "num_heads": sizes.num_attention_heads,
+            "in_channels": sizes.in_channels,
+            "disable_unet_model_creation": True,
+        }
+    )
+    management = comfy.model_management
+    supported = config.supported_inference_dtypes
+    if dtype is None:
+        dtype = management.unet_dtype(
+            model_params=parameters, supported_dtypes=supported, weight_dtype=checkpoint.dtype
+        )
+    dtype = DTYPES.get(dtype, dtype)
+    manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
+    config.set_inference_dtype(dtype, manual_cast)
+    return config
+
+
+class DemoLatents(comfy.latent_formats.SDXL):
+    """SDXL's scale; the colours, for previews, are those of the demo's own VAE."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = DEMO_LATENT_RGB
+        self.taesd_decoder_name = None
+
+
+class SigmaModel(comfy.model_base.PixArt):
+    """The host's PixArt with our network; clones of a MODEL share it, so it keeps no settings."""
+
+    def __init__(self, config, network):
+        super().__init__(config)
+        self.diffusion_model = network
+
+    def extra_conds(self, **kwargs):
+        """Embeddings (B, L, C) and their mask; not the host's c_size and c_ar, which are for PixArt-alpha."""
+        conds = super(comfy.model_base.PixArt, self).extra_conds(**kwargs)
+        embeds = kwargs.get("cross_attn")
+        if embeds is None:
+            return conds
+        expected = self.diffusion_model.sigma_config.caption_channels
+        if embeds.ndim != 3 or embeds.shape[-1] != expected:
+            raise SigmaError(
+                f"The conditioning is {embeds.shape[-1]} wide, and this transformer reads {expected}. Encode "
+                "the prompt with the T5 that belongs to the transformer: T5-XXL for PixArt-Sigma, the demo's "
+                "for the demo."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.shape != embeds.shape[:2]:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        conds["c_crossattn"] = PaddedCond(embeds)
+        conds["context_mask"] = MaskCond(mask.bool())
+        return conds
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Bytes that a forward pass needs for what it computes, at its peak: the GELU of a block's MLP.
+
+        Then alive, in units of one tensor of tokens: what came into the block, the block's sum so far, the
+        MLP's input, and its fourfold hidden state before and after the GELU. Beside them the prompt, as it
+        came and projected, and weights in another dtype while they are cast.
+        """
+        config = self.diffusion_model.sigma_config
+        batch, _, height, width = input_shape
+        patch, channels = config.patch_size, config.cross_attention_dim
+        tokens = -(-height // patch) * -(-width // patch)
+        numbers = 11 * batch * tokens * channels
+        prompts = (cond_shapes or {}).get("c_crossattn", [])
+        length = max((shape[1] for shape in prompts), default=0)
+        numbers += batch * length * (config.caption_channels + channels)
+        if self.manual_cast_dtype is not None:
+            numbers += 4 * channels**2
+        return numbers * comfy.model_management.dtype_size(self.get_dtype_inference())
+
+    def state_dict(self, *arguments, **settings):
+        """With the authors' names beside ours, as the host looks there for what a LoRA can change."""
+        state_dict = super().state_dict(*arguments, **settings)
+        for name in original_names(self.diffusion_model.sigma_config.num_layers):
+            state_dict[PREFIX + name] = EMPTY
+        return state_dict
+
+
+class PaddedCond(comfy.conds.CONDRegular):
+    """A tensor (B, L, ...) that shares a call with longer ones, zeros behind it."""
+
+    def can_concat(self, other):
+        ours, theirs = self.cond, other.cond
+        same = ours.shape[0] == theirs.shape[0] and ours.shape[2:] == theirs.shape[2:]
+        return same and ours.device == theirs.device
+
+    def concat(self, others):
+        tensors = [self.cond, *(other.cond for other in others)]
+        length = max(tensor.shape[1] for tensor in tensors)
+        return torch.cat([_pad(tensor, length) for tensor in tensors])
+
+
+class MaskCond(PaddedCond):
+    """True for real tokens; None, which is faster, when all that share a call are."""
+
+    def __init__(self, cond, full=None):
+        super().__init__(cond)
+        self.full = bool(cond.all()) if full is None else full
+
+    def _copy_with(self, cond):
+        return MaskCond(cond, self.full)
+
+    def concat(self, others):
+        conds = [self, *others]
+        if all(cond.full and cond.cond.shape[1] == self.cond.shape[1] for cond in conds):
+            return None
+        return super().concat(others)
+
+
+def _pad(tensor, length):
+    zeros = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, zeros], dim=1)

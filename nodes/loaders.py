@@ -1,0 +1,130 @@
+"""The three models, each loaded by a node of its own. Nothing is read before it is used."""
+
+from .host.api import io
+from .host.folders import DEMO_CHOICE, choices, find
+
+VARIANTS = ("auto", "256", "512", "1024", "2K")
+PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+class LoadTransformer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaLoadTransformer",
+            display_name="Load Σ Transformer",
+            category="PixArt Sigma",
+            description="Loads a PixArt-Σ transformer from any published format, or the small demo model "
+            "that comes with the pack. What it loads is an ordinary MODEL.",
+            search_aliases=["pixart", "pixart sigma", "load diffusion model", "unet loader", "dit"],
+            inputs=[
+                io.Combo.Input(
+                    "transformer",
+                    options=choices("transformer"),
+                    default=DEMO_CHOICE,
+                    tooltip="A file from models/diffusion_models or models/checkpoints, or a folder from "
+                    "models/diffusers. The demo needs no download.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=list(VARIANTS),
+                    default="auto",
+                    advanced=True,
+                    tooltip="Which size the file was trained for. 1024 and 2K files look alike: choose it "
+                    "here if the file's name does not say.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    advanced=True,
+                    tooltip="Precision of the weights. auto is what ComfyUI picks for this device.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The transformer, for our sampler or any of ComfyUI's.")],
+        )
+
+    @classmethod
+    def execute(cls, transformer, variant, dtype):
+        from .host.transformer import load_model
+
+        path = find("transformer", transformer)
+        return io.NodeOutput(
+            load_model(path, None if variant == "auto" else variant, None if dtype == "auto" else dtype)
+        )
+
+
+class LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaLoadTextEncoder",
+            display_name="Load T5 (8-bit)",
+            category="PixArt Sigma",
+            description="Loads the T5 text encoder in 8 or 4 bit, or unquantised. It is read when the first "
+            "prompt is encoded, and not at all if every prompt is cached.",
+            search_aliases=["t5", "t5xxl", "load clip", "text encoder", "bitsandbytes", "int8", "nf4"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=choices("text_encoder"),
+                    default=DEMO_CHOICE,
+                    tooltip="A file or folder from models/text_encoders, or a folder from models/diffusers. "
+                    "The demo transformer understands the demo encoder only.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="int8",
+                    tooltip="int8 takes a quarter of fp32 and is close to it; nf4 and fp4 take an eighth. A "
+                    "folder that was saved in 8 or 4 bit loads in that precision only.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["auto", "cpu"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow.",
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="The encoder, for Σ Text Encode or CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder, precision, device):
+        from .host.text_encoder import load_clip
+
+        return io.NodeOutput(load_clip(find("text_encoder", text_encoder), precision, device))
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaLoadVAE",
+            display_name="Load Σ VAE",
+            category="PixArt Sigma",
+            description="Loads the SDXL VAE that PixArt-Σ uses, or the demo's, as ComfyUI's own VAE. A VAE "
+            "of Stable Diffusion 1.x in a folder is refused.",
+            search_aliases=["sdxl vae", "load vae", "autoencoder"],
+            inputs=[
+                io.Combo.Input(
+                    "vae",
+                    options=choices("vae"),
+                    default=DEMO_CHOICE,
+                    tooltip="A file from models/vae, or a folder from models/diffusers. The demo transformer "
+                    "draws for the demo VAE only.",
+                ),
+            ],
+            outputs=[io.Vae.Output(tooltip="The VAE, for Σ VAE Decode and all of ComfyUI's VAE nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, vae):
+        from .host.vae import load_vae
+
+        return io.NodeOutput(load_vae(find("vae", vae)))
+
+
+NODES = [LoadTransformer, LoadTextEncoder, LoadVAE]

@@ -1,0 +1,90 @@
+"""Freeing memory between the stages, and seeing what each one used."""
+
+from .host.api import io
+
+
+class ReleaseModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaReleaseModel",
+            display_name="Release Model",
+            category="PixArt Sigma",
+            description="Takes the connected model out of the graphics card's memory, and no other one. It "
+            "loads itself again when it is next used.",
+            search_aliases=["free memory", "unload model", "clear vram", "offload", "vram"],
+            inputs=[
+                io.AnyType.Input(
+                    "after",
+                    tooltip="What must be finished first, for example the sampler's latents. It is passed "
+                    "on unchanged.",
+                ),
+                io.MultiType.Input(
+                    "model",
+                    types=[io.Model, io.Clip, io.Vae],
+                    tooltip="The MODEL, CLIP or VAE to release. Other models stay where they are.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["offload", "free"],
+                    default="offload",
+                    tooltip="offload moves the weights to RAM, 8-bit and 4-bit ones are dropped. free drops "
+                    "the T5 of Load T5 (8-bit) from RAM too; other models leave it to the system.",
+                ),
+            ],
+            outputs=[
+                io.AnyType.Output(
+                    display_name="after",
+                    tooltip="The same as the input. What is connected here runs after the release.",
+                )
+            ],
+            is_output_node=True,  # it has its effect at the end of a graph too
+        )
+
+    @classmethod
+    def execute(cls, after, model, mode):
+        from .host.memory import record
+        from .host.release import release
+
+        with record("Release a model"):
+            release(model, mode)
+        return io.NodeOutput(after)
+
+
+class MemoryReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaMemoryReport",
+            display_name="Memory Report",
+            category="PixArt Sigma",
+            description="Shows how much memory each PixArt-Σ stage of this run used: before, at its peak and "
+            "afterwards. Stages whose result was cached did not run and are not shown.",
+            search_aliases=["vram usage", "memory usage", "profiler", "benchmark", "statistics"],
+            inputs=[
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip="What must be finished first, usually the decoded picture. Without it the "
+                    "report may be made too early.",
+                )
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="Three bars per stage, for Preview Image."),
+                io.String.Output(display_name="table", tooltip="The same as text."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, after=None):
+        return float("nan")  # equal to nothing, so that it is made anew in each run
+
+    @classmethod
+    def execute(cls, after=None):
+        from .host.memory import stages, what_is_measured
+        from .host.memory_picture import draw, table
+
+        return io.NodeOutput(draw(what_is_measured(), stages()), table(what_is_measured(), stages()))
+
+
+NODES = [ReleaseModel, MemoryReport]

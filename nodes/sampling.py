@@ -1,0 +1,165 @@
+"""From noise to latents: the reference pipeline's schedule, and a sampler with KV compression."""
+
+from .host.api import io
+from .host.sampling import reference_sigmas, sample, sampler_names, schedule_names
+
+
+class ReferenceSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaReferenceSchedule",
+            display_name="Σ Reference Schedule",
+            category="PixArt Sigma",
+            description="The noise levels of the reference pipeline, for SamplerCustom. With dpmpp_2m the "
+            "result equals that of diffusers' PixArtSigmaPipeline.",
+            search_aliases=["sigmas", "scheduler", "basic scheduler", "diffusers", "linspace"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the noise levels are for."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=999,
+                    tooltip="How many steps to take. 14 to 20 are usual; more are slower and rarely better.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from pure noise. Lower starts from the given latents and keeps more of "
+                    "them.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="The noise levels, for SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, denoise):
+        return io.NodeOutput(reference_sigmas(model, steps, denoise))
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaSampler",
+            display_name="Σ Sampler (KV-compressed)",
+            category="PixArt Sigma",
+            description="Denoises latents as the reference pipeline does. For large pictures it compresses "
+            "keys and values, which makes 2K and 4K affordable. Then releases the transformer.",
+            search_aliases=["ksampler", "sample", "denoise", "kv compression", "txt2img", "img2img", "4k"],
+            inputs=[
+                io.Model.Input("model", tooltip="The transformer, from Load Σ Transformer."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows."),
+                io.Conditioning.Input("negative", tooltip="What to avoid."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Empty latents from Aspect-Ratio Bucket, or an encoded picture with denoise "
+                    "below 1. A noise mask is respected.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise to start from. The same seed and settings give the same picture.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=999,
+                    tooltip="How many steps to take. 14 to 20 are usual; more are slower and rarely better.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How closely to follow the prompt. 4.5 is the model's own; 1 ignores the "
+                    "negative prompt and takes half the time.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=sampler_names(),
+                    default="dpmpp_2m",
+                    tooltip="dpmpp_2m is the reference pipeline's.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=schedule_names(),
+                    default="reference",
+                    tooltip="reference is that of the published model; the others are ComfyUI's.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from pure noise. Lower keeps more of the given latents.",
+                ),
+                io.String.Input(
+                    "kv_compression",
+                    default="auto",
+                    tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
+                    "mean:2:deep:20-80%. auto compresses above 1024x1024 only, where it saves much time. "
+                    "Without trained weights it is an approximation: pictures change a little.",
+                ),
+                io.Combo.Input(
+                    "after_use",
+                    options=["keep", "offload", "free"],
+                    default="keep",
+                    tooltip="What happens to the transformer afterwards. keep leaves it where it is, offload "
+                    "moves it out of the GPU, free also lets the system drop it from RAM.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latents, for Σ VAE Decode or VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        schedule,
+        denoise,
+        kv_compression,
+        after_use,
+    ):
+        from .host.memory import record
+        from .host.release import release
+
+        with record("Sample"):
+            try:
+                latent = sample(
+                    model,
+                    positive,
+                    negative,
+                    latent_image,
+                    seed,
+                    steps,
+                    cfg,
+                    sampler_name,
+                    schedule,
+                    denoise,
+                    kv_compression,
+                )
+            finally:
+                release(model, after_use)
+        return io.NodeOutput(latent)
+
+
+NODES = [ReferenceSchedule, Sampler]

@@ -1,0 +1,96 @@
+"""Prompts to the conditioning the transformer was trained with."""
+
+from .host.api import io
+
+T5_XXL_WIDTH = 4096
+
+
+class TextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaTextEncode",
+            display_name="Σ Text Encode",
+            category="PixArt Sigma",
+            description="Turns both prompts into conditioning as PixArt-Σ expects it: lower case, up to 300 "
+            "tokens. Then releases the text encoder. (word:1.3) makes a word count more.",
+            search_aliases=["prompt", "clip text encode", "conditioning", "t5", "negative prompt"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="From Load T5 (8-bit), or from ComfyUI's Load CLIP with type pixart. CLIP models "
+                    "of Stable Diffusion do not work.",
+                ),
+                io.String.Input(
+                    "positive",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the picture shows. Whole sentences work well; about 200 words fit.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to avoid. Empty is how the model was trained.",
+                ),
+                io.Boolean.Input(
+                    "clean_caption",
+                    default=False,
+                    tooltip="Clean the prompts like the training captions: no links, HTML, hashtags or "
+                    "brackets. Turns (word:1.3) off.",
+                ),
+                io.Combo.Input(
+                    "after_use",
+                    options=["keep", "offload", "free"],
+                    default="keep",
+                    tooltip="What happens to the text encoder afterwards. keep leaves it where it is, "
+                    "offload moves it out of the GPU, free also drops it from RAM; it is read again when a "
+                    "prompt changes.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="What the picture shows."),
+                io.Conditioning.Output(display_name="negative", tooltip="What to avoid."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, positive, negative, clean_caption, after_use):
+        from .host.memory import record
+        from .host.release import release
+
+        if clip is None:
+            raise ValueError(
+                "There is no text encoder in this model file. Connect Load T5 (8-bit), or Load CLIP with "
+                "type pixart."
+            )
+        with record("Encode the prompts"):
+            try:
+                conditioning = [encode(clip, text, clean_caption) for text in (positive, negative)]
+            finally:
+                release(clip, after_use)
+        return io.NodeOutput(*conditioning)
+
+
+def encode(clip, text: str, clean_caption: bool) -> list:
+    """The host's conditioning [[(1, n, C), dict]] of a prompt, by our CLIP or by one of the host's for T5."""
+    from ..pixart_sigma.caption_cleaning import prepare_prompt
+    from ..pixart_sigma.errors import SigmaError
+    from .host.text_encoder import SigmaClip
+
+    if isinstance(clip, SigmaClip):
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text, clean_caption=clean_caption))
+    # Cleaning leaves no bracket for the host to read as a weight.
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepare_prompt(text, clean_caption)))
+    width = conditioning[0][0].shape[-1]
+    if width != T5_XXL_WIDTH:
+        raise SigmaError(
+            f"This text encoder makes embeddings {width} numbers wide, and PixArt-Sigma needs the "
+            f"{T5_XXL_WIDTH} of T5-XXL. Connect Load T5 (8-bit), or Load CLIP with a t5xxl file and type "
+            "pixart."
+        )
+    return conditioning
+
+
+NODES = [TextEncode]

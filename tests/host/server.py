@@ -1,0 +1,143 @@
+"""A real ComfyUI server with this pack alone in it, and a client that speaks to it as the frontend does."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PACK = Path(__file__).parents[2]
+FOLDER = "pixart-sigma"
+# What a user copies into custom_nodes.
+COPIED = ("__init__.py", "nodes", "pixart_sigma", "web", "locales", "example_workflows", "requirements.txt")
+
+
+class Rejected(Exception):
+    """The host refused a prompt; `node_errors` is what the frontend would show."""
+
+    def __init__(self, answer: dict):
+        super().__init__(json.dumps(answer))
+        self.node_errors = answer.get("node_errors", {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a prompt."""
+
+    status: str
+    outputs: dict
+    messages: list
+
+    @property
+    def error(self) -> str:
+        """The message on the failed node, or ""."""
+        return next(
+            (content["exception_message"] for kind, content in self.messages if kind == "execution_error"), ""
+        )
+
+    @property
+    def cached(self) -> set[str]:
+        return {
+            node for kind, content in self.messages if kind == "execution_cached" for node in content["nodes"]
+        }
+
+
+class Server:
+    """ComfyUI on the CPU in a base folder of its own; `address` once it answers."""
+
+    def __init__(self, host: Path, base: Path):
+        self.base, self.log = base, base / "server.log"
+        pack = base / "custom_nodes" / FOLDER
+        pack.mkdir(parents=True)
+        for name in COPIED:
+            source = PACK / name
+            if source.is_dir():
+                shutil.copytree(source, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copyfile(source, pack / name)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch"]
+                + ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", FOLDER]
+                + ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"],
+                cwd=host,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": ""},
+            )
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                self.get("/system_stats")
+                return
+            except OSError as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}") from error
+                time.sleep(0.3)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, content: dict | None = None):
+        request = urllib.request.Request(
+            self.address + path,
+            data=json.dumps(content or {}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def submit(self, prompt: dict) -> str:
+        """The prompt's id; Rejected if the host does not take it."""
+        try:
+            return self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise Rejected(json.load(error)) from None
+
+    def wait(self, prompt_id: str, seconds: float = 240) -> Run:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                status = history[prompt_id]["status"]
+                return Run(status["status_str"], history[prompt_id]["outputs"], status["messages"])
+            time.sleep(0.1)
+        raise TimeoutError(f"prompt {prompt_id} took more than {seconds} s:\n{self.log.read_text()[-2000:]}")
+
+    def run(self, prompt: dict) -> Run:
+        return self.wait(self.submit(prompt))
+
+    def pictures(self, run: Run, node: str) -> list[np.ndarray]:
+        """The pictures (H, W, 3) that a node saved or showed."""
+        return [
+            np.asarray(Image.open(BytesIO(self._view(entry))).convert("RGB"))
+            for entry in run.outputs[node]["images"]
+        ]
+
+    def _view(self, entry: dict) -> bytes:
+        query = urllib.parse.urlencode(entry)
+        with urllib.request.urlopen(f"{self.address}/view?{query}", timeout=60) as answer:
+            return answer.read()
