@@ -5,6 +5,7 @@
    python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
+   python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
 Each stage resumes from its own checkpoint in --work and may be stopped at any time.
 """
@@ -44,9 +45,10 @@ BUFFER = 6000
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export"))
+    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export", "restore"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
+    parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1200)
@@ -59,6 +61,7 @@ def main():
         "transformer": train_transformer,
         "decoder": train_decoder,
         "export": export,
+        "restore": restore,
     }[arguments.stage](arguments)
 
 
@@ -547,6 +550,38 @@ def export(arguments):
     log(f"exported step {step} to {arguments.out}, {size / 1e6:.2f} MB")
 
 
+def restore(arguments):
+    """The exported weights as the checkpoints of every stage; the optimizers start anew."""
+    from safetensors.torch import load_file
+
+    arguments.work.joinpath("tokenizer").mkdir(exist_ok=True)
+    spiece = arguments.out / "tokenizer" / "spiece.model"
+    (arguments.work / "tokenizer" / "spiece.model").write_bytes(spiece.read_bytes())
+    tokenizer = make_tokenizer(arguments.work)
+    vae, text_encoder, transformer = new_vae(), new_text_encoder(tokenizer), new_transformer()
+    for model, file in (
+        (vae, "vae/diffusion_pytorch_model.safetensors"),
+        (text_encoder, "text_encoder/model.safetensors"),
+        (transformer, "transformer/diffusion_pytorch_model.safetensors"),
+    ):
+        missing, left_over = model.load_state_dict(load_file(arguments.out / file), strict=False)
+        # T5's embedding is stored once and known by two names; positions are computed.
+        assert not left_over and set(missing) <= {"encoder.embed_tokens.weight", "pos_embed.pos_embed"}, (
+            missing
+        )
+    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
+    save(arguments.work / "vae_final.pt", arguments.step, vae=vae)
+    save(arguments.work / "decoder.pt", arguments.step, vae=vae, average=average)
+    modules = torch.nn.ModuleDict(
+        {"text_encoder": text_encoder, "reader": Reader(text_encoder.config.d_model)}
+    )
+    save(arguments.work / "text_encoder.pt", arguments.step, modules=modules)
+    modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+    average = torch.optim.swa_utils.AveragedModel(modules, avg_fn=ema)
+    average.n_averaged.fill_(arguments.step)
+    save(arguments.work / "transformer.pt", arguments.step, modules=modules, average=average)
+
+
 # -- Shared ---------------------------------------------------------------------------------------
 
 
@@ -581,7 +616,8 @@ def resume(path: Path, **parts) -> int:
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name in state:
+            part.load_state_dict(state[name])
     return state["step"]
 
 
