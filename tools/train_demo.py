@@ -35,7 +35,7 @@ SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 SMALL = ((64, 64), (64, 64), (80, 48), (48, 80))
 MIDDLE = ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160))
 LARGE = ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336))
-STAGES = ((5900, SMALL), (7300, SMALL[:1] + MIDDLE), (9000, MIDDLE[:2] + LARGE))
+STAGES = ((5900, SMALL), (7300, SMALL[:1] + MIDDLE), (9800, MIDDLE[:1] + LARGE))
 # Patches in a batch: 128 of the smallest pictures, 8 of the largest.
 PATCHES_PER_STEP = 2048
 VAE_CROP_STEPS = 1000

@@ -1,0 +1,189 @@
+"""The pack in a real server: what a user sees, presses and reads."""
+
+import copy
+import json
+import sys
+
+import pytest
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from server import PACK, Rejected
+
+sys.path.insert(0, str(PACK / "tools"))
+from demo_judge import look  # noqa: E402
+
+WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
+DEMO = "demo (built in)"
+# The only files that the loaders offer in the test's base folder.
+DOWNLOADS = {"transformer", "text_encoder", "vae"}
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def ours(object_info):
+    return {name: info for name, info in object_info.items() if name.startswith("PixArtSigma")}
+
+
+@pytest.fixture(scope="module")
+def demo_prompt(object_info):
+    return to_prompt(PACK / "example_workflows" / "demo_text_to_image.json", object_info)
+
+
+def to_prompt(workflow, object_info) -> dict:
+    return convert_ui_to_api(json.loads(workflow.read_text(encoding="utf-8")), object_info)
+
+
+def node(prompt: dict, kind: str) -> dict:
+    return next(entry["inputs"] for entry in prompt.values() if entry["class_type"] == kind)
+
+
+def number(prompt: dict, kind: str) -> str:
+    return next(key for key, entry in prompt.items() if entry["class_type"] == kind)
+
+
+def quick(prompt: dict, steps: int = 2) -> dict:
+    prompt = copy.deepcopy(prompt)
+    for entry in prompt.values():
+        if "steps" in entry["inputs"]:
+            entry["inputs"]["steps"] = steps
+    return prompt
+
+
+def test_the_nodes_are_as_promised(ours):
+    """A workflow that somebody saved must open in later versions."""
+    promised = json.loads((PACK / "tests" / "host" / "object_info.json").read_text(encoding="utf-8"))
+    contract = json.loads(json.dumps({name: promise(info) for name, info in sorted(ours.items())}))
+    assert contract == promised
+
+
+def promise(info: dict) -> dict:
+    """What workflows depend on: inputs with types, order and defaults; outputs; choices but files."""
+    inputs = {}
+    for part in ("required", "optional"):
+        for name, (declared, options) in info["input"].get(part, {}).items():
+            kept = {key: options[key] for key in ("default", "min", "max") if key in options}
+            if "options" in options and name not in DOWNLOADS and name not in ("sampler_name", "schedule"):
+                kept["options"] = options["options"]
+            inputs[name] = [part, declared, kept]
+    return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}
+
+
+def test_every_node_explains_itself(ours, server):
+    assert len(ours) >= 10
+    translations = server.get("/i18n")
+    for name, info in ours.items():
+        assert info["description"] and info["search_aliases"] and info["category"] == "PixArt Sigma", name
+        assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
+        inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
+        for key, (_, options) in inputs.items():
+            assert options.get("tooltip"), (name, key)
+        assert (PACK / "web" / "docs" / f"{name}.md").is_file(), name
+        for language in ("en", "zh"):
+            texts = translations[language]["nodeDefs"][name]
+            assert texts["display_name"] and texts["description"], (name, language)
+            assert set(texts["inputs"]) == set(inputs), (name, language)
+
+
+def test_every_node_is_in_a_workflow(ours):
+    used = {
+        entry["type"]
+        for workflow in WORKFLOWS
+        for entry in json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
+    }
+    assert set(ours) <= used
+    for workflow in WORKFLOWS:
+        assert workflow.with_suffix(".jpg").is_file(), workflow.name
+
+
+def test_the_host_offers_the_workflows_and_the_help(server):
+    templates = server.get("/workflow_templates")
+    assert set(templates["pixart-sigma"]) == {workflow.stem for workflow in WORKFLOWS}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_a_workflow_runs(server, object_info, workflow):
+    prompt = quick(to_prompt(workflow, object_info))
+    for entry in prompt.values():
+        for name in DOWNLOADS & set(entry["inputs"]):
+            if isinstance(entry["inputs"][name], str):
+                entry["inputs"][name] = DEMO
+        if entry["class_type"] == "PixArtSigmaLoadTransformer":
+            entry["inputs"]["variant"] = "auto"
+        if entry["class_type"] == "PixArtSigmaAspectRatioBucket":
+            entry["inputs"]["base"] = "256"
+        if entry["inputs"].get("kv_compression") == "mean:2:14-27":
+            entry["inputs"]["kv_compression"] = "mean:2:deep"
+    run = server.run(prompt)
+    assert run.status == "success", run.error
+    for key, entry in prompt.items():
+        if entry["class_type"] == "SaveImage":
+            (picture,) = server.pictures(run, key)
+            assert picture.std() > 5
+
+
+def test_the_demo_draws_what_it_is_asked_for(server, demo_prompt):
+    run = server.run(demo_prompt)
+    assert run.status == "success", run.error
+    (picture,) = server.pictures(run, number(demo_prompt, "SaveImage"))
+    assert picture.shape == (256, 256, 3)
+    ground, seen = look(picture)
+    assert ground == "blue" and [(one.shape, one.color) for one in seen] == [("circle", "red")]
+
+
+def test_a_second_run_is_cached_and_a_new_seed_does_not_load_t5(server, demo_prompt):
+    prompt = quick(demo_prompt)
+    assert server.run(prompt).status == "success"
+    again = server.run(prompt)
+    assert {number(prompt, "PixArtSigmaSampler"), number(prompt, "PixArtSigmaTextEncode")} <= again.cached
+    node(prompt, "PixArtSigmaSampler")["seed"] = 77
+    other = server.run(prompt)
+    assert number(prompt, "PixArtSigmaTextEncode") in other.cached
+    assert number(prompt, "PixArtSigmaSampler") not in other.cached
+
+
+@pytest.mark.parametrize("choice", ["../../x", "/etc/passwd", "no-such-file.safetensors"])
+def test_a_model_that_is_not_offered_is_refused(server, demo_prompt, choice):
+    for kind, name in (
+        ("PixArtSigmaLoadTransformer", "transformer"),
+        ("PixArtSigmaLoadTextEncoder", "text_encoder"),
+        ("PixArtSigmaLoadVAE", "vae"),
+    ):
+        prompt = quick(demo_prompt)
+        node(prompt, kind)[name] = choice
+        with pytest.raises(Rejected) as refused:
+            server.submit(prompt)
+        assert choice in str(refused.value) and number(prompt, kind) in refused.value.node_errors
+    assert server.run(quick(demo_prompt)).status == "success"
+
+
+def test_a_wrong_setting_is_explained_on_its_node(server, demo_prompt):
+    for kind, name, value, message in (
+        ("PixArtSigmaSampler", "kv_compression", "mean:9:all", "ratio must be 2, 3 or 4"),
+        ("PixArtSigmaAspectRatioBucket", "width", 512, "Give both"),
+        ("PixArtSigmaVAEDecode", "asked_width", 0, "Give both"),
+    ):
+        prompt = quick(demo_prompt)
+        node(prompt, kind)[name] = value
+        run = server.run(prompt)
+        assert run.status == "error" and message in run.error, run.error
+    assert server.run(quick(demo_prompt)).status == "success"
+
+
+def test_an_interrupted_run_leaves_the_server_well(server, demo_prompt):
+    prompt = quick(demo_prompt, steps=900)
+    prompt_id = server.submit(prompt)
+    while not server.get("/queue")["queue_running"]:
+        pass
+    server.post("/interrupt")
+    run = server.wait(prompt_id)
+    assert any(kind == "execution_interrupted" for kind, _ in run.messages)
+    assert server.run(quick(demo_prompt)).status == "success"
+
+
+def test_the_host_can_free_everything_and_go_on(server, demo_prompt):
+    assert server.run(quick(demo_prompt, steps=3)).status == "success"
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert server.run(quick(demo_prompt, steps=3)).status == "success"
