@@ -19,8 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
 # `python tools/fit_latent_rgb.py`.
 DEMO_LATENT_RGB = (
-    [[0.1407, 0.0485, 0.2665], [-0.3379, 0.2786, 0.342], [0.4236, 0.2062, 0.3548], [0.3958, 0.3381, -0.2335]],
-    [0.1843, 0.0717, 0.0952],
+    [[0.1223, 0.0251, 0.27], [-0.3138, 0.3425, 0.3708], [0.3671, 0.2028, 0.3666], [0.3796, 0.302, -0.2614]],
+    [0.2263, 0.0883, 0.0634],
 )
 
 
