@@ -15,6 +15,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...pixart_sigma.caption_cleaning import prepare_prompt
+from ...pixart_sigma.errors import SigmaError
 
 SECTION = "t5xxl"  # the host's name for T5's tokens
 PAD = 0
@@ -54,7 +55,7 @@ class SigmaClip(comfy.sd.CLIP):
         return twin
 
     def get_sd(self):
-        raise NotImplementedError(
+        raise SigmaError(
             "This text encoder can not be saved from a workflow. Quantise and save it in a terminal with "
             "`python -m pixart_sigma quantize-t5`."
         )
