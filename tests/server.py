@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PACK = Path(__file__).parents[2]
+PACK = Path(__file__).parents[1]
 FOLDER = "pixart-sigma"
 # What a user copies into custom_nodes.
 COPIED = ("__init__.py", "nodes", "pixart_sigma", "web", "locales", "example_workflows", "requirements.txt")

@@ -1,0 +1,117 @@
+"""ComfyUI's own frontend in Debian's Chromium: opens an example workflow, presses Run, sees the picture."""
+
+import shutil
+from contextlib import contextmanager
+
+# What a fresh ComfyUI itself writes to the console, this pack or none.
+HOST_NOISE = (
+    "ComfyApp graph accessed before initialization",
+    # The frontend asks other sites for the sizes of missing models; this server forbids it.
+    "Content Security Policy",
+    # Judged by its address instead, in _answered.
+    "Failed to load resource",
+)
+# Files of the user that a fresh ComfyUI asks for and does not have.
+HOST_ABSENT = ("/user.css", "/api/userdata")
+
+
+def chromium() -> str | None:
+    """Playwright's own download is not asked for: the distribution's browser serves."""
+    return shutil.which("chromium") or shutil.which("chromium-headless-shell")
+
+
+class Frontend:
+    """A page of a server; `problems` holds errors in its console, and answers of 400 and above."""
+
+    def __init__(self, page, address: str):
+        self.page, self.address, self.problems = page, address, []
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", self._heard)
+        page.on("response", self._answered)
+
+    def _heard(self, message):
+        if message.type == "error" and not any(noise in message.text for noise in HOST_NOISE):
+            self.problems.append(message.text)
+
+    def _answered(self, response):
+        path = response.url.removeprefix(self.address)
+        # A help page is asked for in the user's language first, then in the pack's own.
+        if response.status >= 400 and not path.startswith(HOST_ABSENT) and not path.endswith("/en.md"):
+            self.problems.append(f"{response.status} {path}")
+
+    def open(self, workflow: str):
+        """As a click in the template browser does."""
+        self.page.goto(f"{self.address}/?template={workflow}&source=pixart-sigma")
+        # At first the frontend shows a workflow of its own.
+        self.page.wait_for_function(
+            "name => window.app?.extensionManager?.workflow?.activeWorkflow?.filename === name",
+            arg=workflow,
+            timeout=60_000,
+        )
+        # The frontend looks for missing models once the graph stands.
+        self.page.wait_for_load_state("networkidle")
+
+    def nodes(self) -> list[dict]:
+        """Each node's type, and whether the frontend knows it."""
+        return self.page.evaluate(
+            "() => app.graph.nodes.map(node =>"
+            " ({type: node.type, known: node.type in LiteGraph.registered_node_types}))"
+        )
+
+    def missing_models(self) -> str:
+        """The text in which the frontend names the files that a workflow needs and offers them."""
+        self.page.get_by_role("button", name="View details").click()
+        self.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
+        return self.page.locator("body").inner_text()
+
+    def run(self, seconds: int = 240):
+        """Presses Run and waits until Save Image shows a picture, whose (width, height) it gives."""
+        self.page.get_by_test_id("queue-button").click()
+        shown = self.page.wait_for_function(
+            """() => {
+                const picture = app.graph.nodes.find(node => node.type === "SaveImage").imgs?.[0]
+                return picture?.naturalWidth > 0 && [picture.naturalWidth, picture.naturalHeight]
+            }""",
+            timeout=seconds * 1000,
+        )
+        return tuple(shown.json_value())
+
+    def help(self, node_type: str) -> str:
+        """The text of a node's help page, opened by its (i) button."""
+        button = self.page.get_by_test_id("info-button")
+        # Soon after opening, the frontend moves the graph so that all of it is seen.
+        for _ in range(10):
+            self._click_title(node_type)
+            self.page.wait_for_timeout(1000)
+            if button.is_visible():
+                break
+        button.click(timeout=1000)
+        shown = self.page.locator(".node-help-content h1")
+        shown.first.wait_for(timeout=20_000)
+        return self.page.locator(".node-help-content").inner_text()
+
+    def _click_title(self, node_type: str):
+        x, y = self.page.evaluate(
+            """type => {
+                const [x, y] = app.graph.nodes.find(node => node.type === type).pos
+                const box = app.canvas.canvas.getBoundingClientRect()
+                const [left, top] = app.canvas.convertOffsetToCanvas([x + 60, y - 15])
+                return [box.x + left, box.y + top]
+            }""",
+            node_type,
+        )
+        self.page.mouse.click(x, y)
+
+
+@contextmanager
+def frontend(address: str, width: int = 1600, height: int = 900, scale: float = 1):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Inside containers Chromium's sandbox cannot start; the only page it opens is this server's.
+        browser = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+        yield Frontend(page, address)
+        browser.close()
