@@ -35,7 +35,14 @@ SAMPLE_SIZE, INTERPOLATION_SCALE = 32, 0.5
 SMALL = ((64, 64), (64, 64), (80, 48), (48, 80))
 MIDDLE = ((128, 128), (128, 128), (144, 112), (112, 144), (160, 96), (96, 160))
 LARGE = ((256, 256), (256, 256), (288, 224), (224, 288), (336, 192), (192, 336))
-STAGES = ((5900, SMALL), (7300, SMALL[:1] + MIDDLE), (9800, MIDDLE[:1] + LARGE))
+STAGES = (
+    (5900, SMALL),
+    (7300, SMALL[:1] + MIDDLE),
+    (9800, MIDDLE[:1] + LARGE),
+    (14800, MIDDLE),
+    (18000, MIDDLE[:1] + LARGE),
+    (20700, LARGE[:2] + LARGE),
+)
 # Patches in a batch: 128 of the smallest pictures, 8 of the largest.
 PATCHES_PER_STEP = 2048
 VAE_CROP_STEPS = 1000
@@ -337,6 +344,8 @@ class Pictures:
 
     @torch.no_grad()
     def add(self, count: int, rng: random.Random):
+        if not count:
+            return
         scenes = [random_scene(rng) for _ in range(count)]
         latents = self.vae.encode(render(scenes, *self.size, rng)).latent_dist.mean * SCALING_FACTOR
         for scene, latent in zip(scenes, latents, strict=True):
@@ -441,14 +450,11 @@ def train_transformer(arguments):
             del buffers[old]
         if size not in buffers:
             buffers[size] = Pictures(vae, size, BUFFER)
-            for _ in range(6):
+            for _ in range(12):
                 buffers[size].add(8, rng)
-        # Encoding costs as much as a training step, so once there are enough few pictures are new.
-        area = size[0] * size[1] / 128**2
-        if len(buffers[size].scenes) < 120 / area:
-            buffers[size].add(4, rng)
-        elif rng.random() < 0.5 / area:
-            buffers[size].add(1, rng)
+        # Encoding is dear, but with few pictures the model learns them by heart and not the shapes.
+        fresh = 2.2 * 128**2 / (size[0] * size[1])
+        buffers[size].add(int(fresh) + (rng.random() < fresh % 1), rng)
         latents, texts, scenes = buffers[size].batch(count, rng)
         set_rate(optimizer, LEARNING_RATE, step, total)
         hidden, mask = encode_texts(tokenizer, text_encoder, texts)
