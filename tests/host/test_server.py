@@ -130,7 +130,8 @@ def test_the_demo_draws_what_it_is_asked_for(server, demo_prompt):
     (picture,) = server.pictures(run, number(demo_prompt, "SaveImage"))
     assert picture.shape == (256, 256, 3)
     ground, seen = look(picture)
-    assert ground == "blue" and [(one.color, one.position) for one in seen] == [("red", "center")]
+    assert ground == "blue"
+    assert [(one.color, one.shape, one.position) for one in seen] == [("red", "circle", "center")]
 
 
 def test_a_second_run_is_cached_and_a_new_seed_does_not_load_t5(server, demo_prompt):

@@ -46,21 +46,21 @@ def demo():
     return SigmaPipeline.from_path("demo", device="cpu", release="keep")
 
 
-# Its outlines are still rough (see its card), so a shape is not asked for here, but all the rest is.
 @pytest.mark.parametrize(
-    "prompt, ground, color, position",
+    "prompt, ground, color, shape, position",
     [
-        ("a red circle on a blue background", "blue", "red", "center"),
-        ("a yellow square on a purple background", "purple", "yellow", "center"),
-        ("a large green triangle", "white", "green", "center"),
+        ("a red circle on a blue background", "blue", "red", "circle", "center"),
+        ("a yellow square on a purple background", "purple", "yellow", "square", "center"),
+        ("a large green triangle", "white", "green", "triangle", "center"),
+        ("a white star on a black background", "black", "white", "star", "center"),
     ],
 )
-def test_it_draws_what_it_is_asked_for(demo, prompt, ground, color, position):
+def test_it_draws_what_it_is_asked_for(demo, prompt, ground, color, shape, position):
     picture = demo.generate(prompt, seed=0).images[0]
     assert picture.size == (256, 256)
     seen_ground, seen = look(np.asarray(picture))
     assert seen_ground == ground
-    assert [(one.color, one.position) for one in seen[:1]] == [(color, position)]
+    assert [(one.color, one.shape, one.position) for one in seen[:1]] == [(color, shape, position)]
 
 
 def test_it_places_two_objects(demo):
@@ -68,3 +68,4 @@ def test_it_places_two_objects(demo):
     ground, seen = look(np.asarray(demo.generate(prompt, seed=0).images[0]))
     first, second = sorted(seen[:2], key=lambda one: one.x)
     assert (ground, first.color, second.color) == ("brown", "pink", "cyan")
+    assert (first.shape, second.shape) == ("square", "circle")
