@@ -1,0 +1,96 @@
+"""The .jpg beside each example workflow: the pictures that it saves with the demo model, in the real host.
+
+    python tools/build_thumbnails.py path/to/ComfyUI
+
+Workflows that need downloads run with the demo in place of them, and their picture says so.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from server import Server  # noqa: E402
+
+DEMO = "demo (built in)"
+MODELS = {"transformer", "text_encoder", "vae"}
+# What the demo understands, in place of the prompts that were written for Sigma.
+PROMPTS = {
+    "sigma_1024_in_8_gb": "a large green circle on a yellow background",
+    "sigma_4_bit_t5": "a blue square on an orange background",
+    "sigma_2k": "a white star on a purple background",
+    "sigma_4k_kv_compression": "a red triangle on a cyan background",
+}
+GAP, LABEL = 8, 22
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("host", type=Path, help="the folder that holds custom_nodes")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base:
+        server = Server(arguments.host, Path(base))
+        try:
+            object_info = server.get("/object_info")
+            for workflow in sorted((ROOT / "example_workflows").glob("*.json")):
+                written = json.loads(workflow.read_text(encoding="utf-8"))
+                prompt = convert_ui_to_api(written, object_info)
+                with_the_demo(prompt, PROMPTS.get(workflow.stem))
+                run = server.run(prompt)
+                if run.status != "success":
+                    raise SystemExit(f"{workflow.name}: {run.error}")
+                pictures = [
+                    Image.fromarray(picture)
+                    for key, node in prompt.items()
+                    if node["class_type"] == "SaveImage"
+                    for picture in server.pictures(run, key)
+                ]
+                sheet(pictures, workflow.stem in PROMPTS).save(workflow.with_suffix(".jpg"), quality=88)
+        finally:
+            server.stop()
+
+
+def with_the_demo(prompt: dict, text: str | None):
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name in MODELS & set(inputs):
+            if isinstance(inputs[name], str):
+                inputs[name] = DEMO
+        if "variant" in inputs:
+            inputs["variant"] = "auto"
+        if "base" in inputs:
+            inputs["base"] = "256"
+        if "kv_compression" in inputs:
+            inputs["kv_compression"] = "off"
+        if text and "positive" in inputs and isinstance(inputs["positive"], str):
+            inputs["positive"] = text
+
+
+def sheet(pictures: list[Image.Image], labelled: bool) -> Image.Image:
+    """The pictures in a row."""
+    height = max(picture.height for picture in pictures)
+    width = sum(picture.width + GAP for picture in pictures) - GAP
+    row, x = Image.new("RGB", (width, height), "white"), 0
+    for picture in pictures:
+        row.paste(picture, (x, 0))
+        x += picture.width + GAP
+    if labelled:
+        draw = ImageDraw.Draw(row)
+        draw.rectangle((0, height - LABEL, width, height), fill="white")
+        draw.text(
+            (6, height - LABEL + 2),
+            "drawn by the demo model",
+            fill="black",
+            font=ImageFont.load_default(14),
+        )
+    return row
+
+
+if __name__ == "__main__":
+    main()
