@@ -24,6 +24,11 @@ FOLDER = "pixart-sigma"
 COPIED = ("__init__.py", "nodes", "pixart_sigma", "web", "locales", "example_workflows", "requirements.txt")
 
 
+DEMO = "demo (built in)"
+MODELS = {"transformer", "text_encoder", "vae"}
+DEMO_SETTINGS = {"variant": "auto", "base": "256"}
+
+
 class Rejected(Exception):
     """The host refused a prompt; `node_errors` is what the frontend would show."""
 
@@ -52,6 +57,16 @@ class Run:
         return {
             node for kind, content in self.messages if kind == "execution_cached" for node in content["nodes"]
         }
+
+
+def with_the_demo(prompt: dict):
+    """Puts the demo in place of the files that a prompt would need, at the demo's size."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs.update({name: DEMO for name in MODELS & set(inputs) if isinstance(inputs[name], str)})
+        inputs.update({name: value for name, value in DEMO_SETTINGS.items() if name in inputs})
+        if inputs.get("kv_compression") == "mean:2:14-27":
+            inputs["kv_compression"] = "mean:2:deep"
 
 
 class Server:

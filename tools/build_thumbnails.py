@@ -16,10 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from server import Server  # noqa: E402
+from server import Server, with_the_demo  # noqa: E402
 
-DEMO = "demo (built in)"
-MODELS = {"transformer", "text_encoder", "vae"}
 # What the demo understands, in place of the prompts that were written for Sigma.
 PROMPTS = {
     "sigma_1024_in_8_gb": "a large green circle on a yellow background",
@@ -41,7 +39,10 @@ def main():
             for workflow in sorted((ROOT / "example_workflows").glob("*.json")):
                 written = json.loads(workflow.read_text(encoding="utf-8"))
                 prompt = convert_ui_to_api(written, object_info)
-                with_the_demo(prompt, PROMPTS.get(workflow.stem))
+                with_the_demo(prompt)
+                for node in prompt.values():
+                    if workflow.stem in PROMPTS and node["class_type"] == "PixArtSigmaTextEncode":
+                        node["inputs"]["positive"] = PROMPTS[workflow.stem]
                 run = server.run(prompt)
                 if run.status != "success":
                     raise SystemExit(f"{workflow.name}: {run.error}")
@@ -54,22 +55,6 @@ def main():
                 sheet(pictures, workflow.stem in PROMPTS).save(workflow.with_suffix(".jpg"), quality=88)
         finally:
             server.stop()
-
-
-def with_the_demo(prompt: dict, text: str | None):
-    for node in prompt.values():
-        inputs = node["inputs"]
-        for name in MODELS & set(inputs):
-            if isinstance(inputs[name], str):
-                inputs[name] = DEMO
-        if "variant" in inputs:
-            inputs["variant"] = "auto"
-        if "base" in inputs:
-            inputs["base"] = "256"
-        if "kv_compression" in inputs:
-            inputs["kv_compression"] = "off"
-        if text and "positive" in inputs and isinstance(inputs["positive"], str):
-            inputs["positive"] = text
 
 
 def sheet(pictures: list[Image.Image], labelled: bool) -> Image.Image:

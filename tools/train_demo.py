@@ -2,10 +2,10 @@
 
     python tools/train_demo.py vae          an AutoencoderKL with the SDXL VAE's four levels
     python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
-   python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
+    python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
-   python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
+    python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
 Each stage resumes from its own checkpoint in --work and may be stopped at any time.
 """

@@ -3,6 +3,8 @@
 import shutil
 from contextlib import contextmanager
 
+from server import FOLDER
+
 # What a fresh ComfyUI itself writes to the console, this pack or none.
 HOST_NOISE = (
     "ComfyApp graph accessed before initialization",
@@ -41,7 +43,7 @@ class Frontend:
 
     def open(self, workflow: str):
         """As a click in the template browser does."""
-        self.page.goto(f"{self.address}/?template={workflow}&source=pixart-sigma")
+        self.page.goto(f"{self.address}/?template={workflow}&source={FOLDER}")
         # At first the frontend shows a workflow of its own.
         self.page.wait_for_function(
             "name => window.app?.extensionManager?.workflow?.activeWorkflow?.filename === name",
@@ -104,7 +106,7 @@ class Frontend:
 
 
 @contextmanager
-def frontend(address: str, width: int = 1600, height: int = 900, scale: float = 1):
+def frontend(address: str, scale: float = 1):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -112,6 +114,6 @@ def frontend(address: str, width: int = 1600, height: int = 900, scale: float = 
         browser = playwright.chromium.launch(
             executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+        page = browser.new_page(viewport={"width": 1600, "height": 900}, device_scale_factor=scale)
         yield Frontend(page, address)
         browser.close()

@@ -6,15 +6,12 @@ import sys
 
 import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from server import PACK, Rejected
+from server import MODELS, PACK, Rejected, with_the_demo
 
 sys.path.insert(0, str(PACK / "tools"))
 from demo_judge import look  # noqa: E402
 
 WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
-DEMO = "demo (built in)"
-# The only files that the loaders offer in the test's base folder.
-DOWNLOADS = {"transformer", "text_encoder", "vae"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def promise(info: dict) -> dict:
     for part in ("required", "optional"):
         for name, (declared, options) in info["input"].get(part, {}).items():
             kept = {key: options[key] for key in ("default", "min", "max") if key in options}
-            if "options" in options and name not in DOWNLOADS and name not in ("sampler_name", "schedule"):
+            if "options" in options and name not in MODELS and name not in ("sampler_name", "schedule"):
                 kept["options"] = options["options"]
             inputs[name] = [part, declared, kept]
     return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}
@@ -106,16 +103,7 @@ def test_the_host_offers_the_workflows_and_the_help(server):
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
 def test_a_workflow_runs(server, object_info, workflow):
     prompt = quick(to_prompt(workflow, object_info))
-    for entry in prompt.values():
-        for name in DOWNLOADS & set(entry["inputs"]):
-            if isinstance(entry["inputs"][name], str):
-                entry["inputs"][name] = DEMO
-        if entry["class_type"] == "PixArtSigmaLoadTransformer":
-            entry["inputs"]["variant"] = "auto"
-        if entry["class_type"] == "PixArtSigmaAspectRatioBucket":
-            entry["inputs"]["base"] = "256"
-        if entry["inputs"].get("kv_compression") == "mean:2:14-27":
-            entry["inputs"]["kv_compression"] = "mean:2:deep"
+    with_the_demo(prompt)
     run = server.run(prompt)
     assert run.status == "success", run.error
     for key, entry in prompt.items():
