@@ -17,6 +17,8 @@ window.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,14 +36,16 @@ OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")
 RATIOS = (2, 3, 4)
 SPELLING = "off, auto or OPERATOR:RATIO:LAYERS[:START-END%], such as mean:2:14-27 or mean:2:deep:20-80%"
 LAST_TIMESTEP = 999
+AUTO_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class KVCompression:
-    """How keys and values are compressed in one run.
+    """One rule of how keys and values are compressed; a run's setting is a tuple of such rules.
 
-    `layers` are block numbers from 0; with none, nothing is compressed. `start` and `end` bound the part of
-    the noise schedule in which it acts: 0 is pure noise (timestep 999), 1 the clean picture (timestep 0).
+    `layers` are block numbers from 0. `start` and `end` bound the part of the noise schedule in which the
+    rule acts: 0 is pure noise (timestep 999), 1 the clean picture (timestep 0). Of several rules for one
+    layer the first that acts counts; with no rule nothing is compressed.
     Raises SigmaError for an unknown operator, a ratio below 2, a negative layer or bounds out of order.
     """
 
@@ -57,7 +61,7 @@ class KVCompression:
             raise SigmaError(f"Unknown KV compression operator {self.operator!r}. Use one of {known}.")
         if not isinstance(self.ratio, int) or isinstance(self.ratio, bool) or self.ratio < 2:
             raise SigmaError(f"KV compression ratio must be a whole number from 2, not {self.ratio!r}.")
-        if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+        if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
             raise SigmaError(f"KV compression layers must be block numbers from 0, not {self.layers!r}.")
         if not 0 <= self.start < self.end <= 1:
             raise SigmaError(
@@ -66,10 +70,8 @@ class KVCompression:
 
     def __str__(self) -> str:
         """The spelling that `parse` reads."""
-        if not self.layers:
-            return "off"
         text = f"{self.operator}:{self.ratio}:{_spell_layers(self.layers)}"
-        if (self.start, self.end) != (0.0, 1.0):
+        if self.windowed:
             text += f":{self.start * 100:g}-{self.end * 100:g}%"
         return text
 
@@ -81,7 +83,7 @@ class KVCompression:
                 f"KV compression names layer {beyond[0]}, "
                 f"but this transformer has layers 0 to {config.num_layers - 1}."
             )
-        if self.operator != "conv" or not self.layers:
+        if self.operator != "conv":
             return
         trained = config.kv_compression
         if trained is None:
@@ -90,68 +92,90 @@ class KVCompression:
             )
         if self.ratio != trained.ratio or not set(self.layers) <= set(trained.layers):
             raise SigmaError(
-                f"This checkpoint's KV weights are trained as {as_trained(config)}, so {self} cannot run. "
+                f"This checkpoint's KV weights are trained as {spell(as_trained(config))}, so {self} cannot run. "
                 "Use auto, or another operator such as mean."
             )
 
+    @property
+    def windowed(self) -> bool:
+        """Whether it acts in a part of the noise schedule only."""
+        return (self.start, self.end) != (0, 1)
+
     def acts_at(self, timestep: float) -> bool:
         """Whether `timestep` (0 to 999) lies from `start` up to `end`, which is left out unless it is 1."""
+        if not self.windowed:
+            return True
         progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
         return self.start <= progress < self.end or (self.end == 1 and progress >= 1)
 
 
-OFF = KVCompression("mean", 2, ())
+OFF = ()
 
 
-def parse(text: str, num_layers: int) -> KVCompression | None:
-    """Read OPERATOR:RATIO:LAYERS[:START-END%] for a transformer of `num_layers` blocks; "off" is None.
+def parse(text: str, num_layers: int) -> tuple[KVCompression, ...]:
+    """Read OPERATOR:RATIO:LAYERS[:START-END%] for a transformer of `num_layers` blocks; "off" is no rule.
 
     LAYERS is `all`, `deep` (the deeper half), or block numbers and ranges from 0 such as `3,14-27`;
-    START-END% is the part of the noise schedule. Raises SigmaError, with the value seen, for anything else,
-    `auto` included: that depends on the picture's size, see `resolve`.
+    START-END% is the part of the noise schedule. Several rules are joined by `+`. Raises SigmaError, with the
+    value seen, for anything else, `auto` included: that depends on the picture's size, see `resolve`.
     """
     text = text.strip().lower()
     if text == "off":
-        return None
-    parts = text.split(":")
-    if len(parts) not in (3, 4):
-        raise SigmaError(f"KV compression {text!r} is not understood. Write {SPELLING}.")
-    operator, ratio, layers = (part.strip() for part in parts[:3])
-    if ratio not in map(str, RATIOS):
-        raise SigmaError(f"KV compression ratio must be 2, 3 or 4, not {ratio!r}.")
-    start, end = _parse_window(parts[3].strip()) if len(parts) == 4 else (0.0, 1.0)
-    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), start, end)
+        return OFF
+    return tuple(_parse_rule(rule.strip(), num_layers) for rule in text.split("+"))
+
+
+def spell(rules: tuple[KVCompression, ...]) -> str:
+    """The spelling of a setting that `parse` reads."""
+    return "+".join(map(str, rules)) or "off"
 
 
 def resolve(
-    setting: str | KVCompression | None, config: TransformerConfig, height: int, width: int
-) -> KVCompression | None:
-    """What a run of height x width pixels uses on a transformer of this config.
+    setting: str | tuple[KVCompression, ...] | None,
+    config: TransformerConfig,
+    height: int,
+    width: int,
+    calibrated: tuple[KVCompression, ...] | None = None,
+) -> tuple[KVCompression, ...]:
+    """The rules that a run of height x width pixels uses on a transformer of this config.
 
     None: as the checkpoint was trained. "auto": that, or for a checkpoint without KV weights nothing up to
-    1024x1024 pixels and mean:2 on the deeper half of the layers above. "off": nothing, also where the
-    checkpoint was trained with compression (then the answer is `OFF`, which tells the transformer so).
-    Otherwise as `parse`. Raises SigmaError if the setting does not fit the transformer.
+    1024x1024 pixels, and above what `calibrated` says, without which it is mean:2 on the deeper half of the
+    layers. Otherwise as `parse`. Raises SigmaError if the setting does not fit the transformer.
     """
-    trained = as_trained(config)
     if setting is None:
-        return trained
-    if isinstance(setting, str):
-        if setting.strip().lower() == "auto":
-            if trained is not None or height * width <= 1024 * 1024:
-                return trained
-            setting = "mean:2:deep"
-        setting = parse(setting, config.num_layers)
+        return as_trained(config)
+    if isinstance(setting, str) and setting.strip().lower() == "auto":
+        trained = as_trained(config)
+        if trained or height * width <= AUTO_PIXELS:
+            return trained
+        setting = calibrated
         if setting is None:
-            return OFF if trained is not None else None
-    setting.check(config)
+            setting = parse("mean:2:deep", config.num_layers)
+            _say_not_measured(spell(setting))
+    if isinstance(setting, str):
+        setting = parse(setting, config.num_layers)
+    for rule in setting:
+        rule.check(config)
     return setting
 
 
-def as_trained(config: TransformerConfig) -> KVCompression | None:
-    """The compression that a checkpoint's KV weights were trained with, or None."""
+@functools.cache
+def _say_not_measured(spelling: str) -> None:
+    logging.getLogger(__name__).warning(
+        f"KV compression is {spelling}, which was not measured on this checkpoint; calibrate measures it."
+    )
+
+
+def as_trained(config: TransformerConfig) -> tuple[KVCompression, ...]:
+    """The compression that a checkpoint's KV weights were trained with; without them no rule."""
     trained = config.kv_compression
-    return None if trained is None else KVCompression(trained.sampling, trained.ratio, tuple(trained.layers))
+    return () if trained is None else (KVCompression(trained.sampling, trained.ratio, tuple(trained.layers)),)
+
+
+def acting(rules: tuple[KVCompression, ...], layer: int, timestep: float) -> KVCompression | None:
+    """The rule that compresses block `layer` at `timestep` (0 to 999), or None."""
+    return next((rule for rule in rules if layer in rule.layers and rule.acts_at(timestep)), None)
 
 
 class SigmaAttnProcessor:
@@ -224,6 +248,17 @@ def _convolve(attn, tokens, grid):
         return tokens
     picture = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
     return attn.norm(attn.sr(picture).flatten(2).transpose(1, 2))
+
+
+def _parse_rule(text: str, num_layers: int) -> KVCompression:
+    parts = text.split(":")
+    if len(parts) not in (3, 4):
+        raise SigmaError(f"KV compression {text!r} is not understood. Write {SPELLING}.")
+    operator, ratio, layers = (part.strip() for part in parts[:3])
+    if ratio not in map(str, RATIOS):
+        raise SigmaError(f"KV compression ratio must be 2, 3 or 4, not {ratio!r}.")
+    start, end = _parse_window(parts[3].strip()) if len(parts) == 4 else (0.0, 1.0)
+    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), start, end)
 
 
 def _parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from .errors import SigmaError
 from .hooks import NO_HOOKS, Hooks
-from .kv_compression import KVCompression, SigmaAttnProcessor, as_trained
+from .kv_compression import KVCompression, SigmaAttnProcessor, acting, as_trained
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, TransformerConfig
@@ -36,6 +36,8 @@ LAYER_CLASSES = (
     "Embedding",
 )
 CACHED_SIZES = 8
+# The MLP's hidden state is four times the tokens: 1.2 GB of bf16 for two pictures of 4096x4096.
+MLP_BYTES = 2**28
 _swap_lock = threading.RLock()
 
 
@@ -64,7 +66,7 @@ class SigmaBlock(BasicTransformerBlock):
         hidden_states = hidden_states + self.attn2(
             hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=prompt_bias, hooks=hooks
         )
-        fed = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        fed = feed_forward(self.ff, modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return torch.addcmul(hidden_states, gate_mlp, fed)
 
 
@@ -97,7 +99,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
         timestep: torch.Tensor | float,
         prompt_embeds: torch.Tensor,
         prompt_mask: torch.Tensor | None = None,
-        kv_compression: KVCompression | None = None,
+        kv_compression: tuple[KVCompression, ...] | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
@@ -105,9 +107,9 @@ class SigmaTransformer(PixArtTransformer2DModel):
         latents (B, 4, h, w) of any h and w from 1; sizes off the patch grid are continued at the right and
         bottom by their last column and row, and cropped back. timestep 0 to 999, one or (B,). prompt_embeds
         (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
-        which is the fast path. kv_compression: None is as the checkpoint was trained (not at all, for all
-        public ones), `kv_compression.OFF` never. hooks: what to change on the way. Settings hold for this
-        call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
+        which is the fast path. kv_compression: rules, none of them for no compression; None is as the
+        checkpoint was trained (not at all, for all public ones). hooks: what to change on the way. Settings
+        hold for this call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
         Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
@@ -118,7 +120,11 @@ class SigmaTransformer(PixArtTransformer2DModel):
         if height % patch or width % patch:
             latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
         grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-        kv_compression = self._active(kv_compression, timestep)
+        rules = as_trained(self.sigma_config) if kv_compression is None else kv_compression
+        for rule in rules:
+            rule.check(self.sigma_config)
+        # Reading the timestep waits for the device.
+        now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
 
         hidden_states = self.embed_positions(self.pos_embed(latents), grid)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
@@ -129,7 +135,6 @@ class SigmaTransformer(PixArtTransformer2DModel):
             prompt_bias = ((1 - prompt_mask.to(hidden_states)) * -10000.0)[:, None, None]
 
         for index, block in enumerate(self.transformer_blocks):
-            compressed = kv_compression is not None and index in kv_compression.layers
             hidden_states, prompt_embeds = hooks.run_block(
                 index,
                 block,
@@ -138,7 +143,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
                 prompt_bias,
                 modulation,
                 grid,
-                kv_compression if compressed else None,
+                acting(rules, index, now),
             )
 
         shift, scale = (
@@ -170,13 +175,6 @@ class SigmaTransformer(PixArtTransformer2DModel):
         placed = [(by_column + columns).to(tokens.dtype), (by_row + rows[:, None]).to(tokens.dtype)]
         return torch.cat(placed, dim=-1).flatten(1, 2)
 
-    def _active(self, kv_compression, timestep):
-        if kv_compression is None:
-            return as_trained(self.sigma_config)
-        kv_compression.check(self.sigma_config)
-        windowed = (kv_compression.start, kv_compression.end) != (0, 1)
-        return None if windowed and not kv_compression.acts_at(float(timestep[0])) else kv_compression
-
     def _check(self, latents, timestep, prompt_embeds, prompt_mask):
         if latents.ndim != 4 or latents.shape[1] != self.config.in_channels or 0 in latents.shape:
             raise SigmaError(
@@ -197,6 +195,18 @@ class SigmaTransformer(PixArtTransformer2DModel):
                 f"The prompt mask must be {tuple(prompt_embeds.shape[:2])} as the embeddings are, "
                 f"not {tuple(prompt_mask.shape)}."
             )
+
+
+def feed_forward(mlp, tokens: torch.Tensor) -> torch.Tensor:
+    """mlp(tokens), both (B, N, C); in runs of tokens whose fourfold hidden state is at most MLP_BYTES."""
+    batch, count, channels = tokens.shape
+    run = max(1, MLP_BYTES // (batch * 4 * channels * tokens.element_size()))
+    if count <= run:
+        return mlp(tokens)
+    fed = torch.empty_like(tokens)
+    for start in range(0, count, run):
+        fed[:, start : start + run] = mlp(tokens[:, start : start + run])
+    return fed
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

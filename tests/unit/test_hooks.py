@@ -76,7 +76,7 @@ def test_the_prompt_does_not_matter_without_its_attention(transformer, inputs):
 
 
 def test_merged_tokens_are_not_compressed_again(transformer, inputs):
-    setting = KVCompression("mean", 2, (0, 1))
+    setting = (KVCompression("mean", 2, (0, 1)),)
     merged = transformer(*inputs, hooks=Merging())
     assert torch.equal(transformer(*inputs, kv_compression=setting, hooks=Merging()), merged)
     # values that differ from the keys are compressed as they are

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pixart_sigma import kv_compression
 from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.kv_compression import OFF, KVCompression, parse, resolve
+from pixart_sigma.kv_compression import OFF, KVCompression, acting, parse, resolve, spell
 from pixart_sigma.transformer import build_transformer
 
 HEADS, WIDTH = 2, 16
@@ -117,18 +118,24 @@ def test_a_grid_smaller_than_one_window_still_attends(operator, tokens):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("off", None),
-        ("mean:2:14-27", KVCompression("mean", 2, tuple(range(14, 28)))),
-        ("mean:3:all", KVCompression("mean", 3, tuple(range(28)))),
-        (" Conv:2:Deep ", KVCompression("conv", 2, tuple(range(14, 28)))),
-        ("ave:4:27,0-1,1", KVCompression("ave", 4, (0, 1, 27))),
-        ("uniform:2:5:20-80%", KVCompression("uniform", 2, (5,), 0.2, 0.8)),
+        ("off", OFF),
+        ("mean:2:14-27", (KVCompression("mean", 2, tuple(range(14, 28))),)),
+        ("mean:3:all", (KVCompression("mean", 3, tuple(range(28))),)),
+        (" Conv:2:Deep ", (KVCompression("conv", 2, tuple(range(14, 28))),)),
+        ("ave:4:27,0-1,1", (KVCompression("ave", 4, (0, 1, 27)),)),
+        ("uniform:2:5:20-80%", (KVCompression("uniform", 2, (5,), 0.2, 0.8),)),
+        (
+            "mean:4:20-27+mean:2:14-27:0-50%",
+            (
+                KVCompression("mean", 4, tuple(range(20, 28))),
+                KVCompression("mean", 2, tuple(range(14, 28)), 0, 0.5),
+            ),
+        ),
     ],
 )
 def test_parse(text, expected):
     assert parse(text, 28) == expected
-    if expected:
-        assert parse(str(expected), 28) == expected
+    assert parse(spell(expected), 28) == expected
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,8 @@ def test_parse(text, expected):
         ("mean:2:all:80-20%", "'80-20%'"),
         ("mean:2:all:0-101%", "'0-101%'"),
         ("mean:2:all:half", "'half'"),
+        ("mean:2:all+", "''"),
+        ("mean:2:all+off", "'off'"),
         ("mean:2:all:0-50%:x", "'mean:2:all:0-50%:x'"),
     ],
 )
@@ -169,6 +178,7 @@ def test_parse_errors_name_the_value(text, seen):
         ("mean", 1, (0,)),
         ("mean", True, (0,)),
         ("mean", 2, (-1,)),
+        ("mean", 2, ()),
         ("mean", 2, (0,), 0.5, 0.5),
         ("mean", 2, (0,), 0.0, float("nan")),
     ],
@@ -180,30 +190,50 @@ def test_settings_refuse_nonsense(arguments):
 
 def test_resolve_without_trained_weights():
     config = SimpleNamespace(num_layers=28, kv_compression=None)
-    assert resolve(None, config, 4096, 4096) is None
-    assert resolve("off", config, 4096, 4096) is None
-    assert resolve("auto", config, 1024, 1024) is None
-    assert resolve("auto", config, 2048, 512) is None
-    assert resolve("auto", config, 1024, 1040) == KVCompression("mean", 2, tuple(range(14, 28)))
-    assert resolve("mean:2:0", config, 64, 64) == KVCompression("mean", 2, (0,))
+    deep, first = KVCompression("mean", 2, tuple(range(14, 28))), KVCompression("mean", 2, (0,))
+    assert resolve(None, config, 4096, 4096) == OFF
+    assert resolve("off", config, 4096, 4096) == OFF
+    assert resolve("auto", config, 1024, 1024) == OFF
+    assert resolve("auto", config, 2048, 512) == OFF
+    assert resolve("auto", config, 1024, 1024, calibrated=(first,)) == OFF
+    assert resolve("auto", config, 1024, 1040) == (deep,)
+    assert resolve("auto", config, 1024, 1040, calibrated=(first,)) == (first,)
+    assert resolve("auto", config, 1024, 1040, calibrated=OFF) == OFF
+    assert resolve("mean:2:0", config, 64, 64, calibrated=(deep,)) == (first,)
     with pytest.raises(SigmaError, match="has none"):
         resolve("conv:2:all", config, 1024, 1024)
     with pytest.raises(SigmaError, match="layer 28"):
-        resolve(KVCompression("mean", 2, (27, 28)), config, 1024, 1024)
+        resolve((first, KVCompression("mean", 2, (27, 28))), config, 1024, 1024)
 
 
 def test_resolve_with_trained_weights():
     config = SimpleNamespace(num_layers=28, kv_compression=KVWeights(ratio=2, layers=(14, 15)))
-    trained = KVCompression("conv", 2, (14, 15))
+    trained = (KVCompression("conv", 2, (14, 15)),)
     for size in (256, 4096):
         assert resolve(None, config, size, size) == trained
         assert resolve("auto", config, size, size) == trained
     assert resolve("off", config, 256, 256) == OFF
-    assert resolve("mean:2:0", config, 256, 256) == KVCompression("mean", 2, (0,))
-    assert resolve("conv:2:15", config, 256, 256) == KVCompression("conv", 2, (15,))
+    assert resolve("mean:2:0", config, 256, 256) == (KVCompression("mean", 2, (0,)),)
+    assert resolve("conv:2:15", config, 256, 256) == (KVCompression("conv", 2, (15,)),)
     for other in ("conv:4:14-15", "conv:2:13-15"):
         with pytest.raises(SigmaError, match="conv:2:14-15"):
             resolve(other, config, 256, 256)
+
+
+def test_auto_says_once_that_it_was_not_measured(caplog):
+    config = SimpleNamespace(num_layers=28, kv_compression=None)
+    kv_compression._say_not_measured.cache_clear()
+    for _ in range(2):
+        resolve("auto", config, 2048, 2048)
+    (message,) = caplog.messages
+    assert "mean:2:14-27" in message and "not measured" in message
+
+
+def test_the_first_rule_that_acts_on_a_layer_counts():
+    early, late = KVCompression("mean", 4, (1, 2), 0.0, 0.5), KVCompression("mean", 2, (2, 3))
+    rules = (early, late)
+    assert [acting(rules, layer, 999) for layer in range(4)] == [None, early, early, late]
+    assert [acting(rules, layer, 0) for layer in range(4)] == [None, None, late, late]
 
 
 def test_window_is_a_part_of_the_noise_schedule():

@@ -171,7 +171,7 @@ def test_kv_settings_hold_for_one_call_alone():
     ours, reference = make_pair()
     latents, embeds, _ = make_input(12, 16)
     dense = ours(latents, 500, embeds)
-    setting = KVCompression("mean", 2, (1,))
+    setting = (KVCompression("mean", 2, (1,)),)
     compressed = ours(latents, 500, embeds, kv_compression=setting)
     clone = copy.deepcopy(ours)
     assert error(compressed, dense) > 1e-4
@@ -193,18 +193,30 @@ def test_kv_layers_and_window_are_respected():
     ours = build_transformer(config, attention=attention)
     ours.load_state_dict(random_weights(ours), assign=True)
     latents, embeds, _ = make_input(8, 8)
-    setting = KVCompression("mean", 2, (1,), 0.2, 0.8)
+    setting = (KVCompression("mean", 2, (1,), 0.2, 0.8),)
     for timestep, middle in [(900, 16), (500, 4), (100, 16)]:
         keys.clear()
         ours(latents, timestep, embeds, kv_compression=setting)
         assert keys[::2] == [16, middle, 16] and keys[1::2] == [5, 5, 5]
 
 
+def test_the_mlp_takes_large_pictures_in_runs_of_tokens(monkeypatch):
+    ours, _ = make_pair()
+    latents, embeds, _ = make_input(12, 16)
+    whole = ours(latents, 500, embeds)
+    runs = []
+    ours.transformer_blocks[0].ff.register_forward_pre_hook(lambda _, given: runs.append(given[0].shape[1]))
+    channels = ours.inner_dim
+    monkeypatch.setattr(engine, "MLP_BYTES", len(latents) * 4 * channels * 4 * 20)
+    torch.testing.assert_close(ours(latents, 500, embeds), whole, rtol=1e-5, atol=1e-5)
+    assert runs == [20, 20, 8]
+
+
 def test_conv_without_trained_weights_is_refused():
     ours, _ = make_pair()
     latents, embeds, _ = make_input(8, 8)
     with pytest.raises(SigmaError, match="trained weights"):
-        ours(latents, 500, embeds, kv_compression=KVCompression("conv", 2, (0,)))
+        ours(latents, 500, embeds, kv_compression=(KVCompression("conv", 2, (0,)),))
 
 
 @pytest.mark.parametrize(
