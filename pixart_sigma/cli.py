@@ -1,4 +1,4 @@
-"""The terminal: `pixart-sigma generate|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma generate|calibrate|inspect|quantize-t5|download`.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -8,10 +8,10 @@ import json
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from .errors import SigmaError
+from .files import write_beside
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,13 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make a picture from a prompt")
     generate.set_defaults(command=_generate)
     generate.add_argument("prompt")
-    generate.add_argument("--model", default="demo", help="demo (default) or a pipeline folder")
-    generate.add_argument("--transformer", help="transformer file or folder, instead of the model's")
-    generate.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
-    generate.add_argument("--vae", help="VAE file or folder, instead of the model's")
-    generate.add_argument(
-        "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
-    )
+    _add_model(generate)
     generate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
     generate.add_argument(
@@ -64,15 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--clean-caption", action="store_true", help="clean the prompt as the reference does"
     )
-    generate.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
     generate.add_argument(
         "--kv-compression",
-        metavar="off|auto|OPERATOR:RATIO:LAYERS",
-        help="such as mean:2:14-27; default: as the checkpoint was trained",
+        metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
+        help="such as mean:2:14-27, or a file of calibrate; default: as the checkpoint was trained",
     )
     generate.add_argument("--tiled-decode", action="store_true", help="decode in tiles: less memory")
     generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
-    generate.add_argument("--device", default="auto")
     generate.add_argument(
         "--memory-report",
         nargs="?",
@@ -81,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
         help="print a table; with a file name, write JSON",
     )
     generate.add_argument("--out", default="picture.png")
+
+    calibrate = commands.add_parser(
+        "calibrate", help="measure how much KV compression a checkpoint bears, for --kv-compression auto"
+    )
+    calibrate.set_defaults(command=_calibrate)
+    _add_model(calibrate)
+    calibrate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+    calibrate.add_argument("--budget", default="5%", help="the error that is allowed (default: 5%%)")
+    calibrate.add_argument("--prompts", help="a text file, one prompt in a line; default: four of our own")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next")
+    calibrate.add_argument("--steps", type=int, default=20)
+    calibrate.add_argument("--guidance", type=float, default=4.5)
+    calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
+    calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint is")
     inspect.set_defaults(command=_inspect)
@@ -101,6 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     download.add_argument("--yes", action="store_true", help="do not ask")
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser):
+    """What says which models run, and where."""
+    command.add_argument("--model", default="demo", help="demo (default) or a pipeline folder")
+    command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
+    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument("--vae", help="VAE file or folder, instead of the model's")
+    command.add_argument(
+        "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
+    )
+    command.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
+    command.add_argument("--device", default="auto")
 
 
 def _generate(arguments) -> int:
@@ -172,7 +191,7 @@ def _generate(arguments) -> int:
     metadata = PngInfo()
     metadata.add_text("pixart_sigma", json.dumps(result.settings))
     for path, picture in zip(paths, result.images, strict=True):
-        _write_beside(path, lambda file, picture=picture: picture.save(file, format="PNG", pnginfo=metadata))
+        write_beside(path, lambda file, picture=picture: picture.save(file, format="PNG", pnginfo=metadata))
         print(path)
     if arguments.memory_report == "-":
         print(pipeline.stages.table())
@@ -180,7 +199,61 @@ def _generate(arguments) -> int:
         report = json.dumps(
             {"stages": pipeline.stages.as_dict(), "device": str(torch.device(pipeline.device))}, indent=2
         )
-        _write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
+        write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
+    return 0
+
+
+def _calibrate(arguments) -> int:
+    _check_guidance(arguments.guidance)
+    _check_steps(arguments.steps)
+    budget = _share(arguments.budget)
+    for name in (arguments.out, arguments.plot):
+        if name:
+            _check_writable(Path(name))
+    prompts = _read_prompts(arguments.prompts) if arguments.prompts else None
+
+    from tqdm import tqdm
+
+    from .aspect_ratio import parse_size
+    from .calibration import PROMPTS, calibration_path
+    from .calibration_picture import draw
+    from .pipeline import SigmaPipeline
+
+    pipeline = SigmaPipeline.from_path(
+        arguments.model,
+        transformer=arguments.transformer,
+        text_encoder=arguments.text_encoder,
+        vae=arguments.vae,
+        variant=arguments.variant,
+        device=arguments.device,
+        t5_precision=arguments.t5_precision,
+    )
+    out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
+    _check_writable(out)
+    width, height = parse_size(arguments.size) if arguments.size else (pipeline.base_size, pipeline.base_size)
+
+    with tqdm(total=None, leave=False, disable=None) as bar:
+
+        def on_progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        calibration = pipeline.calibrate(
+            prompts or PROMPTS,
+            width=width,
+            height=height,
+            budget=budget,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            seed=arguments.seed,
+            on_progress=on_progress,
+            on_stage=bar.set_description,
+        )
+    calibration.save(out)
+    if arguments.plot:
+        write_beside(Path(arguments.plot), lambda file: draw(calibration).save(file, format="PNG"))
+    print(calibration.describe())
+    print(out)
     return 0
 
 
@@ -210,14 +283,41 @@ def _check_settings(arguments):
     """What can be known to be wrong before torch is imported."""
     if arguments.count < 1:
         raise SigmaError(f"--count is {arguments.count}; give 1 or more.")
-    if arguments.steps < 1:
-        raise SigmaError(f"--steps is {arguments.steps}; give 1 or more.")
-    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
-        raise SigmaError(f"--guidance is {arguments.guidance}; give a number such as 4.5.")
+    _check_steps(arguments.steps)
+    _check_guidance(arguments.guidance)
     if arguments.size and arguments.aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")
     if not 0 <= arguments.seed < 2**64:
         raise SigmaError(f"--seed is {arguments.seed}; give a whole number from 0 to 2^64 - 1.")
+
+
+def _check_steps(steps: int):
+    if steps < 1:
+        raise SigmaError(f"--steps is {steps}; give 1 or more.")
+
+
+def _check_guidance(guidance: float | None):
+    if guidance is not None and not math.isfinite(guidance):
+        raise SigmaError(f"--guidance is {guidance}; give a number such as 4.5.")
+
+
+def _share(text: str) -> float:
+    """0.05 from "5%" or "0.05"."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise SigmaError(f"--budget is {text!r}; give a share such as 5% or 0.05.")
+    return share
+
+
+def _read_prompts(path: str) -> tuple[str, ...]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise SigmaError(f"{path} holds no prompt; write one in each line.")
+    return prompts
 
 
 def _check_writable(path: Path):
@@ -252,18 +352,3 @@ def _read_picture(path: str):
             f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file."
         ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _write_beside(path: Path, write):
-    """Write a file whole or not at all: beside it first, then renamed over it."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -92,8 +92,8 @@ class KVCompression:
             )
         if self.ratio != trained.ratio or not set(self.layers) <= set(trained.layers):
             raise SigmaError(
-                f"This checkpoint's KV weights are trained as {spell(as_trained(config))}, so {self} cannot run. "
-                "Use auto, or another operator such as mean."
+                f"This checkpoint's KV weights are trained as {spell(as_trained(config))}, so {self} cannot "
+                "run. Use auto, or another operator such as mean."
             )
 
     @property
@@ -176,6 +176,45 @@ def as_trained(config: TransformerConfig) -> tuple[KVCompression, ...]:
 def acting(rules: tuple[KVCompression, ...], layer: int, timestep: float) -> KVCompression | None:
     """The rule that compresses block `layer` at `timestep` (0 to 999), or None."""
     return next((rule for rule in rules if layer in rule.layers and rule.acts_at(timestep)), None)
+
+
+def multiply_adds(
+    config: TransformerConfig,
+    height: int,
+    width: int,
+    prompt_tokens: int,
+    rules: tuple[KVCompression, ...] = (),
+    timestep: float = 0,
+) -> int:
+    """Multiply-adds of one forward pass of one picture of height x width pixels, attention included.
+
+    Matrix products and convolutions only; norms, activations and sums of tensors are left out.
+    """
+    patch, channels = config.patch_size, config.cross_attention_dim
+    rows, columns = -(-height // (8 * patch)), -(-width // (8 * patch))
+    tokens = rows * columns
+    square = channels**2
+    total = tokens * channels * patch**2 * (config.in_channels + config.out_channels)
+    total += prompt_tokens * (config.caption_channels * channels + square) + 7 * square + 256 * channels
+    for layer in range(config.num_layers):
+        rule = acting(rules, layer, timestep)
+        kept = tokens if rule is None else count_tokens(rule, (rows, columns))
+        projected = tokens if rule is None or rule.operator == "conv" else kept
+        total += 12 * tokens * square + 2 * projected * square + 2 * prompt_tokens * square
+        total += 2 * tokens * (kept + prompt_tokens) * channels
+        if kept < tokens == projected:
+            total += 2 * kept * rule.ratio**2 * channels
+    return total
+
+
+def count_tokens(rule: KVCompression, grid: tuple[int, int]) -> int:
+    """How many of a grid's tokens are left of keys and values."""
+    rows, columns = grid
+    if rule.operator == "uniform_every":
+        return -(-rows * columns // rule.ratio)
+    if rule.operator not in ("conv", "ave"):
+        return -(-rows // rule.ratio) * -(-columns // rule.ratio)
+    return (rows // rule.ratio) * (columns // rule.ratio) if min(grid) >= rule.ratio else rows * columns
 
 
 class SigmaAttnProcessor:

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from . import DEMO, kv_compression
+from . import DEMO
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
-from .checkpoint import Checkpoint, find_components, inspect
+from .calibration import Calibration, calibrate, find_calibrated, fingerprint_of
+from .checkpoint import Checkpoint, find_components, inspect, load_transformer_state_dict
 from .errors import CheckpointError, SigmaError
+from .kv_compression import KVCompression, resolve
 from .memory import Stages
 from .sampling import Step, check_settings, default_guidance, denoise, get_noise
 from .text_encoder import TextEncoder, pad_embeds
@@ -158,8 +160,7 @@ class SigmaPipeline:
         if not isinstance(count, int) or count < 1:
             raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
         made_width, made_height = self._made_size(width, height, use_resolution_binning)
-        config = self.checkpoint.config
-        compression = kv_compression.resolve(kv_compression_setting, config, made_height, made_width)
+        rules = self._kv_compression(kv_compression_setting, made_width, made_height)
         stage = on_stage or (lambda name: None)
 
         stage("text encoder")
@@ -175,7 +176,13 @@ class SigmaPipeline:
 
         generator = torch.Generator().manual_seed(seed)
         latents = get_noise(
-            count, made_height, made_width, generator, self.dtype, self.device, config.in_channels
+            count,
+            made_height,
+            made_width,
+            generator,
+            self.dtype,
+            self.device,
+            self.checkpoint.config.in_channels,
         )
         stage("transformer")
         embeds, mask = pad_embeds([positive] * count)
@@ -199,7 +206,7 @@ class SigmaPipeline:
                 image_latents=image_latents,
                 generator=generator,
                 eta=eta,
-                kv_compression=compression,
+                kv_compression=rules,
                 callback=callback,
             ),
         )
@@ -225,6 +232,76 @@ class SigmaPipeline:
             "model": self.checkpoint.path.name,
         }
         return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
+
+    def calibrate(
+        self,
+        prompts: tuple[str, ...],
+        *,
+        width: int,
+        height: int,
+        budget: float = 0.05,
+        steps: int = 20,
+        guidance_scale: float = 4.5,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_stage: Callable[[str], None] = lambda name: None,
+    ) -> Calibration:
+        """Measure how much KV compression the checkpoint bears at a size, see `calibration`.
+
+        Each prompt is drawn with a seed of its own, from `seed`. `budget` is the error allowed, a share of 1.
+        """
+        check_size(width, height)
+        check_settings("dpmpp_2m", steps, guidance_scale)
+        width, height = self._made_size(width, height, False)
+
+        def encode_all(text_encoder: TextEncoder):
+            return [text_encoder.encode(prompt).prompt_embeds for prompt in (*prompts, "")]
+
+        on_stage("text encoder")
+        *embeds, negative = self.stages.run("text encoder", self._load_text_encoder, encode_all)
+
+        def measure(transformer):
+            def place(tensor):
+                return tensor.to(self.device, self.dtype)
+
+            channels = self.checkpoint.config.in_channels
+            noise = [
+                get_noise(1, height, width, seed + index, self.dtype, self.device, channels)
+                for index in range(len(prompts))
+            ]
+            runs = [
+                (latents, place(positive), place(negative))
+                for latents, positive in zip(noise, embeds, strict=True)
+            ]
+            return calibrate(
+                transformer,
+                runs,
+                prompts,
+                budget=budget,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                on_progress=on_progress,
+            )
+
+        on_stage("transformer")
+        return self.stages.run("transformer", self._load_transformer, measure)
+
+    def _kv_compression(self, setting: str | None, width: int, height: int) -> tuple[KVCompression, ...]:
+        """The rules of a run. Raises SigmaError where the setting does not fit the checkpoint."""
+        checkpoint = self.checkpoint
+
+        def fingerprint():
+            return fingerprint_of(load_transformer_state_dict(checkpoint))
+
+        if setting is not None and setting.endswith(".json"):
+            calibration = Calibration.read(Path(setting))
+            if not calibration.fits(fingerprint()):
+                raise SigmaError(
+                    f"{setting} was measured on another checkpoint than {checkpoint.path}; calibrate it."
+                )
+            return resolve(calibration.rules, checkpoint.config, height, width)
+        calibrated = find_calibrated(checkpoint.path, fingerprint) if setting == "auto" else None
+        return resolve(setting, checkpoint.config, height, width, calibrated)
 
     def _made_size(self, width: int, height: int, use_resolution_binning: bool) -> tuple[int, int]:
         """The size the transformer works at: a bucket of the checkpoint's base, or whole latents."""

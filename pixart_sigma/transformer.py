@@ -109,7 +109,8 @@ class SigmaTransformer(PixArtTransformer2DModel):
         (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
         which is the fast path. kv_compression: rules, none of them for no compression; None is as the
         checkpoint was trained (not at all, for all public ones). hooks: what to change on the way. Settings
-        hold for this call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
+        hold for this call alone.
+        Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
         Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
