@@ -8,8 +8,6 @@ import comfy.ldm.modules.attention
 
 from ...pixart_sigma.hooks import Hooks
 
-KV_COMPRESSION = "pixart_sigma_kv_compression"  # where a run's setting is in transformer_options
-
 
 def attention(query, key, value, attn_mask=None, transformer_options=None):
     """The attention that the host has selected, on (B, heads, tokens, head_dim)."""

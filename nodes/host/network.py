@@ -7,7 +7,8 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ...pixart_sigma.transformer import SigmaTransformer, layer_classes
-from .hooks import KV_COMPRESSION, HostHooks, attention
+from .hooks import HostHooks, attention
+from .kv_compression import KV_COMPRESSION
 
 
 class SigmaNetwork(SigmaTransformer):
@@ -40,8 +41,9 @@ class SigmaNetwork(SigmaTransformer):
             config.num_attention_heads,
             config.attention_head_dim,
         )
-        setting = transformer_options.get(KV_COMPRESSION)
-        return super().forward(x, timesteps, context, context_mask, setting, hooks)
+        rules_for = transformer_options.get(KV_COMPRESSION)
+        rules = None if rules_for is None else rules_for(8 * x.shape[-2], 8 * x.shape[-1])
+        return super().forward(x, timesteps, context, context_mask, rules, hooks)
 
     def forget_sizes(self):
         """Drop the positions of the sizes seen so far, which lie on the device."""

@@ -9,7 +9,7 @@ import latent_preview
 import torch
 
 from ...pixart_sigma.errors import SigmaError
-from .hooks import KV_COMPRESSION
+from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
 
 REFERENCE = "reference"
 LAST_TIMESTEP = 999
@@ -57,7 +57,8 @@ def sample(
     scale = {name: latent[name] for name in ("downscale_ratio_spacial",) if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **scale)
     _check_latents(model, samples)
-    model = set_kv_compression(model, kv_compression, samples.shape[-2] * 8, samples.shape[-1] * 8)
+    _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
+    model = _compress(model, kv_compression)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     settings = {
         "noise_mask": latent.get("noise_mask"),
@@ -94,28 +95,24 @@ def sample(
     return latent | {"samples": done}
 
 
-def set_kv_compression(model, setting: str, height: int, width: int):
-    """A clone of the MODEL that compresses as `setting` says for a picture of this size, in pixels."""
-    from ...pixart_sigma.kv_compression import resolve
+def _compress(model, setting: str):
+    """The MODEL with the sampler's setting; auto leaves what Σ KV Compression has set."""
+    named = setting.strip().lower()
+    if named == "auto" and is_set(model) or named in ("auto", "off") and not can_compress(model):
+        return model
+    return set_kv_compression(model, setting)
 
-    config = getattr(model.model.diffusion_model, "sigma_config", None)
-    if config is None:
-        if setting.strip().lower() in ("off", "auto"):
-            return model
-        raise SigmaError(
-            f"KV compression is {setting!r}, but this MODEL is not from Load Σ Transformer. Load it there, "
-            "or set kv_compression to off."
-        )
-    resolved = resolve(setting, config, height, width)
-    model = model.clone()
-    model.model_options["transformer_options"][KV_COMPRESSION] = resolved
-    base = config.sample_size * 8
-    if not base**2 / 4 <= height * width <= base**2 * 4 and resolved is None:
+
+def _check_size(model, height: int, width: int):
+    """Warn of a picture, in pixels, that is far from those the model was trained on."""
+    if not is_ours(model):
+        return
+    base = model.model.diffusion_model.sigma_config.sample_size * 8
+    if not base**2 / 4 <= height * width <= base**2 * 4:
         logging.warning(
             f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
             "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
         )
-    return model
 
 
 def _check_latents(model, samples):

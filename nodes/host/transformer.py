@@ -31,6 +31,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     "fp32", a torch dtype, or None for what the host picks. Raises CheckpointError for anything but a whole
     PixArt-Sigma transformer.
     """
+    from ...pixart_sigma.calibration import fingerprint_of
     from ...pixart_sigma.checkpoint import inspect, load_transformer_state_dict
     from .network import build_network
 
@@ -42,7 +43,9 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
-    patcher = make_patcher(SigmaModel(config, network), disable_dynamic)
+    model = SigmaModel(config, network)
+    model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
+    patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
         for name in state_dict:
             state_dict[name] = state_dict[name].to(patcher.offload_device, dtype)

@@ -1,0 +1,95 @@
+"""Calibration of KV compression on a MODEL of ours, in the host's own sampling."""
+
+import comfy.model_management
+import comfy.utils
+from comfy.patcher_extension import WrappersMP
+
+from ...pixart_sigma.errors import SigmaError
+from .kv_compression import KV_COMPRESSION, is_ours
+from .sampling import sample
+
+
+def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed, steps, cfg, budget):
+    """The `Calibration` of a MODEL at the latent's size; conditioning k is sampled with seed + k.
+
+    Raises SigmaError for a MODEL that is not from our loader.
+    """
+    from ...pixart_sigma.calibration import Calibration, Calibrator
+
+    if not is_ours(model):
+        raise SigmaError(
+            f"This MODEL is a {type(model.model).__name__}, not from Load Σ Transformer. Load the file there "
+            "to calibrate it."
+        )
+    height, width = (8 * side for side in latent["samples"].shape[-2:])
+    calibrator = Calibrator(model.model.diffusion_model.sigma_config, height, width, budget)
+
+    def watch(executor, x, timesteps, context, context_mask, control, options, **named):
+        def predict(rules):
+            return executor(
+                x,
+                timesteps,
+                context,
+                context_mask,
+                control,
+                options | {KV_COMPRESSION: lambda *size: rules},
+                **named,
+            )
+
+        noise = predict(())
+        calibrator.see(float(timesteps[0]), noise, predict)
+        return noise
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "pixart_sigma_calibration", watch)
+    single = latent | {"samples": latent["samples"][:1]}
+    for index, conditioning in enumerate(conditionings):
+        calibrator.start()
+        sample(
+            watched,
+            conditioning,
+            negative,
+            single,
+            seed + index,
+            steps,
+            cfg,
+            "dpmpp_2m",
+            "reference",
+            1.0,
+            "off",
+        )
+
+    comfy.model_management.load_models_gpu([model])
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_progress(done, total):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    rules, error, errors = calibrator.measure(on_progress)
+    return Calibration(
+        rules=rules,
+        error=error,
+        budget=budget,
+        saved=calibrator.saved(rules),
+        width=width,
+        height=height,
+        steps=steps,
+        prompts=tuple(prompts),
+        errors=errors,
+        fingerprint=model.model.fingerprint,
+    )
+
+
+def save(calibration, model) -> None:
+    """Beside the checkpoint, where auto finds it. Raises SigmaError where that cannot be written."""
+    from ...pixart_sigma.calibration import calibration_path
+
+    path = calibration_path(model.model.checkpoint_path)
+    try:
+        calibration.save(path)
+    except OSError as error:
+        raise SigmaError(
+            f"The calibration cannot be written to {path}: {error.strerror}. Turn save off, and connect "
+            "kv_compression to the sampler."
+        ) from error

@@ -1,0 +1,144 @@
+"""KV compression of any sampler's model, and its calibration."""
+
+from .host.api import io
+from .text import encode
+
+
+class KVCompression(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaKVCompression",
+            display_name="Σ KV Compression",
+            category="PixArt Sigma",
+            description="Lets KSampler and any other sampler compress keys and values, which makes 2K and 4K "
+            "affordable. Σ Sampler has the same setting itself.",
+            search_aliases=["kv compression", "token merging", "tome", "faster", "speed", "2k", "4k"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="PixArt-Σ from Load Σ Transformer, or from ComfyUI's own or a GGUF loader. "
+                    "Trained KV weights work only from Load Σ Transformer.",
+                ),
+                io.String.Input(
+                    "kv_compression",
+                    default="auto",
+                    tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
+                    "mean:2:deep:20-80%; several are joined by +. auto compresses above 1024x1024 only, by "
+                    "the calibration if there is one. Without trained weights pictures change a little.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for any sampler. The one that came in is unchanged.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, kv_compression):
+        from .host.kv_compression import set_kv_compression
+
+        return io.NodeOutput(set_kv_compression(model, kv_compression))
+
+
+class CalibrateKVCompression(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaCalibrateKVCompression",
+            display_name="Calibrate KV Compression",
+            category="PixArt Sigma",
+            description="Measures on your own checkpoint how much KV compression each layer bears, and picks "
+            "layers, ratios and steps for the error that you allow. Done once; auto then uses it.",
+            search_aliases=["kv compression", "calibration", "measure", "error budget", "2k", "4k"],
+            inputs=[
+                io.Model.Input("model", tooltip="The transformer, from Load Σ Transformer."),
+                io.Clip.Input("clip", tooltip="The text encoder for the prompts."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Empty latents from Aspect-Ratio Bucket, of the size that you mean to make.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="a portrait of an old fisherman with a grey beard, soft window light\n"
+                    "a busy street market at night, neon signs, many small details",
+                    tooltip="What to measure with, one prompt in each line. Two to four of the kind that you "
+                    "mean to make are enough; more take longer.",
+                ),
+                io.Float.Input(
+                    "error_percent",
+                    default=5.0,
+                    min=0.1,
+                    max=50.0,
+                    step=0.1,
+                    tooltip="How far a step may be from the uncompressed one, in percent. More is faster, "
+                    "and pictures change more.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Of the first prompt's noise; the next prompt has the next seed.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, min=4, max=999, tooltip="As many as you mean to sample with."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="As you mean to sample with.",
+                ),
+                io.Boolean.Input(
+                    "save",
+                    default=True,
+                    tooltip="Write the result beside the model, where auto finds it from now on.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="kv_compression",
+                    tooltip="What was chosen, for kv_compression of Σ Sampler or Σ KV Compression.",
+                ),
+                io.Image.Output(display_name="plot", tooltip="The error of each layer, and what was chosen."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, latent_image, prompts, error_percent, seed, steps, cfg, save):
+        import numpy
+        import torch
+
+        from ..pixart_sigma.calibration_picture import draw
+        from ..pixart_sigma.errors import SigmaError
+        from ..pixart_sigma.kv_compression import spell
+        from .host import calibration as host
+        from .host.memory import record
+
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise SigmaError("There is no prompt to calibrate with; write one in each line.")
+        conditionings = [encode(clip, line, False) for line in lines]
+        with record("Calibrate KV compression"):
+            calibration = host.calibrate(
+                model,
+                conditionings,
+                encode(clip, "", False),
+                latent_image,
+                lines,
+                seed,
+                steps,
+                cfg,
+                error_percent / 100,
+            )
+        if save:
+            host.save(calibration, model)
+        plot = torch.from_numpy(numpy.asarray(draw(calibration)).astype("float32") / 255)
+        return io.NodeOutput(spell(calibration.rules), plot[None])
+
+
+NODES = [KVCompression, CalibrateKVCompression]
