@@ -109,8 +109,8 @@ class Sampler(io.ComfyNode):
                     "kv_compression",
                     default="auto",
                     tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
-                    "mean:2:deep:20-80%. auto compresses above 1024x1024 only, where it saves much time. "
-                    "Without trained weights it is an approximation: pictures change a little.",
+                    "mean:2:deep:20-80%; several are joined by +. auto compresses above 1024x1024 only, "
+                    "by the calibration if there is one. Without trained weights pictures change a little.",
                 ),
                 io.Combo.Input(
                     "after_use",

@@ -239,16 +239,50 @@ def sigma_4k_kv_compression() -> Graph:
     return graph
 
 
-def native_ksampler() -> Graph:
-    graph = Graph("Our loaders with ComfyUI's own nodes: CLIP Text Encode, KSampler and VAE Decode.")
+def calibrate_kv_compression() -> Graph:
+    graph = Graph(
+        "Measures how much KV compression this model bears at this size, shows it, and draws with what was "
+        "chosen. For Σ choose its files in the loaders, 2048 in Aspect-Ratio Bucket, and turn save on: auto "
+        "then uses the result, and this need not run again."
+    )
     loaders(graph)
+    bucket(graph)
+    graph.add(
+        "calibration",
+        "PixArtSigmaCalibrateKVCompression",
+        model=graph["transformer", 0],
+        clip=graph["t5", 0],
+        latent_image=graph["size", 0],
+        prompts="a large yellow star on a blue background\na red circle above a green square",
+        error_percent=5.0,
+        seed=0,
+        steps=20,
+        cfg=4.5,
+        save=False,
+    )
+    graph.add("plot", "PreviewImage", images=graph["calibration", 1])
+    encode(graph)
+    sample(graph, kv_compression=graph["calibration", 0])
+    show(graph)
+    return graph
+
+
+def native_ksampler() -> Graph:
+    graph = Graph(
+        "Our loaders with ComfyUI's own nodes: CLIP Text Encode, KSampler and VAE Decode. KV Compression makes "
+        "any sampler faster on large pictures; up to 1024x1024 its auto changes nothing."
+    )
+    loaders(graph)
+    graph.add(
+        "compression", "PixArtSigmaKVCompression", model=graph["transformer", 0], kv_compression="auto"
+    )
     bucket(graph)
     graph.add("positive", "CLIPTextEncode", clip=graph["t5", 0], text="a yellow star on a purple background")
     graph.add("negative", "CLIPTextEncode", clip=graph["t5", 0], text="")
     graph.add(
         "sampler",
         "KSampler",
-        model=graph["transformer", 0],
+        model=graph["compression", 0],
         positive=graph["positive", 0],
         negative=graph["negative", 0],
         latent_image=graph["size", 0],
@@ -461,6 +495,7 @@ WORKFLOWS = (
     sigma_4_bit_t5,
     sigma_2k,
     sigma_4k_kv_compression,
+    calibrate_kv_compression,
 )
 
 
