@@ -269,13 +269,11 @@ def calibrate_kv_compression() -> Graph:
 
 def native_ksampler() -> Graph:
     graph = Graph(
-        "Our loaders with ComfyUI's own nodes: CLIP Text Encode, KSampler and VAE Decode. KV Compression makes "
-        "any sampler faster on large pictures; up to 1024x1024 its auto changes nothing."
+        "Our loaders with ComfyUI's own nodes: CLIP Text Encode, KSampler and VAE Decode. KV Compression "
+        "makes any sampler faster on large pictures; up to 1024x1024 its auto changes nothing."
     )
     loaders(graph)
-    graph.add(
-        "compression", "PixArtSigmaKVCompression", model=graph["transformer", 0], kv_compression="auto"
-    )
+    graph.add("compression", "PixArtSigmaKVCompression", model=graph["transformer", 0], kv_compression="auto")
     bucket(graph)
     graph.add("positive", "CLIPTextEncode", clip=graph["t5", 0], text="a yellow star on a purple background")
     graph.add("negative", "CLIPTextEncode", clip=graph["t5", 0], text="")
