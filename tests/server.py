@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,13 +17,14 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import websocket
 from PIL import Image
 
 PACK = Path(__file__).parents[1]
 FOLDER = "pixart-sigma"
 # What a user copies into custom_nodes.
 COPIED = ("__init__.py", "nodes", "pixart_sigma", "web", "locales", "example_workflows", "requirements.txt")
-
+PROGRESS_TEXT = 3  # the host's BinaryEventTypes.TEXT
 
 DEMO = "demo (built in)"
 MODELS = {"transformer", "text_encoder", "vae"}
@@ -125,10 +127,11 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def submit(self, prompt: dict) -> str:
+    def submit(self, prompt: dict, client: str | None = None) -> str:
         """The prompt's id; Rejected if the host does not take it."""
         try:
-            return self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+            content = {"prompt": prompt, "client_id": client or uuid.uuid4().hex}
+            return self.post("/prompt", content)["prompt_id"]
         except urllib.error.HTTPError as error:
             raise Rejected(json.load(error)) from None
 
@@ -144,6 +147,22 @@ class Server:
 
     def run(self, prompt: dict) -> Run:
         return self.wait(self.submit(prompt))
+
+    def texts(self, prompt: dict) -> list[tuple[str, str]]:
+        """Runs a prompt; the texts that its client was told to show, each with its node."""
+        client, texts = uuid.uuid4().hex, []
+        address = self.address.replace("http", "ws", 1) + f"/ws?clientId={client}"
+        connection = websocket.create_connection(address, timeout=240)
+        prompt_id = self.submit(prompt, client)
+        while True:
+            message = connection.recv()
+            if isinstance(message, bytes):
+                (kind, length), content = struct.unpack(">II", message[:8]), message[8:]
+                if kind == PROGRESS_TEXT:
+                    texts.append((content[:length].decode(), content[length:].decode()))
+            elif json.loads(message)["data"] == {"node": None, "prompt_id": prompt_id}:
+                connection.close()
+                return texts
 
     def pictures(self, run: Run, node: str) -> list[np.ndarray]:
         """The pictures (H, W, 3) that a node saved or showed."""

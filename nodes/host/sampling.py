@@ -10,6 +10,7 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
+from .notice import show_notice
 
 REFERENCE = "reference"
 LAST_TIMESTEP = 999
@@ -108,11 +109,15 @@ def _check_size(model, height: int, width: int):
     if not is_ours(model):
         return
     base = model.model.diffusion_model.sigma_config.sample_size * 8
-    if not base**2 / 4 <= height * width <= base**2 * 4:
-        logging.warning(
-            f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
-            "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
-        )
+    if base**2 / 4 <= height * width <= base**2 * 4:
+        show_notice("")
+        return
+    warning = (
+        f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
+        "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
+    )
+    logging.warning(warning)
+    show_notice(warning)
 
 
 def _check_latents(model, samples):

@@ -1,0 +1,21 @@
+"""A line of text on the node that is running."""
+
+from comfy_execution.utils import get_executing_context
+
+_nodes = set()  # the frontend keeps the text until another one comes
+
+
+def show_notice(text: str):
+    """Show `text` on the running node; "" takes away an earlier run's. Outside of a run, do nothing."""
+    context = get_executing_context()
+    if context is None or not (text or context.node_id in _nodes):
+        return
+
+    from server import PromptServer
+
+    server = PromptServer.instance
+    server.send_progress_text(text or " ", context.node_id, server.client_id)
+    if text:
+        _nodes.add(context.node_id)
+    else:
+        _nodes.discard(context.node_id)
