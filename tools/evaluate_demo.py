@@ -82,7 +82,13 @@ def as_pixels(pictures: torch.Tensor) -> np.ndarray:
 
 
 def generate(
-    model: str, prompts: list[str], width: int, height: int, steps: int, guidance: float
+    model: str,
+    prompts: list[str],
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+    kv_compression: str | None = None,
 ) -> Iterator:
     """A PIL image for each prompt; prompt k is drawn with seed k."""
     from pixart_sigma import SigmaPipeline
@@ -90,7 +96,13 @@ def generate(
     pipeline = SigmaPipeline.from_path(model, release="keep")
     for seed, prompt in enumerate(prompts):
         result = pipeline.generate(
-            prompt, width=width, height=height, steps=steps, guidance_scale=guidance, seed=seed
+            prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            kv_compression_setting=kv_compression,
         )
         yield result.images[0]
 
@@ -118,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="256x256", help="WIDTHxHEIGHT (default: 256x256)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--kv-compression", help="as for `pixart-sigma generate`")
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts are drawn")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures and every verdict")
     parser.add_argument("--pictures", type=Path, help="a folder for the pictures, and prompts.txt")
@@ -136,7 +149,9 @@ def main() -> int:
         asked.pictures.mkdir(parents=True, exist_ok=True)
         (asked.pictures / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     verdicts = []
-    pictures = generate(asked.model, prompts, width, height, asked.steps, asked.guidance)
+    pictures = generate(
+        asked.model, prompts, width, height, asked.steps, asked.guidance, asked.kv_compression
+    )
     for (scene, prompt), picture in zip(scenes, pictures, strict=True):
         verdicts.append(judge(scene, np.asarray(picture)))
         wrong = [row for row, right in verdicts[-1].items() if not right]
@@ -152,6 +167,7 @@ def main() -> int:
         "size": f"{width}x{height}",
         "steps": asked.steps,
         "guidance_scale": asked.guidance,
+        "kv_compression": asked.kv_compression,
         "accuracy": tally(verdicts),
     }
     print("| judged | prompts | right |\n|---|---|---|")
