@@ -1,0 +1,93 @@
+"""How much of the ideal speed-up KV compression reaches at the real width, on one CPU thread in float32.
+
+    python benchmarks/kv_compression.py [--tokens 1024 4096 16384] [--rounds 3] [--whole]
+
+The transformer has two layers of width 1152 (16 heads of 72), a prompt of 300 tokens and random weights. Dense
+and compressed forward passes are taken in turn, and the smallest CPU time of each counts. The ideal is the ratio
+of their multiply-adds, attention included, which the unit tests count. Reported only, with no gate.
+
+With --whole all 28 layers run once at 1024x1024 with every thread, dense and with mean:2:all.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import torch
+
+from pixart_sigma.checkpoint import TransformerConfig
+from pixart_sigma.kv_compression import multiply_adds, parse
+from pixart_sigma.transformer import build_transformer
+
+PROMPT_TOKENS = 300
+CONFIG = TransformerConfig(
+    sample_size=128,
+    interpolation_scale=2,
+    num_layers=2,
+    num_attention_heads=16,
+    attention_head_dim=72,
+    in_channels=4,
+    out_channels=8,
+    patch_size=2,
+    caption_channels=4096,
+    cross_attention_dim=1152,
+)
+
+
+def make_transformer(config):
+    transformer = build_transformer(config)
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(weight.shape, generator=random) * 0.02
+        for name, weight in transformer.state_dict().items()
+    }
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval().requires_grad_(False)
+
+
+def compare(
+    transformer, side: int, settings: list[str], rounds: int, clock
+) -> dict[str, tuple[float, float]]:
+    """{setting: (measured, ideal)} speed-ups for pictures of side x side pixels."""
+    config = transformer.sigma_config
+    latents = torch.randn(1, 4, side // 8, side // 8)
+    embeds = torch.randn(1, PROMPT_TOKENS, config.caption_channels)
+    rules = {setting: parse(setting, config.num_layers) for setting in ["off", *settings]}
+    least = dict.fromkeys(rules, float("inf"))
+    for _ in range(rounds):
+        for setting, chosen in rules.items():
+            start = clock()
+            transformer(latents, 500, embeds, kv_compression=chosen)
+            least[setting] = min(least[setting], clock() - start)
+    count = {setting: multiply_adds(config, side, side, PROMPT_TOKENS, rules[setting]) for setting in rules}
+    return {setting: (least["off"] / least[setting], count["off"] / count[setting]) for setting in settings}
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--whole", action="store_true")
+    arguments = parser.parse_args()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformer = make_transformer(CONFIG)
+    print("| tokens | setting | speed-up | ideal | share of the ideal |\n|---|---|---|---|---|")
+    for tokens in arguments.tokens:
+        side = 16 * int(tokens**0.5)
+        speeds = compare(transformer, side, ["mean:2:all", "mean:4:all"], arguments.rounds, time.process_time)
+        for setting, (measured, ideal) in speeds.items():
+            print(
+                f"| {tokens} | {setting} | {measured:.2f} | {ideal:.2f} | {measured / ideal:.2f} |",
+                flush=True,
+            )
+    if arguments.whole:
+        torch.set_num_threads(threads)
+        whole = make_transformer(replace(CONFIG, num_layers=28))
+        ((measured, ideal),) = compare(whole, 1024, ["mean:2:all"], 1, time.monotonic).values()
+        print(f"28 layers at 1024x1024, {threads} threads, once: {measured:.2f} of ideally {ideal:.2f}")
+
+
+if __name__ == "__main__":
+    main()
