@@ -2,9 +2,9 @@
 
     python benchmarks/kv_compression.py [--tokens 1024 4096 16384] [--rounds 3] [--whole]
 
-The transformer has two layers of width 1152 (16 heads of 72), a prompt of 300 tokens and random weights. Dense
-and compressed forward passes are taken in turn, and the smallest CPU time of each counts. The ideal is the ratio
-of their multiply-adds, attention included, which the unit tests count. Reported only, with no gate.
+The transformer has two layers of width 1152 (16 heads of 72), a prompt of 300 tokens and random weights.
+Dense and compressed forward passes are taken in turn, and the smallest CPU time of each counts. The ideal is
+the ratio of their multiply-adds, attention included, which the unit tests count. Reported only, with no gate.
 
 With --whole all 28 layers run once at 1024x1024 with every thread, dense and with mean:2:all.
 """
