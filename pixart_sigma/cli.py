@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from .errors import SigmaError
-from .files import write_beside
+from .files import say, write_beside
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise SigmaError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file=None):
+        say(self.format_help().rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser):
     """What says which models run, and where."""
-    command.add_argument("--model", default="demo", help="demo (default) or a pipeline folder")
+    command.add_argument("--model", default="demo", help="demo (default), demo-kv, or a pipeline folder")
     command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
@@ -192,9 +195,9 @@ def _generate(arguments) -> int:
     metadata.add_text("pixart_sigma", json.dumps(result.settings))
     for path, picture in zip(paths, result.images, strict=True):
         write_beside(path, lambda file, picture=picture: picture.save(file, format="PNG", pnginfo=metadata))
-        print(path)
+        say(path)
     if arguments.memory_report == "-":
-        print(pipeline.stages.table())
+        say(pipeline.stages.table())
     elif arguments.memory_report:
         report = json.dumps(
             {"stages": pipeline.stages.as_dict(), "device": str(torch.device(pipeline.device))}, indent=2
@@ -252,15 +255,15 @@ def _calibrate(arguments) -> int:
     calibration.save(out)
     if arguments.plot:
         write_beside(Path(arguments.plot), lambda file: draw(calibration).save(file, format="PNG"))
-    print(calibration.describe())
-    print(out)
+    say(calibration.describe())
+    say(out)
     return 0
 
 
 def _inspect(arguments) -> int:
     from .checkpoint import inspect
 
-    print(inspect(arguments.path).describe())
+    say(inspect(arguments.path).describe())
     return 0
 
 
@@ -268,7 +271,7 @@ def _quantize(arguments) -> int:
     from .text_encoder import quantize_t5
 
     quantize_t5(arguments.source, arguments.out, arguments.precision, tokenizer=arguments.tokenizer)
-    print(arguments.out)
+    say(arguments.out)
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SigmaError
+from .files import say
 
 BASE = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 REPOSITORIES = {
@@ -114,7 +115,7 @@ def download(
     folder = pipeline_folder(variant, target)
     files = plan(variant)
     needed = _missing_bytes(files, folder)
-    print(describe(variant, target), flush=True)
+    say(describe(variant, target))
     if ask:
         try:
             agreed = answer("Download? [y/N] ").strip().lower() in ("y", "yes")

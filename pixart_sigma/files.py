@@ -1,6 +1,7 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and to a standard output that may be closed early."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,3 +19,14 @@ def write_beside(path: Path, write) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def say(text) -> None:
+    """Print `text`; where nobody reads on, as after `| head -1`, it and all that follows is dropped."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Not only this text: what is left in the buffer would fail again when Python ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,6 +1,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -196,3 +198,32 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     for command in ("generate", "inspect", "quantize-t5", "download"):
         assert command in out
+
+
+@pytest.fixture
+def unread():
+    """A pipe to write to that nobody reads, as standard output after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("command, unbuffered", [("--help", ""), ("inspect", "1")])
+def test_a_reader_who_leaves_early_is_no_error(pipeline_folder, unread, command, unbuffered):
+    arguments = [pipeline_folder] if command == "inspect" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pixart_sigma", command, *arguments],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=unread,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(unread)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_who_leaves_early_does_not_stop_the_work(generate, tmp_path, monkeypatch, unread):
+    with os.fdopen(unread, "w") as standard_output:
+        monkeypatch.setattr(sys, "stdout", standard_output)
+        assert generate("--count", 2)[0] == 0
+    assert len(list(tmp_path.glob("*.png"))) == 2
