@@ -1,0 +1,25 @@
+"""The real ComfyUI that benchmarks of the nodes run in."""
+
+import os
+import sys
+from pathlib import Path
+
+PACK = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """$COMFYUI_PATH or ~/comfy/ComfyUI, as in the tests; ends the process when it is not there."""
+    found = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    if not (found / "comfy" / "sd.py").is_file():
+        sys.exit(f"There is no ComfyUI at {found}; set COMFYUI_PATH to the folder that holds custom_nodes.")
+    return found
+
+
+def enter() -> None:
+    """Makes this process a ComfyUI on the CPU, whose modules can be imported."""
+    os.chdir(folder())
+    sys.path.insert(0, str(folder()))
+    sys.argv = [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
