@@ -1,17 +1,14 @@
 """The pack in a real server: what a user sees, presses and reads."""
 
-import copy
 import json
 import sys
 
 import pytest
-from comfy_cli.workflow_to_api import convert_ui_to_api
-from server import MODELS, PACK, Rejected, with_the_demo
+from prompts import WORKFLOWS, contract, node, number, promised_contract, quick, run_with_the_demo, to_prompt
+from server import PACK, Rejected
 
 sys.path.insert(0, str(PACK / "tools"))
 from demo_judge import look  # noqa: E402
-
-WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -29,43 +26,9 @@ def demo_prompt(object_info):
     return to_prompt(PACK / "example_workflows" / "demo_text_to_image.json", object_info)
 
 
-def to_prompt(workflow, object_info) -> dict:
-    return convert_ui_to_api(json.loads(workflow.read_text(encoding="utf-8")), object_info)
-
-
-def node(prompt: dict, kind: str) -> dict:
-    return next(entry["inputs"] for entry in prompt.values() if entry["class_type"] == kind)
-
-
-def number(prompt: dict, kind: str) -> str:
-    return next(key for key, entry in prompt.items() if entry["class_type"] == kind)
-
-
-def quick(prompt: dict, steps: int = 2) -> dict:
-    prompt = copy.deepcopy(prompt)
-    for entry in prompt.values():
-        if "steps" in entry["inputs"]:
-            entry["inputs"]["steps"] = steps
-    return prompt
-
-
-def test_the_nodes_are_as_promised(ours):
+def test_the_nodes_are_as_promised(object_info):
     """A workflow that somebody saved must open in later versions."""
-    promised = json.loads((PACK / "tests" / "host" / "object_info.json").read_text(encoding="utf-8"))
-    contract = json.loads(json.dumps({name: promise(info) for name, info in sorted(ours.items())}))
-    assert contract == promised
-
-
-def promise(info: dict) -> dict:
-    """What workflows depend on: inputs with types, order and defaults; outputs; choices but files."""
-    inputs = {}
-    for part in ("required", "optional"):
-        for name, (declared, options) in info["input"].get(part, {}).items():
-            kept = {key: options[key] for key in ("default", "min", "max") if key in options}
-            if "options" in options and name not in MODELS and name not in ("sampler_name", "schedule"):
-                kept["options"] = options["options"]
-            inputs[name] = [part, declared, kept]
-    return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}
+    assert contract(object_info) == promised_contract()
 
 
 def test_every_node_explains_itself(ours, server):
@@ -102,14 +65,7 @@ def test_the_host_offers_the_workflows_and_the_help(server):
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
 def test_a_workflow_runs(server, object_info, workflow):
-    prompt = quick(to_prompt(workflow, object_info))
-    with_the_demo(prompt)
-    run = server.run(prompt)
-    assert run.status == "success", run.error
-    for key, entry in prompt.items():
-        if entry["class_type"] == "SaveImage":
-            (picture,) = server.pictures(run, key)
-            assert picture.std() > 5
+    run_with_the_demo(server, workflow, object_info)
 
 
 def test_the_demo_draws_what_it_is_asked_for(server, demo_prompt):
