@@ -50,9 +50,15 @@ class Run:
     @property
     def error(self) -> str:
         """The message on the failed node, or ""."""
-        return next(
-            (content["exception_message"] for kind, content in self.messages if kind == "execution_error"), ""
-        )
+        return self._of_error("exception_message")
+
+    @property
+    def failed(self) -> str:
+        """The failed node, or ""."""
+        return self._of_error("node_id")
+
+    def _of_error(self, name: str) -> str:
+        return next((content[name] for kind, content in self.messages if kind == "execution_error"), "")
 
     @property
     def cached(self) -> set[str]:
@@ -98,7 +104,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": ""},
             )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             try:
                 self.get("/system_stats")
