@@ -5,12 +5,14 @@
     python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
+    python tools/train_demo.py kv           the exported transformer once more, with KV compression
     python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
 Each stage resumes from its own checkpoint in --work and may be stopped at any time.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import random
@@ -41,24 +43,27 @@ STAGES = (
     (9800, MIDDLE[:1] + LARGE),
     (14800, MIDDLE),
     (18000, MIDDLE[:1] + LARGE),
-    (20700, LARGE[:2] + LARGE),
+    (33000, LARGE[:2] + LARGE),
 )
 # Patches in a batch: 128 of the smallest pictures, 8 of the largest.
 PATCHES_PER_STEP = 2048
 VAE_CROP_STEPS = 1000
 LEARNING_RATE = 1e-3
 BUFFER = 6000
+# The trained KV compression: the deeper half of the layers, 2x2 tokens.
+KV_LAYERS, KV_RATIO = (2, 3, 4), 2
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export", "restore"))
+    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export", "kv", "restore"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1200)
+    parser.add_argument("--kv-steps", type=int, default=1500)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,7 @@ def main():
         "transformer": train_transformer,
         "decoder": train_decoder,
         "export": export,
+        "kv": train_kv,
         "restore": restore,
     }[arguments.stage](arguments)
 
@@ -440,22 +446,10 @@ def train_transformer(arguments):
     path = arguments.work / "transformer.pt"
     step = resume(path, modules=modules, average=average, optimizer=optimizer)
     schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    rng, buffers, total = random.Random(step), {}, STAGES[-1][0]
+    batches, total = Batches(vae, random.Random(step)), STAGES[-1][0]
     start, saved, losses = time.time(), time.time(), []
     while step < total:
-        sizes = next(sizes for last, sizes in STAGES if step < last)
-        size = rng.choice(sizes)
-        count = PATCHES_PER_STEP * 16 * 16 // (size[0] * size[1])
-        for old in [old for old in buffers if old not in sizes]:
-            del buffers[old]
-        if size not in buffers:
-            buffers[size] = Pictures(vae, size, BUFFER)
-            for _ in range(12):
-                buffers[size].add(8, rng)
-        # Encoding is dear, but with few pictures the model learns them by heart and not the shapes.
-        fresh = 2.2 * 128**2 / (size[0] * size[1])
-        buffers[size].add(int(fresh) + (rng.random() < fresh % 1), rng)
-        latents, texts, scenes = buffers[size].batch(count, rng)
+        size, latents, texts, scenes = batches.next(next(sizes for last, sizes in STAGES if step < last))
         set_rate(optimizer, LEARNING_RATE, step, total)
         hidden, mask = encode_texts(tokenizer, text_encoder, texts)
         loss = diffusion_loss(transformer, schedule, latents, hidden, mask)
@@ -478,6 +472,27 @@ def train_transformer(arguments):
             saved = time.time()
 
 
+class Batches:
+    """Captioned latents, of a size at random; the pictures of each size wait in a buffer."""
+
+    def __init__(self, vae, rng):
+        self.vae, self.rng, self.buffers = vae, rng, {}
+
+    def next(self, sizes):
+        """(size, latents, texts, scenes); a size that is not named any more is forgotten."""
+        size = self.rng.choice(sizes)
+        self.buffers = {kept: buffer for kept, buffer in self.buffers.items() if kept in sizes}
+        if size not in self.buffers:
+            self.buffers[size] = Pictures(self.vae, size, BUFFER)
+            for _ in range(12):
+                self.buffers[size].add(8, self.rng)
+        # Encoding is dear, but with few pictures the model learns them by heart and not the shapes.
+        fresh = 2.2 * 128**2 / (size[0] * size[1])
+        self.buffers[size].add(int(fresh) + (self.rng.random() < fresh % 1), self.rng)
+        count = PATCHES_PER_STEP * 16 * 16 // (size[0] * size[1])
+        return size, *self.buffers[size].batch(count, self.rng)
+
+
 def encode_texts(tokenizer, text_encoder, texts):
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     hidden = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -485,12 +500,7 @@ def encode_texts(tokenizer, text_encoder, texts):
 
 
 def diffusion_loss(transformer, schedule, latents, hidden, mask):
-    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16).
-
-    Noise prediction is weighted by 1 / signal-to-noise ratio, within bounds, which makes it the error of the
-    predicted picture. What the words say is decided where there is nothing but noise, and the plain error is
-    tiny there: without the weight, colours are drawn but not on what they were said of.
-    """
+    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16)."""
     noise = torch.randn_like(latents)
     timestep = torch.randint(0, 1000, (len(latents),))
     noisy = schedule.add_noise(latents, noise, timestep)
@@ -503,11 +513,9 @@ def diffusion_loss(transformer, schedule, latents, hidden, mask):
         return_dict=False,
     )[0]
     predicted, variance = output.chunk(2, dim=1)
-
     products = schedule.alphas_cumprod
     current = products[timestep][:, None, None, None]
-    weight = ((1 - current) / current).clamp(0.2, 300)
-    simple = (weight * (predicted - noise).square()).mean()
+    simple = weighted_error(schedule, timestep, predicted, noise)
     previous = torch.where(timestep > 0, products[timestep - 1], 1.0)[:, None, None, None]
     beta = 1 - current / previous
     posterior = (beta * (1 - previous) / (1 - current)).clamp(min=1e-20)
@@ -520,6 +528,100 @@ def diffusion_loss(transformer, schedule, latents, hidden, mask):
         log_variance - low + (low - log_variance).exp() - 1 + difference**2 * (-log_variance).exp()
     )
     return simple + 0.001 * divergence.mean()
+
+
+def weighted_error(schedule, timestep, predicted, noise):
+    """The squared error over the signal-to-noise ratio, within bounds: that of the predicted picture.
+
+    What the words say is decided where there is nothing but noise, and the plain error is tiny there: without
+    the weight, colours are drawn but not on what they were said of.
+    """
+    current = schedule.alphas_cumprod[timestep][:, None, None, None]
+    weight = ((1 - current) / current).clamp(0.2, 300)
+    return (weight * (predicted - noise).square()).mean()
+
+
+# -- KV compression -------------------------------------------------------------------------------
+
+
+def train_kv(arguments):
+    """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on."""
+    from pixart_sigma.transformer import SigmaTransformer
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(arguments.work)
+    vae = new_vae()
+    resume(arguments.work / "vae_final.pt", vae=vae)
+    vae.requires_grad_(False)
+    text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
+    text_encoder.requires_grad_(False)
+    transformer: SigmaTransformer = new_kv_transformer(arguments.out / "transformer")
+    average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    path = arguments.work / "kv.pt"
+    step = resume(path, transformer=transformer, average=average, optimizer=optimizer)
+    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    batches = Batches(vae, random.Random(step))
+    start, saved, losses = time.time(), time.time(), []
+    while step < arguments.kv_steps:
+        size, latents, texts, _ = batches.next(LARGE)
+        set_rate(optimizer, LEARNING_RATE / 3, step, arguments.kv_steps)
+        hidden, mask = encode_texts(tokenizer, text_encoder, texts)
+        noise, timestep = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
+        predicted = transformer(schedule.add_noise(latents, noise, timestep), timestep, hidden, mask)
+        loss = weighted_error(schedule, timestep, predicted, noise)
+        apply(loss, optimizer, transformer.parameters())
+        average.update_parameters(transformer)
+        step += 1
+        losses.append(loss.item())
+        if step % 50 == 0:
+            minutes = (time.time() - start) / 60
+            log(f"kv {step} {size}: loss {sum(losses[-50:]) / 50:.4f}, {minutes:.1f} min")
+        if time.time() - saved > 90 or step == arguments.kv_steps:
+            save(path, step, transformer=transformer, average=average, optimizer=optimizer)
+            saved = time.time()
+    export_kv(average.module, arguments.out)
+
+
+def new_kv_transformer(dense: Path):
+    """The engine's transformer with the dense weights, and KV weights that average as `mean` does.
+
+    The network normalises what it has averaged (arXiv 2403.04692, section 2.3). Keys and values are not of
+    unit length, so the norm's scale is set to theirs.
+    """
+    from pixart_sigma.checkpoint import KVWeights, inspect, load_transformer_state_dict
+    from pixart_sigma.transformer import build_transformer
+
+    checkpoint = inspect(dense)
+    config = dataclasses.replace(checkpoint.config, kv_compression=KVWeights(KV_RATIO, KV_LAYERS))
+    transformer = build_transformer(config)
+    weights = {name: tensor.float() for name, tensor in load_transformer_state_dict(checkpoint).items()}
+    width = config.cross_attention_dim
+    for layer in KV_LAYERS:
+        attention = f"transformer_blocks.{layer}.attn1"
+        # Tokens come in with unit variance, so a projection's rows say how long keys and values are.
+        rows = torch.cat([weights[f"{attention}.to_{name}.weight"] for name in "kv"])
+        weights[f"{attention}.sr.weight"] = torch.full((width, 1, KV_RATIO, KV_RATIO), KV_RATIO**-2.0)
+        weights[f"{attention}.sr.bias"] = torch.zeros(width)
+        weights[f"{attention}.norm.weight"] = torch.full((width,), float(rows.square().sum(1).mean().sqrt()))
+        weights[f"{attention}.norm.bias"] = torch.zeros(width)
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.requires_grad_(True).train()
+
+
+def export_kv(transformer, out: Path):
+    """A transformer folder beside the demo's."""
+    from safetensors.torch import save_file
+
+    folder = out.with_name(f"{out.name}_kv")
+    folder.mkdir(exist_ok=True)
+    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text((out / "transformer" / "config.json").read_text())
+    (folder / "diffusion_pytorch_model.safetensors").chmod(0o644)
+    log(f"exported to {folder}")
 
 
 # -- Export ---------------------------------------------------------------------------------------
