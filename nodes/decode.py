@@ -17,16 +17,17 @@ class VAEDecode(io.ComfyNode):
             category="PixArt Sigma",
             description="Turns latents into pictures, crops them to the size that was asked for, and "
             "releases the VAE.",
-            search_aliases=["decode", "vae decode", "latent to image", "tiled decode", "crop"],
+            search_aliases=["decode", "vae decode", "latent to image", "tiled decode", "crop", "4k"],
             inputs=[
                 io.Latent.Input("samples", tooltip="What the sampler made."),
                 io.Vae.Input("vae", tooltip="The SDXL VAE, or the demo's for the demo transformer."),
                 io.Combo.Input(
                     "tiling",
-                    options=["auto", "off", "on"],
+                    options=["auto", "off", "on", "strips"],
                     default="auto",
-                    tooltip="auto decodes the whole picture, and in tiles only if memory runs out. Tiles "
-                    "need less memory and can differ slightly in tone. off fails rather than use tiles.",
+                    tooltip="auto decodes the whole picture where memory allows it, else in strips, which "
+                    "give the same picture in less memory. off: always whole. strips: always in strips. "
+                    "on: in ComfyUI's tiles, which can differ in tone.",
                 ),
                 io.Int.Input(
                     "asked_width",
@@ -49,12 +50,21 @@ class VAEDecode(io.ComfyNode):
                     tooltip="What happens to the VAE afterwards. keep leaves it where it is, offload moves "
                     "it out of the GPU, free also drops it from RAM where it can.",
                 ),
+                io.Float.Input(
+                    "budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip="GB of graphics memory for the decode; auto and strips keep to it. 0 is what is "
+                    "free. A smaller one is slower and parks more in RAM: 4096x4096 up to about 9 GB.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The pictures.")],
         )
 
     @classmethod
-    def execute(cls, samples, vae, tiling, asked_width, asked_height, after_use):
+    def execute(cls, samples, vae, tiling, asked_width, asked_height, after_use, budget=0.0):
         from .host.memory import record
         from .host.release import release
 
@@ -66,7 +76,7 @@ class VAEDecode(io.ComfyNode):
             )
         with record("Decode"):
             try:
-                pictures = _decode(vae, latents, tiling)
+                pictures = _decode(vae, latents, tiling, budget)
             finally:
                 release(vae, after_use)
         if asked_width:
@@ -90,14 +100,12 @@ def check_latents(latents):
         )
 
 
-def _decode(vae, latents, tiling):
+def _decode(vae, latents, tiling, budget):
     if tiling == "on":
         return vae.decode_tiled(latents, tile_x=TILE, tile_y=TILE, overlap=OVERLAP)
-    if tiling == "off":
-        from .host.vae import decode_whole
+    from .host.vae import decode
 
-        return decode_whole(vae, latents)
-    return vae.decode(latents)
+    return decode(vae, latents, "whole" if tiling == "off" else tiling, budget * 1e9 or None)
 
 
 NODES = [VAEDecode]

@@ -66,7 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
         help="such as mean:2:14-27, or a file of calibrate; default: as the checkpoint was trained",
     )
-    generate.add_argument("--tiled-decode", action="store_true", help="decode in tiles: less memory")
+    generate.add_argument(
+        "--decode",
+        choices=("auto", "whole", "strips", "tiles"),
+        default="auto",
+        help="auto: whole where it fits, else in strips, which give the same picture; tiles differ in tone",
+    )
+    generate.add_argument(
+        "--decode-budget", type=_bytes, metavar="SIZE", help="such as 2GB; default: the memory that is free"
+    )
     generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
     generate.add_argument(
         "--memory-report",
@@ -185,7 +193,8 @@ def _generate(arguments) -> int:
             kv_compression_setting=arguments.kv_compression,
             clean_caption=arguments.clean_caption,
             use_resolution_binning=not arguments.no_binning,
-            tiled_decode=arguments.tiled_decode,
+            decode_how=arguments.decode,
+            decode_budget=arguments.decode_budget,
             callback=on_step,
             on_stage=bar.set_description,
         )
@@ -313,6 +322,19 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise SigmaError(f"--budget is {text!r}; give a share such as 5% or 0.05.")
     return share
+
+
+def _bytes(text: str) -> float:
+    """2e9 from "2GB", "2000MB" or "2e9"."""
+    units = {"GB": 1e9, "MB": 1e6, "": 1}
+    number = text.upper().rstrip("GMB")
+    try:
+        size = float(number) * units[text.upper()[len(number) :].strip()]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 2GB or 500MB")
+    return size
 
 
 def _read_prompts(path: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,6 +132,15 @@ def live_bytes(device: torch.device) -> int:
             except (NotImplementedError, RuntimeError):
                 continue  # a tensor without storage, such as a fake or sparse one
     return sum(storages.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device: what the driver has and what torch keeps on CUDA, else
+    free RAM."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return psutil.virtual_memory().available
 
 
 def _key(tensor: torch.Tensor) -> int:

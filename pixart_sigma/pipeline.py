@@ -139,7 +139,8 @@ class SigmaPipeline:
         kv_compression_setting: str | None = None,
         clean_caption: bool = False,
         use_resolution_binning: bool = True,
-        tiled_decode: bool = False,
+        decode_how: str = "auto",
+        decode_budget: float | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Result:
@@ -149,6 +150,7 @@ class SigmaPipeline:
         pictures are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W)
         in [0, 1], with `strength` in (0, 1], starts from a picture instead of from noise alone.
         `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
+        `decode_how` and `decode_budget` (bytes) are those of `vae.decode`.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
         width = self.base_size if width is None else width
@@ -213,7 +215,7 @@ class SigmaPipeline:
 
         stage("VAE decode")
         pictures = self.stages.run(
-            "VAE decode", self._load_vae, lambda vae: decode(vae, latents, tiled=tiled_decode).cpu()
+            "VAE decode", self._load_vae, lambda vae: decode(vae, latents, decode_how, decode_budget)
         )
         if (made_width, made_height) != (width, height):
             pictures = crop_back(pictures, width, height)

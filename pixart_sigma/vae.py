@@ -1,6 +1,7 @@
 """The SDXL VAE: from a diffusers folder or a single file to pictures, and back to latents."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,12 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from .checkpoint import check_file, read_state_dict
 from .errors import CheckpointError, SigmaError
+from .memory import free_bytes
+from .strip_decode import decode_within, read_decoder
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215
+DECODES = ("auto", "whole", "strips", "tiles")
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
@@ -98,14 +102,26 @@ def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
-    """Pictures (B, 3, 8h, 8w), float32, from sampled latents (B, 4, h, w).
+def decode(
+    vae: AutoencoderKL,
+    latents: torch.Tensor,
+    how: str = "auto",
+    budget: float | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """Pictures (B, 3, 8h, 8w), float32, in RAM, from sampled latents (B, 4, h, w).
 
     Black is 0 and white is 1; values a little outside are left for the caller to clamp, after resizing.
-    One picture at a time, so that a batch costs no more memory than one. `tiled` uses diffusers' overlapping
-    tiles: less memory, with slight differences of tone between them.
-    Raises SigmaError for latents of another shape, and when the result is not finite.
+    One picture at a time, so that a batch costs no more memory than one.
+    how: "whole"; "strips", which is equal to it in less memory, see `strip_decode`; "tiles", diffusers'
+    overlapping ones, which differ in tone; "auto", whole where that fits, else in strips.
+    budget: bytes on the device for the decode, the weights apart; by default what is free.
+    on_progress(done, total) is called between strips; what it raises stops the decode.
+    Raises SigmaError for latents of another shape, for a budget that is too small, and when the result is not
+    finite.
     """
+    if how not in DECODES:
+        raise SigmaError(f"The decode is {how!r}; choose one of {', '.join(DECODES)}.")
     channels = vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise SigmaError(
@@ -116,12 +132,25 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool = False) -> to
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.to(torch.float32)
-    vae.use_tiling = tiled
+    vae.use_tiling = how == "tiles"
+    decoder = read_decoder(vae) if how in ("auto", "strips") else None
+    pictures = []
     try:
-        pictures = [
-            vae.decode(latent[None].to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
-            for latent in latents
-        ]
+        for number, latent in enumerate(latents):
+
+            def on_strip(done, total, number=number):
+                on_progress(number * total + done, len(latents) * total)
+
+            pictures.append(
+                decode_within(
+                    decoder,
+                    latent[None].to(vae.device, vae.dtype) / vae.config.scaling_factor,
+                    budget or free_bytes(vae.device),
+                    lambda latent: vae.decode(latent).sample.float().cpu(),
+                    on_strip,
+                    may_be_whole=how == "auto",
+                )
+            )
     finally:
         vae.use_tiling = False
         if upcast:

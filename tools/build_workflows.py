@@ -106,7 +106,7 @@ def sample(graph: Graph, latent=None, denoise=1.0, kv_compression="auto", after_
     )
 
 
-def show(graph: Graph, latent=None, crop=True, tiling="auto", prefix="PixArt-Sigma"):
+def show(graph: Graph, latent=None, crop=True, prefix="PixArt-Sigma"):
     asked = (
         {"asked_width": graph["size", 3], "asked_height": graph["size", 4]}
         if crop
@@ -117,9 +117,10 @@ def show(graph: Graph, latent=None, crop=True, tiling="auto", prefix="PixArt-Sig
         "PixArtSigmaVAEDecode",
         samples=latent or graph["sampler", 0],
         vae=graph["vae", 0],
-        tiling=tiling,
+        tiling="auto",
         **asked,
         after_use="keep",
+        budget=0.0,
     )
     graph.add("save", "SaveImage", images=graph["decode", 0], filename_prefix=prefix)
 
@@ -235,7 +236,7 @@ def sigma_4k_kv_compression() -> Graph:
     encode(graph, "a valley with a river seen from a mountain, morning mist")
     bucket(graph, "4096", "16:9")
     sample(graph, kv_compression="mean:2:14-27")
-    show(graph, tiling="on")
+    show(graph)
     return graph
 
 
@@ -350,6 +351,7 @@ def image_to_image() -> Graph:
         asked_width=0,
         asked_height=0,
         after_use="keep",
+        budget=0.0,
     )
     graph.add("look", "PreviewImage", images=graph["first", 0])
     graph.add("latent", "VAEEncode", pixels=graph["first", 0], vae=graph["vae", 0])
@@ -477,6 +479,7 @@ def aspect_ratio_tour() -> Graph:
             asked_width=graph[size, 3],
             asked_height=graph[size, 4],
             after_use="keep",
+            budget=0.0,
         )
         graph.add(f"save{number}", "SaveImage", images=graph[decode, 0], filename_prefix="PixArt-Sigma")
     return graph

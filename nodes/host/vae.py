@@ -5,9 +5,13 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 
+from ...pixart_sigma.errors import SigmaError
+
 SDXL_WIDTHS = [128, 256, 512, 512]
+STEPS = 100  # of the progress bar, for each picture
 
 
 class _Share(Fraction):
@@ -28,21 +32,46 @@ def load_vae(path: Path) -> comfy.sd.VAE:
     return comfy.sd.VAE(sd=state_dict, config=None if widths == SDXL_WIDTHS else _host_config(config))
 
 
-def decode_whole(vae: comfy.sd.VAE, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | None = None) -> torch.Tensor:
     """Pictures (B, H, W, 3) in [0, 1] from latents (B, 4, h, w), one at a time and never in tiles.
 
-    The host's own `decode` goes over to tiles when memory runs out; this one raises.
+    how: "whole", "strips", or "auto": whole where that fits in `budget` bytes, by default in what is free,
+    and else in strips. A VAE that is built differently, such as a preview decoder, is decoded whole.
+    Raises SigmaError where the VAE has to be in strips and can not, and for a budget that is too small.
     """
-    needed = vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    pictures = [
-        vae.process_output(
-            vae.first_stage_model.decode(latent[None].to(vae.device, vae.vae_dtype))
-            .to(vae.output_device)
-            .float()
+    from ...pixart_sigma.strip_decode import decode_within, least_budget, read_decoder, whole_decode_bytes
+
+    decoder = read_decoder(vae.first_stage_model)
+    if decoder is None and how == "strips":
+        raise SigmaError(
+            "This VAE is not built like the SDXL VAE and can not be decoded in strips. Choose auto."
         )
-        for latent in latents
-    ]
+    if decoder is None:
+        least = wanted = vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
+    else:
+        shape = (*latents.shape[2:], vae.vae_dtype.itemsize)
+        least = least_budget(decoder, *shape)
+        wanted = least if how == "strips" else whole_decode_bytes(decoder, *shape)
+    # The host makes room by moving other models away, and never fails if it can not.
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=min(wanted, budget or wanted))
+    budget = budget or max(vae.patcher.get_free_memory(vae.device), least)
+    bar = comfy.utils.ProgressBar(len(latents) * STEPS)
+    pictures = []
+    for number, latent in enumerate(latents):
+
+        def on_strip(done, total, number=number):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(number * STEPS + STEPS * done // total)
+
+        picture = decode_within(
+            None if how == "whole" else decoder,
+            latent[None].to(vae.device, vae.vae_dtype),
+            budget,
+            lambda latent: vae.first_stage_model.decode(latent).to(vae.output_device).float(),
+            on_strip,
+            may_be_whole=how == "auto",
+        )
+        pictures.append(vae.process_output(picture.to(vae.output_device)))
     return torch.cat(pictures).movedim(1, -1)
 
 
