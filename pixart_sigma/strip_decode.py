@@ -406,17 +406,17 @@ def decode_within(
         except torch.OutOfMemoryError:
             logging.warning("Memory ran out while the picture was decoded whole; decoding it in strips.")
     least = least_budget(decoder, *shape)
-    for share in (1, 2):
+    for limit in (budget, max(budget / 2, least)):
         try:
-            needed = decode_memory(decoder, *shape, max(budget / share, least)).ram
+            needed = decode_memory(decoder, *shape, limit).ram
             if latent.device.type != "cpu" and needed > (free := psutil.virtual_memory().available):
                 raise SigmaError(
                     f"The decode keeps {needed / 1e9:.1f} GB in RAM, and {free / 1e9:.1f} GB is free. Close "
                     "other programs, give the decode a larger budget, or decode in tiles."
                 )
-            return decode_in_strips(decoder, latent, max(budget / share, least), on_progress)
+            return decode_in_strips(decoder, latent, limit, on_progress)
         except torch.OutOfMemoryError:
-            logging.warning(f"Memory ran out at a decode budget of {budget / share / 1e6:.0f} MB.")
+            logging.warning(f"Memory ran out at a decode budget of {limit / 1e6:.0f} MB.")
     raise SigmaError(
         f"The decode does not fit in the memory that is free. It needs at least {least / 1e6:.0f} MB beside "
         "the VAE's weights: close other programs, make a smaller picture, or decode in tiles."

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from .checkpoint import check_file, read_state_dict
 from .errors import CheckpointError, SigmaError
 from .memory import free_bytes
-from .strip_decode import decode_within, read_decoder
+from .strip_decode import Decoder, decode_within, least_budget, read_decoder
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215
@@ -145,7 +145,7 @@ def decode(
                 decode_within(
                     decoder,
                     latent[None].to(vae.device, vae.dtype) / vae.config.scaling_factor,
-                    budget or free_bytes(vae.device),
+                    budget or _free_for(vae, decoder, latent),
                     lambda latent: vae.decode(latent).sample.float().cpu(),
                     on_strip,
                     may_be_whole=how == "auto",
@@ -162,6 +162,14 @@ def decode(
             "or use the SDXL VAE that was repaired for float16."
         )
     return picture / 2 + 0.5
+
+
+def _free_for(vae: AutoencoderKL, decoder: Decoder | None, latent: torch.Tensor) -> int:
+    """Bytes that are free on the VAE's device, or what the decode needs at least, if that is more."""
+    free = free_bytes(vae.device)
+    return (
+        free if decoder is None else max(free, least_budget(decoder, *latent.shape[1:], vae.dtype.itemsize))
+    )
 
 
 @torch.no_grad()
