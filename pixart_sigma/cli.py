@@ -1,4 +1,4 @@
-"""The terminal: `pixart-sigma generate|calibrate|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma generate|plan|calibrate|inspect|quantize-t5|download`.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .errors import SigmaError
 from .files import say, write_beside
+
+T5_PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--decode-budget", type=_bytes, metavar="SIZE", help="such as 2GB; default: the memory that is free"
     )
+    generate.add_argument(
+        "--budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="plan all stages for this much memory on the device, such as 2GB; see the command plan",
+    )
     generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
     generate.add_argument(
         "--memory-report",
@@ -84,6 +92,18 @@ def _parser() -> argparse.ArgumentParser:
         help="print a table; with a file name, write JSON",
     )
     generate.add_argument("--out", default="picture.png")
+
+    plan = commands.add_parser(
+        "plan", help="say what each stage needs in memory, and with which settings a budget holds"
+    )
+    plan.set_defaults(command=_plan)
+    plan.add_argument("--budget", type=_bytes, required=True, metavar="SIZE", help="such as 2GB or 1600MB")
+    plan.add_argument("--size", metavar="WIDTHxHEIGHT", default="1024x1024")
+    plan.add_argument("--count", type=int, default=1)
+    plan.add_argument("--guidance", type=float, default=4.5)
+    plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
+    plan.add_argument("--t5-precision", choices=T5_PRECISIONS)
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     calibrate = commands.add_parser(
         "calibrate", help="measure how much KV compression a checkpoint bears, for --kv-compression auto"
@@ -129,7 +149,10 @@ def _add_model(command: argparse.ArgumentParser):
     command.add_argument(
         "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
     )
-    command.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
+    command.add_argument("--t5-precision", choices=T5_PRECISIONS)
+    command.add_argument(
+        "--t5-device", choices=("auto", "cpu"), default="auto", help="cpu: T5 takes no graphics memory"
+    )
     command.add_argument("--device", default="auto")
 
 
@@ -160,6 +183,7 @@ def _generate(arguments) -> int:
         variant=arguments.variant,
         device=arguments.device,
         t5_precision=arguments.t5_precision,
+        t5_device=arguments.t5_device,
         release=arguments.release,
         measure=arguments.memory_report is not None,
     )
@@ -170,6 +194,12 @@ def _generate(arguments) -> int:
         bucket = by_ratio(arguments.aspect, pipeline.base_size)
         width, height = bucket.width, bucket.height
     image = _read_picture(arguments.image) if arguments.image else None
+    plan = None
+    if arguments.budget:
+        base = pipeline.base_size
+        guidance = 4.5 if arguments.guidance is None else arguments.guidance
+        plan = pipeline.plan(arguments.budget, width or base, height or base, arguments.count, guidance)
+        print(plan.why, file=sys.stderr)
 
     with tqdm(total=None, leave=False, disable=None) as bar:
 
@@ -195,6 +225,7 @@ def _generate(arguments) -> int:
             use_resolution_binning=not arguments.no_binning,
             decode_how=arguments.decode,
             decode_budget=arguments.decode_budget,
+            plan=plan,
             callback=on_step,
             on_stage=bar.set_description,
         )
@@ -212,6 +243,33 @@ def _generate(arguments) -> int:
             {"stages": pipeline.stages.as_dict(), "device": str(torch.device(pipeline.device))}, indent=2
         )
         write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
+    return 0
+
+
+def _plan(arguments) -> int:
+    _check_count(arguments.count)
+    _check_guidance(arguments.guidance)
+
+    from .aspect_ratio import check_size, parse_size
+    from .planner import plan
+
+    width, height = parse_size(arguments.size)
+    check_size(width, height)
+    if arguments.model:
+        from .pipeline import SigmaPipeline
+
+        pipeline = SigmaPipeline.from_path(arguments.model, t5_precision=arguments.t5_precision)
+        made = pipeline.plan(arguments.budget, width, height, arguments.count, arguments.guidance)
+    else:
+        made = plan(
+            arguments.budget,
+            width,
+            height,
+            arguments.count,
+            guided=arguments.guidance > 1,
+            precision=arguments.t5_precision,
+        )
+    say(json.dumps(made.as_dict(), indent=2) if arguments.json else made.table())
     return 0
 
 
@@ -239,6 +297,7 @@ def _calibrate(arguments) -> int:
         variant=arguments.variant,
         device=arguments.device,
         t5_precision=arguments.t5_precision,
+        t5_device=arguments.t5_device,
     )
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     _check_writable(out)
@@ -293,14 +352,20 @@ def _download(arguments) -> int:
 
 def _check_settings(arguments):
     """What can be known to be wrong before torch is imported."""
-    if arguments.count < 1:
-        raise SigmaError(f"--count is {arguments.count}; give 1 or more.")
+    _check_count(arguments.count)
+    if arguments.budget and (arguments.decode != "auto" or arguments.decode_budget):
+        raise SigmaError("--budget plans the decode too; give it, or --decode and --decode-budget.")
     _check_steps(arguments.steps)
     _check_guidance(arguments.guidance)
     if arguments.size and arguments.aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")
     if not 0 <= arguments.seed < 2**64:
         raise SigmaError(f"--seed is {arguments.seed}; give a whole number from 0 to 2^64 - 1.")
+
+
+def _check_count(count: int):
+    if count < 1:
+        raise SigmaError(f"--count is {count}; give 1 or more.")
 
 
 def _check_steps(steps: int):

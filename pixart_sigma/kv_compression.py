@@ -258,6 +258,7 @@ class SigmaAttnProcessor:
             key, value = _convolve(attn, key, grid), _convolve(attn, value, grid)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = hooks.attend(self.attention, query, key, value, attention_mask)
+        del query, key, value  # the most tensors of tokens are alive here
         return hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 

@@ -47,9 +47,16 @@ class Stages:
         self.costs: dict[str, StageCost] = {}
         self._held: dict[str, Any] = {}
 
-    def run(self, name: str, load: Callable[[], Any], use: Callable[[Any], Any]) -> Any:
+    def run(
+        self,
+        name: str,
+        load: Callable[[], Any],
+        use: Callable[[Any], Any],
+        device: torch.device | None = None,
+    ) -> Any:
         """use(model), the stage's model loaded by `load` unless it is held, and released before this returns.
 
+        device: where the model works, if not on the device of the run.
         `use` must not keep the model. Where it raises, the frames of the traceback forget their variables, so
         that an error that somebody keeps does not keep the weights.
         """
@@ -60,8 +67,8 @@ class Stages:
             with meter or nullcontext():
                 if name not in self._held:
                     self._held[name] = load()
-                elif self.device.type != "cpu":
-                    _module(self._held[name]).to(self.device)
+                elif (device or self.device).type != "cpu":
+                    _module(self._held[name]).to(device or self.device)
                 if meter:
                     meter.look()
                     weights = weight_bytes(_module(self._held[name]))
@@ -92,7 +99,7 @@ class Stages:
         rows = [("stage", "before", "peak", "after", "weights", "seconds")]
         for name, cost in self.costs.items():
             sizes = (cost.before, cost.peak, cost.after, cost.weights)
-            rows.append((name, *(_readable(size) for size in sizes), f"{cost.seconds:.1f}"))
+            rows.append((name, *(readable(size) for size in sizes), f"{cost.seconds:.1f}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(
@@ -105,6 +112,19 @@ class Stages:
     def as_dict(self) -> dict[str, dict[str, float]]:
         """The costs per stage, ready for JSON."""
         return {name: asdict(cost) for name, cost in self.costs.items()}
+
+
+def peak_bytes(device: torch.device, use: Callable[[], Any]) -> int:
+    """Bytes of storages alive at the peak of `use()`, beyond those alive before; on the meta device too."""
+    meter = _StorageMeter(device)
+    with meter:
+        use()
+    return meter.peak - meter.before
+
+
+def readable(size: float) -> str:
+    """Bytes for people; GB are 10^9."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _forget_variables(error: BaseException | None):
@@ -123,15 +143,20 @@ def live_bytes(device: torch.device) -> int:
     """Bytes of tensors alive on the device: the allocator's count on CUDA, the live storages elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    return sum(size for _, size in _live_storages(device).values())
+
+
+def _live_storages(device: torch.device) -> dict[int, tuple[StorageWeakRef, int]]:
     storages = {}
     for thing in gc.get_objects():
         # type(), because isinstance asks lazy modules and proxies for their class, which imports them.
         if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
             try:
-                storages[_key(thing)] = thing.untyped_storage().nbytes()
+                storage = thing.untyped_storage()
+                storages[_key(thing)] = (StorageWeakRef(storage), storage.nbytes())
             except (NotImplementedError, RuntimeError):
                 continue  # a tensor without storage, such as a fake or sparse one
-    return sum(storages.values())
+    return storages
 
 
 def free_bytes(device: torch.device) -> int:
@@ -149,10 +174,6 @@ def _key(tensor: torch.Tensor) -> int:
 
 def _module(model: Any) -> torch.nn.Module:
     return model if isinstance(model, torch.nn.Module) else model.model
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _meter(device: torch.device):
@@ -180,27 +201,26 @@ class _StorageMeter(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
-        self.before = self.peak = live_bytes(device)
-        self._base = self.before
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._sum = 0
+        self.peak = 0
+        self.look()
+        self.before = self.peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._made:
-                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self._sum += storage.nbytes()
-        if self._base + self._sum > self.peak:
-            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-            self._sum = sum(size for _, size in self._made.values())
-            self.peak = max(self.peak, self._base + self._sum)
+        if self._sum > self.peak:
+            self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+            self._sum = sum(size for _, size in self._storages.values())
+            self.peak = max(self.peak, self._sum)
         return output
 
     def look(self):
         """Count everything alive afresh: files bring tensors that no operation made."""
-        self._made, self._sum = {}, 0
-        self._base = live_bytes(self.device)
-        self.peak = max(self.peak, self._base)
+        self._storages = _live_storages(self.device)
+        self._sum = sum(size for _, size in self._storages.values())
+        self.peak = max(self.peak, self._sum)

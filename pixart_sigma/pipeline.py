@@ -1,8 +1,11 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,6 +17,8 @@ from .checkpoint import Checkpoint, find_components, inspect, load_transformer_s
 from .errors import CheckpointError, SigmaError
 from .kv_compression import KVCompression, resolve
 from .memory import Stages
+from .planner import Plan, read_models
+from .planner import plan as make_plan
 from .sampling import Step, check_settings, default_guidance, denoise, get_noise
 from .text_encoder import TextEncoder, pad_embeds
 from .transformer import load_transformer
@@ -41,6 +46,7 @@ class SigmaPipeline:
     device: torch.device
     dtype: torch.dtype
     t5_precision: str | None
+    t5_device: torch.device
     stages: Stages = field(repr=False)
 
     @classmethod
@@ -55,6 +61,7 @@ class SigmaPipeline:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         t5_precision: str | None = None,
+        t5_device: str = "auto",
         release: str = "free",
         measure: bool = False,
     ) -> "SigmaPipeline":
@@ -62,7 +69,7 @@ class SigmaPipeline:
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
-        float16, on a CPU to float32.
+        float16, on a CPU to float32. `t5_device` "cpu" leaves the graphics card to the other stages.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -89,6 +96,7 @@ class SigmaPipeline:
             device=device,
             dtype=dtype,
             t5_precision=t5_precision,
+            t5_device=device if t5_device == "auto" else _device(t5_device),
             stages=Stages(device, release, measure),
         )
 
@@ -98,11 +106,19 @@ class SigmaPipeline:
         return self.checkpoint.config.sample_size * 8
 
     def encode_prompts(
-        self, prompt: str, negative: str = "", *, guidance_scale: float = 4.5, clean_caption: bool = False
+        self,
+        prompt: str,
+        negative: str = "",
+        *,
+        guidance_scale: float = 4.5,
+        clean_caption: bool = False,
+        precision: str | None = None,
+        device: torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, str, str]:
         """Trimmed embeddings (1, n, C) of prompt and negative prompt, the words cut off, T5's precision.
 
-        Without guidance the negative prompt is not encoded, and its embeddings are None.
+        Without guidance the negative prompt is not encoded, and its embeddings are None. T5 runs in the
+        pipeline's precision and on its device unless others are given, and on the CPU where memory runs out.
         """
 
         def encode_both(text_encoder: TextEncoder):
@@ -117,7 +133,15 @@ class SigmaPipeline:
                 text_encoder.precision,
             )
 
-        return self.stages.run("text encoder", self._load_text_encoder, encode_both)
+        def run_on(place: torch.device):
+            load = partial(self._load_text_encoder, precision or self.t5_precision, place)
+            return self.stages.run("text encoder", load, encode_both, place)
+
+        place = device or self.t5_device
+        ways = {str(place): partial(run_on, place), "the CPU": partial(run_on, torch.device("cpu"))}
+        if place.type == "cpu":
+            del ways["the CPU"]
+        return _first_that_fits("text encoder", ways)
 
     def generate(
         self,
@@ -141,6 +165,7 @@ class SigmaPipeline:
         use_resolution_binning: bool = True,
         decode_how: str = "auto",
         decode_budget: float | None = None,
+        plan: Plan | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Result:
@@ -150,7 +175,9 @@ class SigmaPipeline:
         pictures are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W)
         in [0, 1], with `strength` in (0, 1], starts from a picture instead of from noise alone.
         `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
-        `decode_how` and `decode_budget` (bytes) are those of `vae.decode`.
+        `decode_how` and `decode_budget` (bytes) are those of `vae.decode`; a `plan` of `plan` sets them, and
+        how the other stages run. A stage that runs out of memory is released and runs once more in its next
+        smaller way.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
         width = self.base_size if width is None else width
@@ -166,8 +193,13 @@ class SigmaPipeline:
         stage = on_stage or (lambda name: None)
 
         stage("text encoder")
+        text_settings = {}
+        if plan is not None:
+            decode_how, decode_budget = plan.decode_how, plan.decode_budget or None
+            text_settings["precision"] = plan.t5_precision
+            text_settings["device"] = None if plan.t5_device == "auto" else torch.device(plan.t5_device)
         positive, unwanted, truncated, precision = self.encode_prompts(
-            prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption
+            prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption, **text_settings
         )
         image_latents = None
         if image is not None:
@@ -189,29 +221,44 @@ class SigmaPipeline:
         stage("transformer")
         embeds, mask = pad_embeds([positive] * count)
         negative_embeds, negative_mask = (None, None) if unwanted is None else pad_embeds([unwanted] * count)
-        latents = self.stages.run(
-            "transformer",
-            self._load_transformer,
-            lambda transformer: denoise(
-                transformer,
-                latents,
-                embeds.to(self.device, self.dtype),
-                mask,
-                None if negative_embeds is None else negative_embeds.to(self.device, self.dtype),
-                negative_mask,
-                scheduler=scheduler,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                timesteps=timesteps,
-                sigmas=sigmas,
-                strength=strength,
-                image_latents=image_latents,
-                generator=generator,
-                eta=eta,
-                kv_compression=rules,
-                callback=callback,
-            ),
-        )
+        negative_embeds = None if negative_embeds is None else negative_embeds.to(self.device, self.dtype)
+        embeds, noise = embeds.to(self.device, self.dtype), latents
+        state = generator.get_state()
+
+        def run_denoise(guidance_in_turn: bool):
+            def use(transformer):
+                return denoise(
+                    transformer,
+                    noise,
+                    embeds,
+                    mask,
+                    negative_embeds,
+                    negative_mask,
+                    scheduler=scheduler,
+                    steps=steps,
+                    guidance_scale=guidance_scale,
+                    timesteps=timesteps,
+                    sigmas=sigmas,
+                    strength=strength,
+                    image_latents=image_latents,
+                    generator=generator.set_state(state),
+                    eta=eta,
+                    kv_compression=rules,
+                    guidance_in_turn=guidance_in_turn,
+                    callback=callback,
+                )
+
+            return self.stages.run("transformer", self._load_transformer, use)
+
+        ways = {
+            "one pass": partial(run_denoise, False),
+            "prompt and negative in turn": partial(run_denoise, True),
+        }
+        if negative_embeds is None:
+            del ways["prompt and negative in turn"]
+        elif plan is not None and plan.guidance_in_turn:
+            del ways["one pass"]
+        latents = _first_that_fits("transformer", ways)
 
         stage("VAE decode")
         pictures = self.stages.run(
@@ -235,6 +282,25 @@ class SigmaPipeline:
         }
         return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
 
+    def plan(
+        self, budget: float, width: int, height: int, count: int = 1, guidance_scale: float = 4.5
+    ) -> Plan:
+        """The plan that `generate` keeps `budget` bytes with; see `planner.plan`, also for what it raises."""
+        models = read_models(self.checkpoint, self.text_encoder, self.vae)
+        width, height = self._made_size(width, height, True)
+        return make_plan(
+            budget,
+            width,
+            height,
+            count,
+            models,
+            guided=guidance_scale > 1,
+            dtype=self.dtype,
+            precision=self.t5_precision,
+            t5_device="cpu" if self.t5_device != self.device else None,
+            in_ram=self.device.type == "cpu",
+        )
+
     def calibrate(
         self,
         prompts: tuple[str, ...],
@@ -256,11 +322,14 @@ class SigmaPipeline:
         check_settings("dpmpp_2m", steps, guidance_scale)
         width, height = self._made_size(width, height, False)
 
+        def load_text_encoder():
+            return self._load_text_encoder(self.t5_precision, self.t5_device)
+
         def encode_all(text_encoder: TextEncoder):
             return [text_encoder.encode(prompt).prompt_embeds for prompt in (*prompts, "")]
 
         on_stage("text encoder")
-        *embeds, negative = self.stages.run("text encoder", self._load_text_encoder, encode_all)
+        *embeds, negative = self.stages.run("text encoder", load_text_encoder, encode_all, self.t5_device)
 
         def measure(transformer):
             def place(tensor):
@@ -312,9 +381,9 @@ class SigmaPipeline:
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
 
-    def _load_text_encoder(self):
+    def _load_text_encoder(self, precision: str | None, device: torch.device):
         return TextEncoder.load(
-            self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
+            self.text_encoder, tokenizer=self.tokenizer, precision=precision, device=device
         )
 
     def _load_transformer(self):
@@ -333,6 +402,23 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SigmaError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
+    """What the first way gives that does not run out of memory; SigmaError after the second."""
+    for number, (name, run) in enumerate(ways.items(), start=1):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            following = list(ways)[number : number + 1]
+            logging.getLogger(__name__).warning(
+                f"Memory ran out in the {stage} ({name})."
+                + "".join(f" It is released and runs again: {way}." for way in following)
+            )
+    raise SigmaError(
+        f"Memory ran out in the {stage}. Close other programs or make a smaller picture; `pixart-sigma plan` "
+        "says what each stage needs."
+    )
 
 
 def _half(device: torch.device) -> torch.dtype:

@@ -197,6 +197,7 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     eta: float = 0.0,
     kv_compression=None,
+    guidance_in_turn: bool = False,
     callback: Callable[[Step], bool | None] | None = None,
 ) -> torch.Tensor:
     """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
@@ -211,6 +212,7 @@ def denoise(
     steps, timesteps, sigmas, strength: see `get_timesteps`.
     image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep, and not
     from noise alone.
+    guidance_in_turn: prompt and negative prompt each in a pass of its own, which takes half the memory.
     generator: for the stochastic schedulers. eta in [0, 1]: ddim's share of fresh noise.
     callback(Step) is called after each step; if it returns False the latents are returned as they are then.
 
@@ -251,9 +253,13 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         batch = torch.cat([scaled] * 2) if guided else scaled
-        noise = transformer(
-            batch.to(embeds.dtype), timestep, embeds, mask, kv_compression=kv_compression
-        ).float()
+        passes = 2 if guided and guidance_in_turn else 1
+        noise = torch.cat(
+            [
+                transformer(*part, kv_compression=kv_compression).float()
+                for part in _parts(batch.to(embeds.dtype), timestep, embeds, mask, passes)
+            ]
+        )
         if guided:
             negative, positive = noise.chunk(2)
             noise = negative + guidance_scale * (positive - negative)
@@ -270,6 +276,13 @@ def denoise(
             if callback(step) is False:
                 break
     return latents.to(dtype)
+
+
+def _parts(latents, timestep, embeds, mask, count):
+    """The transformer's arguments for `count` passes over equal parts of a batch."""
+    masks = [None] * count if mask is None else mask.chunk(count)
+    for part, part_embeds, part_mask in zip(latents.chunk(count), embeds.chunk(count), masks, strict=True):
+        yield part, timestep, part_embeds, part_mask
 
 
 def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:

@@ -10,6 +10,7 @@ the next layer consumes them.
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -285,10 +286,18 @@ def decode_in_strips(
 
 
 def whole_decode_bytes(decoder: Decoder, height: int, width: int, itemsize: int) -> int:
-    """Bytes on the device of the whole decode of a latent (1, 4, height, width), the weights apart: the input
-    of the largest residual block, what it is normalised to, and what that is activated to."""
-    largest = max(layer.channels * layer.height * layer.width for layer in _layers(decoder, height, width))
-    return 3 * largest * itemsize
+    """Bytes on the device of the whole decode of a latent (1, 4, height, width), the weights apart.
+
+    The peak is in a residual block: its input, what that is normalised to and what that is activated to; or
+    at its end, in diffusers, the input, both summands, the sum, and the same divided by one.
+    """
+    largest = 0
+    for layer in _layers(decoder, height, width):
+        if isinstance(layer.block, Resnet):
+            wide, narrow = layer.channels, layer.block.conv1.out_channels
+            kept = 0 if layer.block.shortcut is None else wide
+            largest = max(largest, max(3 * wide, kept + 4 * narrow) * layer.height * layer.width)
+    return largest * itemsize
 
 
 @dataclass(frozen=True)
@@ -300,15 +309,23 @@ class DecodeMemory:
 
 
 def decode_memory(
-    decoder: Decoder, height: int, width: int, itemsize: int, budget: float | None = None
+    decoder: Decoder,
+    height: int,
+    width: int,
+    itemsize: int,
+    budget: float | None = None,
+    in_ram: bool = False,
 ) -> DecodeMemory:
     """What the decode in strips of a latent (1, 4, height, width) needs, within one strip of each map.
 
+    in_ram: the device is the CPU, where all maps wait on it.
     Raises SigmaError for a budget that is too small, as the decode does.
     """
     working, room = _shares(budget)
     layers = list(_layers(decoder, height, width))
     room = max(room - _bytes_beside(layers, itemsize, budget), 0)
+    if in_ram:
+        room = math.inf
     edges, device, ram = [0, height], 0, 0
     for layer in layers:
         row = layer.width // layer.scale * itemsize

@@ -64,6 +64,12 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return state_dict, config
 
 
+def read_config(path: str | Path) -> dict:
+    """The configuration alone, in diffusers' words. It raises as `read_vae`, which maps the weights and reads
+    none of them."""
+    return read_vae(path)[1]
+
+
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.is_dir():
         return read_state_dict(path)

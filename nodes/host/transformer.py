@@ -121,30 +121,18 @@ class SigmaModel(comfy.model_base.PixArt):
         return conds
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes that a forward pass needs for what it computes, at its peak.
-
-        That is a block's MLP. Then alive, in units of one tensor of tokens: what came into the block, the
-        block's sum so far, the MLP's input, and its fourfold hidden state before and after the GELU. Of a
-        large picture the MLP takes a part at a time; then its output is another one, and the self-attention
-        may be the peak: what came in, its input, queries, keys, values, and two of its result. Beside them
-        the prompt, as it came and projected, and weights in another dtype while they are cast.
-        """
-        from ...pixart_sigma.transformer import MLP_BYTES
+        """Bytes that a forward pass needs for what it computes, and for weights while they are cast."""
+        from ...pixart_sigma.transformer import activation_bytes
 
         config = self.diffusion_model.sigma_config
         batch, _, height, width = input_shape
-        patch, channels = config.patch_size, config.cross_attention_dim
-        tokens = -(-height // patch) * -(-width // patch)
         size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        one = batch * tokens * channels
-        hidden = MLP_BYTES // size
-        numbers = 11 * one if 4 * one <= hidden else max(4 * one + 2 * hidden, 7 * one)
         prompts = (cond_shapes or {}).get("c_crossattn", [])
         length = max((shape[1] for shape in prompts), default=0)
-        numbers += batch * length * (config.caption_channels + channels)
+        needed = activation_bytes(config, batch, height, width, length, size)
         if self.manual_cast_dtype is not None:
-            numbers += 4 * channels**2
-        return numbers * size
+            needed += 4 * config.cross_attention_dim**2 * size
+        return needed
 
     def state_dict(self, *arguments, **settings):
         """With the authors' names beside ours, as the host looks there for what a LoRA can change."""

@@ -136,8 +136,8 @@ class DeviceMeter(_StorageMeter):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = super().__torch_dispatch__(function, types, args, kwargs)
-        alive = sum(size for storage, size in self._made.values() if not storage.expired())
-        self.device_peak = max(self.device_peak, alive - self.parking.ram)
+        alive = sum(size for storage, size in self._storages.values() if not storage.expired())
+        self.device_peak = max(self.device_peak, alive - self.before - self.parking.ram)
         return output
 
 

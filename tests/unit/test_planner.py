@@ -1,0 +1,203 @@
+"""What a plan says a stage needs, against what it then uses; and which way it chooses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pixart_sigma import planner
+from pixart_sigma.cli import main
+from pixart_sigma.errors import SigmaError
+from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.planner import plan, published_models
+from pixart_sigma.sampling import denoise
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def published():
+    return published_models()
+
+
+@pytest.mark.parametrize("size, count", [((256, 256), 1), ((512, 320), 2)])
+def test_a_run_uses_what_its_plan_says(size, count):
+    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
+    made = pipeline.plan(GB, *size, count)
+    pipeline.generate(
+        "red " * 400, "blue " * 400, width=size[0], height=size[1], count=count, steps=1, plan=made
+    )
+    for name in ("transformer", "VAE decode"):
+        cost = pipeline.stages.costs[name]
+        assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.1), name
+        assert cost.weights == pytest.approx(made.stages[name].weights, rel=0.02)
+
+
+def test_t5_uses_what_its_plan_says():
+    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
+    pipeline.encode_prompts("red " * 400, "", guidance_scale=1)
+    cost = pipeline.stages.costs["text encoder"]
+    planned = pipeline.plan(GB, 256, 256).stages["text encoder"]
+    assert cost.peak - cost.before == pytest.approx(planned.peak, rel=0.1)
+    assert cost.weights == pytest.approx(planned.weights, rel=0.02)
+
+
+def test_strips_use_what_their_plan_says():
+    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
+    made = pipeline.plan(100e6, 256, 256)
+    planned = made.stages["VAE decode"].peak
+    assert made.decode_how == "strips" and planned <= 100e6
+    result = pipeline.generate("a red circle", width=256, height=256, steps=1, plan=made)
+    cost = pipeline.stages.costs["VAE decode"]
+    assert cost.peak - cost.before == pytest.approx(planned, rel=0.1)
+    whole = SigmaPipeline.from_path("demo", device="cpu").generate(
+        "a red circle", width=256, height=256, steps=1
+    )
+    difference = np.asarray(result.images[0]).astype(int) - np.asarray(whole.images[0])
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "budget, size, precision, place, decode",
+    [
+        (24, 1024, "bf16", "auto", "whole"),
+        (8, 1024, "int8", "auto", "whole"),
+        (8, 4096, "int8", "auto", "strips"),
+        (1.6, 1024, "int8", "cpu", "strips"),
+        (2, 2048, "int8", "cpu", "strips"),
+        (4, 4096, "int8", "cpu", "strips"),
+    ],
+)
+def test_the_published_model_fits(published, budget, size, precision, place, decode):
+    made = plan(budget * GB, size, size, models=published)
+    assert (made.t5_precision, made.t5_device, made.decode_how) == (precision, place, decode)
+    assert made.peak <= budget * GB
+    assert made.stages["transformer"].weights == pytest.approx(1.22 * GB, rel=0.01)
+    for name, stage in made.stages.items():
+        assert stage.weights <= stage.peak
+        assert name in made.table() and stage.how in made.table()
+
+
+def test_prompt_and_negative_take_turns_where_both_do_not_fit(published):
+    made = plan(2.5 * GB, 4096, 4096, models=published)
+    assert made.guidance_in_turn and "in turn" in made.why
+    assert not plan(2.5 * GB, 4096, 4096, models=published, guided=False).guidance_in_turn
+
+
+def test_a_budget_that_nothing_keeps_is_named_with_what_would(published):
+    with pytest.raises(SigmaError, match="too small for the transformer of 1024x1024 pixels, .* at least"):
+        plan(1 * GB, 1024, 1024, models=published)
+    with pytest.raises(SigmaError, match="too small for the VAE decode of 512x512 pixels"):
+        plan(60e6, 512, 512, models=SigmaModels.of_the_demo())
+    for budget in (0, -1, float("nan")):
+        with pytest.raises(SigmaError, match="give more than 0"):
+            plan(budget, 1024, 1024, models=published)
+
+
+class SigmaModels:
+    @staticmethod
+    def of_the_demo():
+        pipeline = SigmaPipeline.from_path("demo", device="cpu")
+        models = planner.read_models(pipeline.checkpoint, pipeline.text_encoder, pipeline.vae)
+        with torch.device("meta"):
+            large = planner.AutoencoderKL.from_config(planner.SDXL_VAE)
+        return planner.Models(
+            models.transformer, models.text_config, models.text_weights, models.text_saved, large
+        )
+
+
+def test_guidance_in_turn_gives_the_same_latents_in_half_batches():
+    sizes = []
+
+    def model(latents, timestep, embeds, mask, kv_compression=None):
+        sizes.append(len(latents))
+        return latents * 0.1 + embeds.mean(dim=(1, 2))[:, None, None, None]
+
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    positive, negative = torch.randn(2, 5, 8), torch.randn(1, 3, 8)
+    arguments = (model, noise, positive, None, negative)
+    together = denoise(*arguments, steps=3)
+    assert sizes == [4] * 3
+    sizes.clear()
+    torch.testing.assert_close(denoise(*arguments, steps=3, guidance_in_turn=True), together)
+    assert sizes == [2] * 6
+
+
+def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch, caplog):
+    pipeline = SigmaPipeline.from_path("demo", device="cpu")
+    expected = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
+    load = pipeline._load_transformer
+    together = []
+
+    def load_small():
+        transformer = load()
+        forward = transformer.forward
+
+        def refuse_pairs(latents, *arguments, **settings):
+            if len(latents) > 1:
+                together.append(len(latents))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(latents, *arguments, **settings)
+
+        transformer.forward = refuse_pairs
+        return transformer
+
+    monkeypatch.setattr(pipeline, "_load_transformer", load_small)
+    actual = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
+    assert together == [2] and "runs again: prompt and negative in turn" in caplog.text
+    torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-2, atol=5e-3)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(pipeline, "_load_transformer", fails)
+    with pytest.raises(SigmaError, match="Memory ran out in the transformer. Close other programs"):
+        pipeline.generate("a red circle", width=64, height=64, steps=1)
+    assert not pipeline.stages._held
+
+
+def test_t5_goes_to_the_cpu_where_the_device_is_full(monkeypatch, caplog):
+    pipeline = SigmaPipeline.from_path("demo", device="cpu")
+    expected = pipeline.encode_prompts("a red circle")
+    load = pipeline._load_text_encoder
+    places = []
+
+    def full(precision, device):
+        places.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return load(precision, device)
+
+    monkeypatch.setattr(pipeline, "_load_text_encoder", full)
+    actual = pipeline.encode_prompts("a red circle", device=torch.device("cuda"))
+    assert places == ["cuda", "cpu"] and "runs again: the CPU" in caplog.text
+    assert torch.equal(actual[0], expected[0])
+
+
+def test_the_command(capsys):
+    assert main(["plan", "--budget", "2GB", "--size", "2048x2048", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["peak"] <= 2 * GB and set(made["stages"]) == {"text encoder", "transformer", "VAE decode"}
+    assert main(["plan", "--budget", "500MB", "--size", "256x256", "--model", "demo"]) == 0
+    assert "T5 in" in capsys.readouterr().out
+    for arguments, words in (
+        (["--budget", "0"], "no size"),
+        (["--budget", "2 parsecs"], "no size"),
+        (["--budget", "100MB"], "too small"),
+        (["--budget", "2GB", "--size", "9000x9000"], "9000"),
+        (["--budget", "2GB", "--count", "0"], "give 1 or more"),
+    ):
+        assert main(["plan", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_generate_keeps_a_budget(tmp_path, capsys):
+    picture, report = tmp_path / "picture.png", tmp_path / "report.json"
+    arguments = ["a red circle", "--steps", "2", "--out", str(picture), "--budget", "100MB"]
+    assert main(["generate", *arguments, "--memory-report", str(report)]) == 0
+    assert picture.is_file() and "in strips" in capsys.readouterr().err
+    stages = json.loads(report.read_text())["stages"]
+    assert all(cost["peak"] - cost["before"] < 100e6 * 1.1 for cost in stages.values())
+    assert main(["generate", *arguments, "--decode", "whole"]) == 2
+    assert "--budget plans the decode too" in capsys.readouterr().err
