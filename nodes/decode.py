@@ -3,6 +3,7 @@
 from ..pixart_sigma.errors import SigmaError
 from .host.api import io
 
+TILINGS = ("auto", "off", "on", "strips")
 # In latent pixels: tiles of 512 pixels.
 TILE = 64
 OVERLAP = 16
@@ -23,7 +24,7 @@ class VAEDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The SDXL VAE, or the demo's for the demo transformer."),
                 io.Combo.Input(
                     "tiling",
-                    options=["auto", "off", "on", "strips"],
+                    options=list(TILINGS),
                     default="auto",
                     tooltip="auto decodes the whole picture where memory allows it, else in strips, which "
                     "give the same picture in less memory. off: always whole. strips: always in strips. "

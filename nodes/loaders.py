@@ -5,6 +5,7 @@ from .host.folders import DEMO_CHOICE, choices, find
 
 VARIANTS = ("auto", "256", "512", "1024", "2K")
 PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+T5_DEVICES = ("auto", "cpu")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -82,7 +83,7 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "device",
-                    options=["auto", "cpu"],
+                    options=list(T5_DEVICES),
                     default="auto",
                     advanced=True,
                     tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow.",
