@@ -37,7 +37,14 @@ class Link:
 
 
 def loaders(
-    graph: Graph, transformer=DEMO, text_encoder=DEMO, vae=DEMO, precision="fp32", variant="auto", models=()
+    graph: Graph,
+    transformer=DEMO,
+    text_encoder=DEMO,
+    vae=DEMO,
+    precision="fp32",
+    variant="auto",
+    models=(),
+    device="auto",
 ):
     by_folder = {
         folder: [model for model in models if model["directory"] == folder]
@@ -57,7 +64,7 @@ def loaders(
         by_folder["text_encoders"],
         text_encoder=text_encoder,
         precision=precision,
-        device="auto",
+        device=device,
     )
     graph.add("vae", "PixArtSigmaLoadVAE", by_folder["vae"], vae=vae)
 
@@ -106,7 +113,7 @@ def sample(graph: Graph, latent=None, denoise=1.0, kv_compression="auto", after_
     )
 
 
-def show(graph: Graph, latent=None, crop=True, prefix="PixArt-Sigma"):
+def show(graph: Graph, latent=None, crop=True, tiling="auto", budget=0.0, prefix="PixArt-Sigma"):
     asked = (
         {"asked_width": graph["size", 3], "asked_height": graph["size", 4]}
         if crop
@@ -117,10 +124,10 @@ def show(graph: Graph, latent=None, crop=True, prefix="PixArt-Sigma"):
         "PixArtSigmaVAEDecode",
         samples=latent or graph["sampler", 0],
         vae=graph["vae", 0],
-        tiling="auto",
+        tiling=tiling,
         **asked,
         after_use="keep",
-        budget=0.0,
+        budget=budget,
     )
     graph.add("save", "SaveImage", images=graph["decode", 0], filename_prefix=prefix)
 
@@ -238,6 +245,50 @@ def sigma_4k_kv_compression() -> Graph:
     sample(graph, kv_compression="mean:2:14-27")
     show(graph)
     return graph
+
+
+def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str, ratio: str) -> Graph:
+    """Σ with every setting that memory depends on from the planner."""
+    graph = Graph(f"{note} VRAM Planner sets what memory depends on, and its table says what for. {T5_PARTS}")
+    bucket(graph, base, ratio)
+    graph.add(
+        "plan",
+        "PixArtSigmaVRAMPlanner",
+        budget=budget,
+        width=graph["size", 1],
+        height=graph["size", 2],
+        batch_size=1,
+    )
+    graph.add("table", "PreviewAny", source=graph["plan", 5])
+    loaders(
+        graph,
+        sigma(size)["name"],
+        T5["name"],
+        SDXL_VAE["name"],
+        graph["plan", 0],
+        "2K" if size == "2K-MS" else "auto",
+        models=(sigma(size), T5, SDXL_VAE),
+        device=graph["plan", 1],
+    )
+    encode(graph, prompt)
+    sample(graph, kv_compression=graph["plan", 2])
+    show(graph, tiling=graph["plan", 3], budget=graph["plan", 4])
+    return graph
+
+
+def sigma_under_4_gb() -> Graph:
+    note, prompt = "Σ at 2048 px in 4 GB of graphics memory.", "a harbour at dawn, fishing boats, light fog"
+    return within_a_budget(note, 4.0, "2K-MS", prompt, "2048", "3:2")
+
+
+def sigma_under_2_gb() -> Graph:
+    note, prompt = "Σ at 1024 px in 2 GB of graphics memory.", "a fox asleep in autumn leaves, watercolour"
+    return within_a_budget(note, 2.0, "1024-MS", prompt, "1024", "1:1")
+
+
+def sigma_4k_wallpaper() -> Graph:
+    note = "A wallpaper of 4096 px class in 4 GB of graphics memory. It parks up to 9 GB in RAM."
+    return within_a_budget(note, 4.0, "2K-MS", "dunes under a starry sky, long exposure", "4096", "16:9")
 
 
 def calibrate_kv_compression() -> Graph:
@@ -496,6 +547,9 @@ WORKFLOWS = (
     sigma_4_bit_t5,
     sigma_2k,
     sigma_4k_kv_compression,
+    sigma_under_4_gb,
+    sigma_under_2_gb,
+    sigma_4k_wallpaper,
     calibrate_kv_compression,
 )
 

@@ -8,16 +8,17 @@ from ...pixart_sigma.planner import Plan, plan
 
 
 def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
-    """The plan for `budget` bytes, or for what the device has if it is 0.
+    """The plan for `budget` bytes, or for what the device has if it is 0. Where the host has no graphics card
+    it is made for one with this budget.
 
-    Raises SigmaError for more than the device has, and for a budget in which a stage does not fit.
+    Raises SigmaError for more than the card has, and for a budget in which a stage does not fit.
     """
     device = management.get_torch_device()
     total = management.get_total_memory(device)
-    if budget > total:
+    if budget > total and not management.is_device_cpu(device):
         raise SigmaError(
-            f"The budget is {budget / 1e9:.1f} GB, and this device has {total / 1e9:.1f} GB. Give less, or 0 "
-            "for what it has."
+            f"The budget is {budget / 1e9:.1f} GB, and this graphics card has {total / 1e9:.1f} GB. Give "
+            "less, or 0 for what it has."
         )
     return plan(
         budget or total - management.extra_reserved_memory(),
@@ -25,12 +26,11 @@ def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
         height,
         count,
         dtype=_dtype(device),
-        in_ram=management.is_device_cpu(device),
     )
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """What the host computes in on this device."""
-    if management.should_use_bf16(device):
+    """What the host computes in on this card."""
+    if management.is_device_cpu(device) or management.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if management.should_use_fp16(device) else torch.float32
