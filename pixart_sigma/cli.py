@@ -122,6 +122,11 @@ def _add_model(command: argparse.ArgumentParser):
         "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
     )
     command.add_argument("--t5-precision", choices=("int8", "nf4", "fp4", "bf16", "fp16", "fp32"))
+    command.add_argument(
+        "--t5-stream",
+        action="store_true",
+        help="keep T5 in RAM and pass it through the GPU block by block: under 1 GB there (not nf4, fp4)",
+    )
     command.add_argument("--device", default="auto")
 
 
@@ -152,6 +157,7 @@ def _generate(arguments) -> int:
         variant=arguments.variant,
         device=arguments.device,
         t5_precision=arguments.t5_precision,
+        t5_stream=arguments.t5_stream,
         release=arguments.release,
         measure=arguments.memory_report is not None,
     )
@@ -230,6 +236,7 @@ def _calibrate(arguments) -> int:
         variant=arguments.variant,
         device=arguments.device,
         t5_precision=arguments.t5_precision,
+        t5_stream=arguments.t5_stream,
     )
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     _check_writable(out)

@@ -63,7 +63,7 @@ class Stages:
                     _module(self._held[name]).to(self.device)
                 if meter:
                     meter.look()
-                    weights = weight_bytes(_module(self._held[name]))
+                    weights = _stage_bytes(self._held[name])
                 return use(self._held[name])
         except BaseException as error:
             _forget_variables(error)
@@ -112,6 +112,12 @@ def _forget_variables(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
+def _stage_bytes(model: Any) -> int:
+    """Bytes of weights that a stage needs on the device; a streamed encoder knows its own."""
+    nbytes = getattr(_module(model), "nbytes", None)
+    return weight_bytes(_module(model)) if nbytes is None else nbytes
+
+
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers, each storage counted once."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -137,7 +143,8 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _module(model: Any) -> torch.nn.Module:
+def _module(model: Any) -> Any:
+    """The part of a stage's model that has `to`: a network, or a streamed encoder."""
     return model if isinstance(model, torch.nn.Module) else model.model
 
 

@@ -41,6 +41,7 @@ class SigmaPipeline:
     device: torch.device
     dtype: torch.dtype
     t5_precision: str | None
+    t5_stream: bool
     stages: Stages = field(repr=False)
 
     @classmethod
@@ -55,6 +56,7 @@ class SigmaPipeline:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         t5_precision: str | None = None,
+        t5_stream: bool = False,
         release: str = "free",
         measure: bool = False,
     ) -> "SigmaPipeline":
@@ -62,7 +64,7 @@ class SigmaPipeline:
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
-        float16, on a CPU to float32.
+        float16, on a CPU to float32. `t5_stream` passes T5 through the device block by block.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -89,6 +91,7 @@ class SigmaPipeline:
             device=device,
             dtype=dtype,
             t5_precision=t5_precision,
+            t5_stream=t5_stream,
             stages=Stages(device, release, measure),
         )
 
@@ -312,7 +315,11 @@ class SigmaPipeline:
 
     def _load_text_encoder(self):
         return TextEncoder.load(
-            self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
+            self.text_encoder,
+            tokenizer=self.tokenizer,
+            precision=self.t5_precision,
+            device=self.device,
+            stream=self.t5_stream,
         )
 
     def _load_transformer(self):
