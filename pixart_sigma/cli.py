@@ -151,7 +151,11 @@ def _add_model(command: argparse.ArgumentParser):
     )
     command.add_argument("--t5-precision", choices=T5_PRECISIONS)
     command.add_argument(
-        "--t5-device", choices=("auto", "cpu"), default="auto", help="cpu: T5 takes no graphics memory"
+        "--t5-device",
+        choices=("auto", "cpu", "stream"),
+        default="auto",
+        help="stream: T5 stays in RAM and passes through the GPU block by block, in under 1 GB there (not "
+        "nf4, fp4); cpu: it takes no graphics memory",
     )
     command.add_argument("--device", default="auto")
 

@@ -52,11 +52,11 @@ class Stages:
         name: str,
         load: Callable[[], Any],
         use: Callable[[Any], Any],
-        device: torch.device | None = None,
+        on_cpu: bool = False,
     ) -> Any:
         """use(model), the stage's model loaded by `load` unless it is held, and released before this returns.
 
-        device: where the model works, if not on the device of the run.
+        on_cpu: the model works there, wherever the others do.
         `use` must not keep the model. Where it raises, the frames of the traceback forget their variables, so
         that an error that somebody keeps does not keep the weights.
         """
@@ -67,11 +67,11 @@ class Stages:
             with meter or nullcontext():
                 if name not in self._held:
                     self._held[name] = load()
-                elif (device or self.device).type != "cpu":
-                    _module(self._held[name]).to(device or self.device)
+                elif self.device.type != "cpu" and not on_cpu:
+                    _module(self._held[name]).to(self.device)
                 if meter:
                     meter.look()
-                    weights = weight_bytes(_module(self._held[name]))
+                    weights = _stage_bytes(self._held[name])
                 return use(self._held[name])
         except BaseException as error:
             _forget_variables(error)
@@ -133,6 +133,12 @@ def _forget_variables(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
+def _stage_bytes(model: Any) -> int:
+    """Bytes of weights that a stage needs on the device; a streamed encoder knows its own."""
+    nbytes = getattr(_module(model), "nbytes", None)
+    return weight_bytes(_module(model)) if nbytes is None else nbytes
+
+
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers, each storage counted once."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -172,7 +178,8 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _module(model: Any) -> torch.nn.Module:
+def _module(model: Any) -> Any:
+    """The part of a stage's model that has `to`: a network, or a streamed encoder."""
     return model if isinstance(model, torch.nn.Module) else model.model
 
 

@@ -20,9 +20,11 @@ from .memory import Stages
 from .planner import Plan, read_models
 from .planner import plan as make_plan
 from .sampling import Step, check_settings, default_guidance, denoise, get_noise
-from .text_encoder import TextEncoder, pad_embeds
+from .text_encoder import PLAIN, TextEncoder, pad_embeds, read_encoder
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
+
+T5_PLACES = {"auto": "on the device", "stream": "streamed", "cpu": "on the CPU"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class SigmaPipeline:
     device: torch.device
     dtype: torch.dtype
     t5_precision: str | None
-    t5_device: torch.device
+    t5_device: str
     stages: Stages = field(repr=False)
 
     @classmethod
@@ -69,7 +71,8 @@ class SigmaPipeline:
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
-        float16, on a CPU to float32. `t5_device` "cpu" leaves the graphics card to the other stages.
+        float16, on a CPU to float32. `t5_device` "stream" passes T5 through the device block by block, "cpu"
+        leaves the device to the other stages.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -96,7 +99,7 @@ class SigmaPipeline:
             device=device,
             dtype=dtype,
             t5_precision=t5_precision,
-            t5_device=device if t5_device == "auto" else _device(t5_device),
+            t5_device=_check_t5_device(t5_device),
             stages=Stages(device, release, measure),
         )
 
@@ -113,12 +116,13 @@ class SigmaPipeline:
         guidance_scale: float = 4.5,
         clean_caption: bool = False,
         precision: str | None = None,
-        device: torch.device | None = None,
+        place: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, str, str]:
         """Trimmed embeddings (1, n, C) of prompt and negative prompt, the words cut off, T5's precision.
 
         Without guidance the negative prompt is not encoded, and its embeddings are None. T5 runs in the
-        pipeline's precision and on its device unless others are given, and on the CPU where memory runs out.
+        pipeline's precision and place unless others are given; where memory runs out it is streamed, and if
+        that is not possible or not enough, it runs on the CPU.
         """
 
         def encode_both(text_encoder: TextEncoder):
@@ -133,14 +137,18 @@ class SigmaPipeline:
                 text_encoder.precision,
             )
 
-        def run_on(place: torch.device):
-            load = partial(self._load_text_encoder, precision or self.t5_precision, place)
-            return self.stages.run("text encoder", load, encode_both, place)
+        precision, place = precision or self.t5_precision, place or self.t5_device
 
-        place = device or self.t5_device
-        ways = {str(place): partial(run_on, place), "the CPU": partial(run_on, torch.device("cpu"))}
-        if place.type == "cpu":
-            del ways["the CPU"]
+        def run_in(place: str):
+            load = partial(self._load_text_encoder, precision, place)
+            return self.stages.run("text encoder", load, encode_both, on_cpu=place == "cpu")
+
+        places = [place]
+        if self.device.type != "cpu":
+            streamable = read_encoder(self.text_encoder, precision)[3] in ("int8", *PLAIN)
+            smaller = ("stream", "cpu") if streamable else ("cpu",)
+            places += [other for other in smaller if place not in (other, "cpu")]
+        ways = {T5_PLACES[place]: partial(run_in, place) for place in places}
         return _first_that_fits("text encoder", ways)
 
     def generate(
@@ -197,7 +205,7 @@ class SigmaPipeline:
         if plan is not None:
             decode_how, decode_budget = plan.decode_how, plan.decode_budget or None
             text_settings["precision"] = plan.t5_precision
-            text_settings["device"] = None if plan.t5_device == "auto" else torch.device(plan.t5_device)
+            text_settings["place"] = plan.t5_device
         positive, unwanted, truncated, precision = self.encode_prompts(
             prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption, **text_settings
         )
@@ -297,7 +305,7 @@ class SigmaPipeline:
             guided=guidance_scale > 1,
             dtype=self.dtype,
             precision=self.t5_precision,
-            t5_device="cpu" if self.t5_device != self.device else None,
+            t5_device=None if self.t5_device == "auto" else self.t5_device,
             in_ram=self.device.type == "cpu",
         )
 
@@ -381,9 +389,13 @@ class SigmaPipeline:
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
 
-    def _load_text_encoder(self, precision: str | None, device: torch.device):
+    def _load_text_encoder(self, precision: str | None, place: str):
         return TextEncoder.load(
-            self.text_encoder, tokenizer=self.tokenizer, precision=precision, device=device
+            self.text_encoder,
+            tokenizer=self.tokenizer,
+            precision=precision,
+            device="cpu" if place == "cpu" else self.device,
+            stream=place == "stream",
         )
 
     def _load_transformer(self):
@@ -419,6 +431,12 @@ def _first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
         f"Memory ran out in the {stage}. Close other programs or make a smaller picture; `pixart-sigma plan` "
         "says what each stage needs."
     )
+
+
+def _check_t5_device(place: str) -> str:
+    if place not in T5_PLACES:
+        raise SigmaError(f"t5_device is {place!r}; choose one of {', '.join(T5_PLACES)}.")
+    return place
 
 
 def _half(device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from .memory import peak_bytes, readable
 from .strip_decode import decode_memory, least_budget, read_decoder, whole_decode_bytes
 from .t5_weights import expected_nbytes
 from .text_encoder import MAX_TOKENS, PLAIN, read_encoder
+from .text_streaming import STREAMED, StreamedT5
 from .transformer import activation_bytes, build_transformer
 from .vae import read_config
 
@@ -156,16 +157,16 @@ def plan(
 
     For `count` pictures of width x height pixels, with guidance or not, of models (by default the published
     shapes) that compute in `dtype`. Of all ways that fit, the fastest that costs no quality. `precision` of
-    T5 None is bf16 where that fits, else int8; `t5_device` "auto" is where the budget
-    counts, "cpu" is not, None the first of them that fits. `in_ram` is for a run on the CPU, where what waits
-    in RAM counts too.
+    T5 None is bf16 where that fits, else int8. `t5_device` "auto" is where the budget counts, "stream" there
+    too but from RAM, "cpu" is not; None is the first of them that fits. `in_ram` is for a run on the CPU,
+    where what waits in RAM counts too.
     Raises SigmaError for a budget that is not positive, and where not even the smallest way of a stage fits:
     it says which, and what it needs.
     """
     if not budget > 0:
         raise SigmaError(f"The budget is {budget:g} bytes; give more than 0, such as 2 GB.")
     models = models or published_models()
-    devices = (t5_device,) if t5_device else ("auto",) if in_ram else ("auto", "cpu")
+    devices = (t5_device,) if t5_device else ("auto",) if in_ram else ("auto", "stream", "cpu")
     ways = {
         "text encoder": _text_ways(models, precision, dtype, devices, prompt_tokens),
         "transformer": _transformer_ways(models, width, height, count, guided, dtype, prompt_tokens),
@@ -218,11 +219,21 @@ def _text_ways(
     ids = torch.zeros(1, prompt_tokens, dtype=torch.long, device=META)
     activations = _peak(lambda: encoder(input_ids=ids))
     for name in precisions:
-        weights = expected_nbytes(models.text_weights, name, PLAIN.get(name, PLAIN[half]))
         if "auto" in devices:
+            weights = expected_nbytes(models.text_weights, name, PLAIN.get(name, PLAIN[half]))
             settings = {"t5_precision": name, "t5_device": "auto"}
             yield StagePlan(f"T5 in {name}", weights + activations, weights), settings
+    name = precisions[0]
+    if "stream" in devices and name in STREAMED:
+        computing = PLAIN.get(name, PLAIN[half])
+        streamed = StreamedT5(models.text_config, models.text_weights, name, computing, None)
+        window = streamed.window_nbytes(torch.device("cuda"))
+        settings = {"t5_precision": name, "t5_device": "stream"}
+        waiting = expected_nbytes(models.text_weights, name, computing)
+        yield StagePlan(f"T5 in {name}, streamed", window + activations, window, waiting), settings
+    name = precisions[-1]
     if "cpu" in devices:
+        weights = expected_nbytes(models.text_weights, name, PLAIN.get(name, PLAIN[half]))
         settings = {"t5_precision": name, "t5_device": "cpu"}
         yield StagePlan(f"T5 in {name} on the CPU", 0, 0, weights + activations), settings
 

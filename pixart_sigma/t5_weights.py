@@ -16,7 +16,12 @@ QUANTIZED_COMPANION = re.compile(
     r"^(?P<weight>.+\.weight)(?P<kind>_format|\.absmax|\.quant_map|\.nested_absmax|\.nested_quant_map"
     r"|\.quant_state\.bitsandbytes__(?:nf4|fp4))$|^(?P<module>.+)\.SCB$"
 )
-LINEAR = re.compile(r"\.(q|k|v|o|wi_0|wi_1|wo)\.weight$")
+LINEAR = re.compile(r"\.(q|k|v|o|wi|wi_0|wi_1|wo)\.weight$")
+
+
+def is_linear(key: str) -> bool:
+    """Whether the key names the weight of a linear layer."""
+    return LINEAR.search(key) is not None
 
 
 class Float8Weight:

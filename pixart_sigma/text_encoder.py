@@ -14,6 +14,7 @@ import torch
 from .caption_cleaning import prepare_prompt
 from .errors import CheckpointError, SigmaError
 from .t5_weights import WatchedWeight, expected_nbytes, read_t5
+from .text_streaming import StreamedT5
 
 PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
 QUANTIZED = ("int8", "nf4", "fp4")
@@ -45,7 +46,13 @@ class TextEncoder:
 
     @classmethod
     def load(
-        cls, path, tokenizer=None, precision: str | None = None, device="cpu", progress=None
+        cls,
+        path,
+        tokenizer=None,
+        precision: str | None = None,
+        device="cpu",
+        progress=None,
+        stream: bool = False,
     ) -> "TextEncoder":
         """Load a T5 encoder.
 
@@ -59,6 +66,8 @@ class TextEncoder:
             and stays fp32 beside fp16, in which it overflows.
         progress: called as progress(weights read, all weights), perhaps from another thread; what it raises
             stops the loading.
+        stream: leave the weights in RAM or in the file and pass two blocks at a time through the device, see
+            `text_streaming`. The same output from less memory on the device, not for nf4 and fp4.
 
         Raises SigmaError for a wrong precision, a missing tokenizer, GGUF, and a precision other than the one
         the folder was quantised in; CheckpointError for files that do not hold exactly one T5 encoder.
@@ -66,6 +75,14 @@ class TextEncoder:
         device = check_device(device)
         path, config, weights, precision = read_encoder(path, precision)
         loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
+        if stream:
+            model = stream_model(config, weights, precision, device, path).to(device, progress)
+            if model.is_quantized_again:
+                logging.warning(
+                    f"{path} is quantised to int8 again for every prompt. Write it once with "
+                    "`pixart-sigma quantize-t5` and stream from that folder to save the time."
+                )
+            return cls(model, loaded_tokenizer, precision)
         if progress is not None:
             done = itertools.count(1)  # atomic, unlike +=
             total = len(weights)
@@ -81,8 +98,15 @@ class TextEncoder:
         return self.model.device
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether the weights are outside the device, see `text_streaming`."""
+        return isinstance(self.model, StreamedT5)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes the weights occupy, quantisation scales included."""
+        """Bytes of weights on the device, quantisation scales included; streamed ones while it encodes."""
+        if self.is_streamed:
+            return self.model.nbytes
         total = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
         for module in self.model.modules():
             weight = getattr(module, "weight", None)
@@ -114,16 +138,20 @@ class TextEncoder:
         return Encoded(self.encode_ids(ids), truncated)
 
     @torch.no_grad()
-    def encode_ids(self, ids: list[int], layer: int = -1) -> torch.Tensor:
+    def encode_ids(self, ids: list[int], layer: int = -1, progress=None) -> torch.Tensor:
         """The embeddings (1, n, C) of n token ids, after the layer that counts from the end.
 
+        progress: called as progress(blocks done, blocks to do) between the blocks of a streamed encoder; what
+        it raises stops the encoding, and nothing stays on the device.
         Raises SigmaError when the encoder overflows or has no such layer.
         """
         layers = self.model.config.num_layers
         if not -layers <= layer <= -1:
             raise SigmaError(f"The text encoder has no layer {layer}: use a number from {-layers} to -1.")
         input_ids = torch.tensor([ids], device=self.device)
-        if layer == -1:
+        if self.is_streamed:
+            prompt_embeds = self.model(input_ids, layer, progress)
+        elif layer == -1:
             prompt_embeds = self.model(input_ids=input_ids).last_hidden_state
         else:
             hidden = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states[layer]
@@ -153,11 +181,25 @@ def read_encoder(path, precision: str | None = None):
     return path, config, weights, precision or saved or "int8"
 
 
-def describe_encoder(path, tokenizer=None, precision: str | None = None, device="cpu") -> tuple:
-    """(tokenizer, bytes) of the encoder that TextEncoder.load would give, without loading its weights."""
+def stream_model(config, weights: dict, precision: str, device: torch.device, path: Path) -> StreamedT5:
+    """A StreamedT5 for this device, still on the CPU. Raises SigmaError and CheckpointError as StreamedT5."""
+    check_packages(precision)
+    _quiet_int8_casts()
+    return StreamedT5(config, weights, precision, PLAIN.get(precision) or compute_dtype(device), path)
+
+
+def describe_encoder(
+    path, tokenizer=None, precision: str | None = None, device="cpu", stream: bool = False
+) -> tuple:
+    """(tokenizer, bytes on the device) of the encoder that TextEncoder.load would give, whose weights are not
+    loaded."""
+    device = check_device(device)
     path, config, weights, precision = read_encoder(path, precision)
-    dtype = PLAIN.get(precision) or compute_dtype(check_device(device))
     loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
+    if stream:
+        model = stream_model(config, weights, precision, device, path)
+        return loaded_tokenizer, model.window_nbytes(device)
+    dtype = PLAIN.get(precision) or compute_dtype(device)
     return loaded_tokenizer, expected_nbytes(weights, precision, dtype)
 
 
@@ -242,11 +284,7 @@ def build_model(config, weights: dict, precision: str, device: torch.device, pat
     dtype = PLAIN.get(precision) or compute_dtype(device)
     quantization = None
     if precision in QUANTIZED:
-        for package in ("bitsandbytes", "accelerate"):
-            if find_spec(package) is None:
-                raise SigmaError(
-                    f"Precision {precision} needs {package}: pip install {package}, or choose bf16."
-                )
+        check_packages(precision)
         quantization = quantization_config(config, precision, dtype)
         if precision != "int8":
             check_4bit_widths(config, precision)
@@ -272,6 +310,13 @@ def build_model(config, weights: dict, precision: str, device: torch.device, pat
     if absent:
         raise CheckpointError(f"{path}: the weight {absent[0]} was not loaded. The file is incomplete.")
     return model.eval().requires_grad_(False)
+
+
+def check_packages(precision: str) -> None:
+    """Raise SigmaError for a quantised precision without its libraries."""
+    for package in ("bitsandbytes", "accelerate") if precision in QUANTIZED else ():
+        if find_spec(package) is None:
+            raise SigmaError(f"Precision {precision} needs {package}: pip install {package}, or choose bf16.")
 
 
 def quantization_config(config, precision: str, dtype: torch.dtype):

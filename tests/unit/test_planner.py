@@ -64,9 +64,9 @@ def test_strips_use_what_their_plan_says():
         (24, 1024, "bf16", "auto", "whole"),
         (8, 1024, "int8", "auto", "whole"),
         (8, 4096, "int8", "auto", "strips"),
-        (1.6, 1024, "int8", "cpu", "strips"),
-        (2, 2048, "int8", "cpu", "strips"),
-        (4, 4096, "int8", "cpu", "strips"),
+        (1.6, 1024, "bf16", "stream", "strips"),
+        (2, 2048, "bf16", "stream", "strips"),
+        (4, 4096, "bf16", "stream", "strips"),
     ],
 )
 def test_the_published_model_fits(published, budget, size, precision, place, decode):
@@ -157,22 +157,28 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
     assert not pipeline.stages._held
 
 
-def test_t5_goes_to_the_cpu_where_the_device_is_full(monkeypatch, caplog):
+def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch, caplog):
     pipeline = SigmaPipeline.from_path("demo", device="cpu")
     expected = pipeline.encode_prompts("a red circle")
     load = pipeline._load_text_encoder
+    pipeline.device = torch.device("cuda")  # as far as choosing goes
     places = []
 
-    def full(precision, device):
-        places.append(device.type)
-        if device.type != "cpu":
+    def full(precision, place):
+        places.append(place)
+        if place != "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return load(precision, device)
+        return load(precision, place)
 
     monkeypatch.setattr(pipeline, "_load_text_encoder", full)
-    actual = pipeline.encode_prompts("a red circle", device=torch.device("cuda"))
-    assert places == ["cuda", "cpu"] and "runs again: the CPU" in caplog.text
+    actual = pipeline.encode_prompts("a red circle")
+    assert places == ["auto", "stream", "cpu"] and "runs again: streamed" in caplog.text
     assert torch.equal(actual[0], expected[0])
+    places.clear()
+    pipeline.encode_prompts("a red circle", place="stream")
+    assert places == ["stream", "cpu"]
+    with pytest.raises(SigmaError, match="choose one of auto, stream, cpu"):
+        SigmaPipeline.from_path("demo", device="cpu", t5_device="gpu")
 
 
 def test_the_command(capsys):
