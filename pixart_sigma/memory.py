@@ -128,15 +128,20 @@ def live_bytes(device: torch.device) -> int:
     """Bytes of tensors alive on the device: the allocator's count on CUDA, the live storages elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    return sum(size for _, size in _live_storages(device).values())
+
+
+def _live_storages(device: torch.device) -> dict[int, tuple[StorageWeakRef, int]]:
     storages = {}
     for thing in gc.get_objects():
         # type(), because isinstance asks lazy modules and proxies for their class, which imports them.
         if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
             try:
-                storages[_key(thing)] = thing.untyped_storage().nbytes()
+                storage = thing.untyped_storage()
+                storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             except (NotImplementedError, RuntimeError):
                 continue  # a tensor without storage, such as a fake or sparse one
-    return sum(storages.values())
+    return storages
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -172,32 +177,31 @@ class _CudaMeter:
 
 
 class _StorageMeter(TorchDispatchMode):
-    """Follows the storages that operations make; their sum is looked at whenever it might be a new peak."""
+    """Follows the storages alive and those that operations make; their sum is counted when it may be a peak."""
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
-        self.before = self.peak = live_bytes(device)
-        self._base = self.before
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._sum = 0
+        self.peak = 0
+        self.look()
+        self.before = self.peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._made:
-                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self._sum += storage.nbytes()
-        if self._base + self._sum > self.peak:
-            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-            self._sum = sum(size for _, size in self._made.values())
-            self.peak = max(self.peak, self._base + self._sum)
+        if self._sum > self.peak:
+            self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
+            self._sum = sum(size for _, size in self._storages.values())
+            self.peak = max(self.peak, self._sum)
         return output
 
     def look(self):
         """Count everything alive afresh: files bring tensors that no operation made."""
-        self._made, self._sum = {}, 0
-        self._base = live_bytes(self.device)
-        self.peak = max(self.peak, self._base)
+        self._storages = _live_storages(self.device)
+        self._sum = sum(size for _, size in self._storages.values())
+        self.peak = max(self.peak, self._sum)
