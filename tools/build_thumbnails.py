@@ -23,6 +23,9 @@ PROMPTS = {
     "sigma_1024_in_8_gb": "a large green circle on a yellow background",
     "sigma_4_bit_t5": "a blue square on an orange background",
     "sigma_2k": "a white star on a purple background",
+    "sigma_4k_wallpaper": "a small yellow star in the top right on a blue background",
+    "sigma_under_2_gb": "an orange triangle on a green background",
+    "sigma_under_4_gb": "a pink circle above a black square on a white background",
     "sigma_4k_kv_compression": "a red triangle on a cyan background",
 }
 GAP, LABEL = 8, 22
