@@ -82,10 +82,12 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "device",
-                    options=["auto", "cpu"],
+                    options=["auto", "cpu", "stream"],
                     default="auto",
                     advanced=True,
-                    tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow.",
+                    tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow. "
+                    "stream keeps T5 in RAM and passes it through the GPU block by block: the same result "
+                    "from under 1 GB of GPU memory, but slower for each prompt. Not with nf4 or fp4.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="The encoder, for Σ Text Encode or CLIP Text Encode.")],

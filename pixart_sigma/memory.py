@@ -177,7 +177,7 @@ class _CudaMeter:
 
 
 class _StorageMeter(TorchDispatchMode):
-    """Follows the storages alive and those that operations make; their sum is counted when it may be a peak."""
+    """Follows the storages alive and those that operations make; counts them at a possible peak."""
 
     def __init__(self, device: torch.device):
         super().__init__()
