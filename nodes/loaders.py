@@ -5,7 +5,7 @@ from .host.folders import DEMO_CHOICE, choices, find
 
 VARIANTS = ("auto", "256", "512", "1024", "2K")
 PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
-T5_DEVICES = ("auto", "cpu")
+T5_DEVICES = ("auto", "cpu", "stream")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -86,7 +86,9 @@ class LoadTextEncoder(io.ComfyNode):
                     options=list(T5_DEVICES),
                     default="auto",
                     advanced=True,
-                    tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow.",
+                    tooltip="auto is where ComfyUI puts text encoders; cpu leaves the GPU alone and is slow. "
+                    "stream keeps T5 in RAM and passes it through the GPU block by block: the same result "
+                    "from under 1 GB of GPU memory, but slower for each prompt. Not with nf4 or fp4.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="The encoder, for Σ Text Encode or CLIP Text Encode.")],

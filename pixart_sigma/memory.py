@@ -203,7 +203,7 @@ class _CudaMeter:
 
 
 class _StorageMeter(TorchDispatchMode):
-    """Follows the storages alive and those that operations make; counts them when they may be a new peak."""
+    """Follows the storages alive and those that operations make; counts them at a possible peak."""
 
     def __init__(self, device: torch.device):
         super().__init__()

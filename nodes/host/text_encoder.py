@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...pixart_sigma.caption_cleaning import prepare_prompt
-from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.errors import CheckpointError, SigmaError
 
 SECTION = "t5xxl"  # the host's name for T5's tokens
 PAD = 0
@@ -24,14 +24,18 @@ PAD = 0
 def load_clip(path: Path, precision: str | None, device: str) -> "SigmaClip":
     """A CLIP around the T5 encoder at `path`; its weights are read at the first encode.
 
-    precision: see TextEncoder.load. device: "cpu", or "auto" for where the host puts text encoders.
+    precision: see TextEncoder.load. device: "cpu", "auto" for where the host puts text encoders, or "stream"
+    to keep the weights out of the GPU and pass them through it, for which the host makes little room.
     """
+    stream = device == "stream"
     if device == "cpu":
         load_device = offload_device = torch.device("cpu")
+    elif stream:
+        load_device, offload_device = comfy.model_management.get_torch_device(), torch.device("cpu")
     else:
         load_device = comfy.model_management.text_encoder_device()
         offload_device = comfy.model_management.text_encoder_offload_device()
-    return SigmaClip(TextEncoderPatcher(SigmaTextModel(path, precision), load_device, offload_device))
+    return SigmaClip(TextEncoderPatcher(SigmaTextModel(path, precision, stream), load_device, offload_device))
 
 
 class SigmaClip(comfy.sd.CLIP):
@@ -121,9 +125,9 @@ class SigmaTextModel(torch.nn.Module):
     It has no parameters of its own, so the host finds nothing here to move, cast or patch.
     """
 
-    def __init__(self, path: Path, precision: str | None):
+    def __init__(self, path: Path, precision: str | None, stream: bool = False):
         super().__init__()
-        self.path, self.precision = path, precision
+        self.path, self.precision, self.stream = path, precision, stream
         self.encoder = None
         self.description = None
         self.layer = None
@@ -142,16 +146,20 @@ class SigmaTextModel(torch.nn.Module):
         if self.encoder is None:
             with _normal_tensors():
                 self.encoder = TextEncoder.load(
-                    self.path, precision=self.precision, device=device, progress=_progress()
+                    self.path,
+                    precision=self.precision,
+                    device=device,
+                    progress=_progress(),
+                    stream=self.stream,
                 )
 
     def move(self, device: torch.device):
-        """Move the weights; those that can not be moved are dropped, to be read again."""
+        """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
         from ...pixart_sigma.text_encoder import QUANTIZED
 
         if self.encoder is None or self.encoder.device == device:
             return
-        if self.encoder.precision in QUANTIZED:
+        if self.encoder.precision in QUANTIZED and not self.stream:
             self.drop()
             return
         try:
@@ -185,7 +193,12 @@ class SigmaTextModel(torch.nn.Module):
         return torch.cat(embeds, dim=1).to(comfy.model_management.intermediate_device()), None
 
     def _encode(self, ids: list[int]) -> torch.Tensor:
-        return self.encoder.encode_ids(ids, self.layer or -1).float()
+        try:
+            progress = _progress() if self.stream else None
+            return self.encoder.encode_ids(ids, self.layer or -1, progress).float()
+        except CheckpointError:  # the file it streams from was changed
+            self.drop()
+            raise
 
     def set_clip_options(self, options: dict):
         self.layer = options.get("layer", self.layer)
@@ -197,7 +210,8 @@ class SigmaTextModel(torch.nn.Module):
 class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
     """Loads and unloads the encoder as a whole: bitsandbytes weights can not be moved one by one.
 
-    load_device and offload_device are the host's; 8-bit and 4-bit weights are never offloaded but dropped.
+    load_device and offload_device are the host's; 8-bit and 4-bit weights are never offloaded but dropped. Of
+    streamed weights only the window on the device counts: that is what the host makes room for.
     """
 
     def tokenizer(self):
@@ -265,7 +279,10 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
 
         if self.model.description is None:
             self.model.description = describe_encoder(
-                self.model.path, precision=self.model.precision, device=self.load_device
+                self.model.path,
+                precision=self.model.precision,
+                device=self.load_device,
+                stream=self.model.stream,
             )
         return self.model.description
 

@@ -192,6 +192,40 @@ with torch.inference_mode():
     release(model, "free")
     assert comfy.model_management.current_loaded_models == []
 
+    # streamed: the same embeddings, the host counts the window only, and an interrupt between blocks
+    for precision in ("int8", "bf16"):
+        resident, streamed = (load_clip(DEMO, precision, device) for device in ("cpu", "stream"))
+        whole, window = resident.patcher.model_size(), streamed.patcher.model_size()
+        assert window < 0.6 * whole, (window, whole)
+        expected, _ = TextEncode.execute(resident, "A (red:1.3) circle", "", False, "free").result
+        calls.clear()
+        for mode in ("keep", "offload", "free"):
+            positive, _ = TextEncode.execute(streamed, "A (red:1.3) circle", "", False, mode).result
+            assert torch.equal(positive[0][0], expected[0][0])
+            encoder = streamed.cond_stage_model.encoder
+            assert (encoder is None) == (mode == "free")
+            if mode == "keep":
+                assert streamed.patcher.loaded_size() == streamed.patcher.model_size() == window
+                assert streamed.patcher.is_clone(comfy.model_management.current_loaded_models[0].model)
+        assert comfy.model_management.current_loaded_models == []
+        assert (1, 2) in calls and (2, 2) in calls, calls
+        encode_ids = TextEncoder.encode_ids
+        def interrupted(self, *given):
+            comfy.model_management.interrupt_current_processing(True)
+            return encode_ids(self, *given)
+        TextEncoder.encode_ids = interrupted
+        try:
+            TextEncode.execute(streamed, "x", "", False, "free")
+        except comfy.model_management.InterruptProcessingException:
+            pass
+        else:
+            raise AssertionError("the interrupt was swallowed")
+        finally:
+            TextEncoder.encode_ids = encode_ids
+        assert comfy.model_management.current_loaded_models == []
+    raises(ValueError, "can not be streamed", lambda: TextEncode.execute(
+        load_clip(DEMO, "nf4", "stream"), "x", "", False, "free"))
+
     # an interrupt while T5 loads, in a worker thread (fp32) and in the main one (int8)
     for precision in ("fp32", "int8"):
         fresh = load_clip(DEMO, precision, "cpu")

@@ -415,7 +415,7 @@ def test_a_file_that_changes_while_it_is_streamed_is_named(folder, tmp_path, way
 def test_the_pipeline_streams(pipeline_folder):
     settings = dict(device="cpu", t5_precision="fp32", measure=True)
     resident = SigmaPipeline.from_path(pipeline_folder, **settings)
-    streamed = SigmaPipeline.from_path(pipeline_folder, t5_stream=True, **settings)
+    streamed = SigmaPipeline.from_path(pipeline_folder, t5_device="stream", **settings)
     expected, result = (pipeline.encode_prompts("a fox", "snow") for pipeline in (resident, streamed))
     assert all(torch.equal(result[index], expected[index]) for index in (0, 1))
     needed = [pipeline.stages.costs["text encoder"].weights for pipeline in (resident, streamed)]
@@ -425,7 +425,7 @@ def test_the_pipeline_streams(pipeline_folder):
 def test_the_command_streams(pipeline_folder, tmp_path, capsys):
     out = tmp_path / "picture.png"
     quick = ["--model", str(pipeline_folder), "--size", "128x128", "--no-binning", "--steps", "1"]
-    command = ["generate", "a fox", *quick, "--device", "cpu", "--t5-stream", "--out", str(out)]
+    command = ["generate", "a fox", *quick, "--device", "cpu", "--t5-device", "stream", "--out", str(out)]
     assert main([*command, "--t5-precision", "nf4"]) == 2
     assert "nf4 can not be streamed" in capsys.readouterr().err and not out.exists()
     assert main([*command, "--t5-precision", "fp32"]) == 0 and out.exists()
