@@ -10,12 +10,14 @@ from PIL import Image
 from . import DEMO
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .calibration import Calibration, calibrate, find_calibrated, fingerprint_of
+from .caption_cleaning import prepare_prompt
 from .checkpoint import Checkpoint, find_components, inspect, load_transformer_state_dict
+from .embeddings import EmbeddingCache, EncoderIdentity, PromptEmbeddings, cache_key, identify
 from .errors import CheckpointError, SigmaError
 from .kv_compression import KVCompression, resolve
 from .memory import Stages
 from .sampling import Step, check_settings, default_guidance, denoise, get_noise
-from .text_encoder import TextEncoder, pad_embeds
+from .text_encoder import Encoded, TextEncoder, pad_embeds
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
 
@@ -35,13 +37,14 @@ class SigmaPipeline:
     """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
 
     checkpoint: Checkpoint
-    text_encoder: Path
+    text_encoder: Path | None
     tokenizer: Path | None
     vae: Path
     device: torch.device
     dtype: torch.dtype
     t5_precision: str | None
     stages: Stages = field(repr=False)
+    _held_encoder: EncoderIdentity | None = field(default=None, repr=False)
 
     @classmethod
     def from_path(
@@ -57,18 +60,20 @@ class SigmaPipeline:
         t5_precision: str | None = None,
         release: str = "free",
         measure: bool = False,
+        needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
-        float16, on a CPU to float32.
+        float16, on a CPU to float32. Without `needs_text_encoder` the prompts must be encoded already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
         checkpoint = inspect(transformer or folder, variant=variant)
         components = find_components(folder)
-        for name, given in (("text_encoder", text_encoder), ("vae", vae)):
+        needed = [("text_encoder", text_encoder)] if needs_text_encoder else []
+        for name, given in (*needed, ("vae", vae)):
             if given is None and name not in components:
                 option = "--" + name.replace("_", "-")
                 raise CheckpointError(
@@ -81,9 +86,10 @@ class SigmaPipeline:
             t5_precision = "fp32"
         return cls(
             checkpoint=checkpoint,
-            text_encoder=Path(text_encoder) if text_encoder else components["text_encoder"],
+            text_encoder=Path(text_encoder) if text_encoder else components.get("text_encoder"),
+            # The demo's tokenizer knows 128 words, and no other encoder means them.
             tokenizer=None
-            if text_encoder and _has_tokenizer(Path(text_encoder))
+            if text_encoder and (folder == DEMO or _has_tokenizer(Path(text_encoder)))
             else components.get("tokenizer"),
             vae=Path(vae) if vae else components["vae"],
             device=device,
@@ -98,30 +104,33 @@ class SigmaPipeline:
         return self.checkpoint.config.sample_size * 8
 
     def encode_prompts(
-        self, prompt: str, negative: str = "", *, guidance_scale: float = 4.5, clean_caption: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, str, str]:
-        """Trimmed embeddings (1, n, C) of prompt and negative prompt, the words cut off, T5's precision.
+        self,
+        prompt: str,
+        negative: str = "",
+        *,
+        clean_caption: bool = False,
+        embedding_cache: EmbeddingCache | None = None,
+    ) -> PromptEmbeddings:
+        """The embeddings of a prompt and a negative prompt, ready to save or to give to `generate`.
 
-        Without guidance the negative prompt is not encoded, and its embeddings are None.
+        T5 is loaded only where `embedding_cache` lacks one of them.
         """
-
-        def encode_both(text_encoder: TextEncoder):
-            positive = text_encoder.encode(prompt, clean_caption=clean_caption)
-            if guidance_scale <= 1:
-                return positive.prompt_embeds, None, positive.truncated, text_encoder.precision
-            unwanted = text_encoder.encode(negative, clean_caption=clean_caption)
-            return (
-                positive.prompt_embeds,
-                unwanted.prompt_embeds,
-                positive.truncated,
-                text_encoder.precision,
-            )
-
-        return self.stages.run("text encoder", self._load_text_encoder, encode_both)
+        (positive, unwanted), encoder = self._encode((prompt, negative), clean_caption, embedding_cache)
+        return PromptEmbeddings(
+            positive=positive.prompt_embeds,
+            negative=unwanted.prompt_embeds,
+            positive_text=prompt,
+            negative_text=negative,
+            precision=encoder.precision,
+            clean_caption=clean_caption,
+            fingerprint=encoder.fingerprint,
+            positive_truncated=positive.truncated,
+            negative_truncated=unwanted.truncated,
+        )
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | PromptEmbeddings,
         negative: str = "",
         *,
         width: int | None = None,
@@ -140,6 +149,7 @@ class SigmaPipeline:
         clean_caption: bool = False,
         use_resolution_binning: bool = True,
         tiled_decode: bool = False,
+        embedding_cache: EmbeddingCache | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Result:
@@ -149,6 +159,8 @@ class SigmaPipeline:
         pictures are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W)
         in [0, 1], with `strength` in (0, 1], starts from a picture instead of from noise alone.
         `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
+        A `prompt` that is already encoded brings its negative prompt and needs no T5; nor do texts that
+        `embedding_cache` holds.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
         width = self.base_size if width is None else width
@@ -163,10 +175,20 @@ class SigmaPipeline:
         rules = self._kv_compression(kv_compression_setting, made_width, made_height)
         stage = on_stage or (lambda name: None)
 
-        stage("text encoder")
-        positive, unwanted, truncated, precision = self.encode_prompts(
-            prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption
-        )
+        if isinstance(prompt, PromptEmbeddings):
+            self._check_embeddings(prompt, negative, clean_caption)
+            embeddings = prompt
+            prompt, negative = embeddings.positive_text, embeddings.negative_text
+            clean_caption, precision = embeddings.clean_caption, embeddings.precision
+            encoded = [
+                Encoded(embeddings.positive, embeddings.positive_truncated),
+                Encoded(embeddings.negative, embeddings.negative_truncated),
+            ]
+        else:
+            stage("text encoder")
+            texts = (prompt, negative) if guidance_scale > 1 else (prompt,)
+            encoded, encoder = self._encode(texts, clean_caption, embedding_cache)
+            precision = encoder.precision
         image_latents = None
         if image is not None:
             stage("VAE encode")
@@ -185,8 +207,10 @@ class SigmaPipeline:
             self.checkpoint.config.in_channels,
         )
         stage("transformer")
-        embeds, mask = pad_embeds([positive] * count)
-        negative_embeds, negative_mask = (None, None) if unwanted is None else pad_embeds([unwanted] * count)
+        embeds, mask = pad_embeds([encoded[0].prompt_embeds] * count)
+        negative_embeds = negative_mask = None
+        if guidance_scale > 1:
+            negative_embeds, negative_mask = pad_embeds([encoded[1].prompt_embeds] * count)
         latents = self.stages.run(
             "transformer",
             self._load_transformer,
@@ -231,7 +255,8 @@ class SigmaPipeline:
             "clean_caption": clean_caption,
             "model": self.checkpoint.path.name,
         }
-        return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
+        images = [_to_image(picture) for picture in pictures]
+        return Result(images, latents.cpu(), settings, encoded[0].truncated)
 
     def calibrate(
         self,
@@ -310,7 +335,60 @@ class SigmaPipeline:
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
 
+    def _encode(
+        self, texts: tuple[str, ...], clean_caption: bool, cache: EmbeddingCache | None
+    ) -> tuple[list[Encoded], EncoderIdentity]:
+        """What T5 makes of each text, and which T5; it is loaded only for what `cache` lacks."""
+        encoder = self._held_encoder or self._identify()
+        keys: list[str | None] = [None] * len(texts)
+        if cache is not None and encoder is not None:
+            prepared = [prepare_prompt(text, clean_caption) for text in texts]
+            keys = [cache_key(encoder, self.device, text=text) for text in prepared]
+        found = [key and cache.get(key) for key in keys]
+        if all(found):
+            return found, encoder
+
+        def encode_missing(text_encoder: TextEncoder):
+            encoded = [
+                known or text_encoder.encode(text, clean_caption=clean_caption)
+                for text, known in zip(texts, found, strict=True)
+            ]
+            return encoded, text_encoder.precision
+
+        encoded, precision = self.stages.run("text encoder", self._load_text_encoder, encode_missing)
+        encoder = encoder or EncoderIdentity("", precision)
+        if self.stages.release != "free":
+            self._held_encoder = encoder  # whatever its files are by the next run
+        for key, known, new in zip(keys, found, encoded, strict=True):
+            if key and known is None:
+                cache.put(key, new)
+        return encoded, encoder
+
+    def _identify(self) -> EncoderIdentity | None:
+        """The T5 that will be loaded; None where its files are unusable, which loading it says better."""
+        if self.text_encoder is None:
+            return None
+        try:
+            return identify(self.text_encoder, self.tokenizer, self.t5_precision)
+        except (SigmaError, OSError):
+            return None
+
+    def _check_embeddings(self, embeddings: PromptEmbeddings, negative: str, clean_caption: bool):
+        if negative or clean_caption:
+            raise SigmaError(
+                "Encoded prompts bring their negative prompt and are cleaned or not; leave negative and "
+                "clean_caption out."
+            )
+        expected = self.checkpoint.config.caption_channels
+        if embeddings.width != expected:
+            raise SigmaError(
+                f"The prompt embeddings are {embeddings.width} wide, and {self.checkpoint.path} reads "
+                f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
+            )
+
     def _load_text_encoder(self):
+        if self.text_encoder is None:
+            raise CheckpointError("This pipeline has no text encoder; give it encoded prompts.")
         return TextEncoder.load(
             self.text_encoder, tokenizer=self.tokenizer, precision=self.t5_precision, device=self.device
         )
