@@ -434,7 +434,8 @@ class Demo:
         pipeline = SigmaPipeline.from_path("demo")
         self.runs, spreads = [], []
         for seed, prompt in enumerate(PROMPTS[:prompts]):
-            embeds, negative, *_ = pipeline.encode_prompts(prompt)
+            encoded = pipeline.encode_prompts(prompt)
+            embeds, negative = encoded.positive, encoded.negative
             noise = get_noise(1, size, size, seed)
             calls = []
             latents = self.run(noise, embeds, negative, lambda step: {}, calls)

@@ -77,10 +77,11 @@ def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning [[(1, n, C), dict]] of a prompt, by our CLIP or by one of the host's for T5."""
     from ..pixart_sigma.caption_cleaning import prepare_prompt
     from ..pixart_sigma.errors import SigmaError
+    from .host import embeddings
     from .host.text_encoder import SigmaClip
 
     if isinstance(clip, SigmaClip):
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text, clean_caption=clean_caption))
+        return embeddings.encode(clip, text, clean_caption)
     # Cleaning leaves no bracket for the host to read as a weight.
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepare_prompt(text, clean_caption)))
     width = conditioning[0][0].shape[-1]
@@ -90,7 +91,7 @@ def encode(clip, text: str, clean_caption: bool) -> list:
             f"{T5_XXL_WIDTH} of T5-XXL. Connect Load T5 (8-bit), or Load CLIP with a t5xxl file and type "
             "pixart."
         )
-    return conditioning
+    return embeddings.with_source(conditioning, text=text, clean_caption=clean_caption)
 
 
 NODES = [TextEncode]

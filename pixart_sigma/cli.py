@@ -1,4 +1,4 @@
-"""The terminal: `pixart-sigma generate|plan|calibrate|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma generate|encode|plan|calibrate|inspect|quantize-t5|download`.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -42,14 +42,16 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="make a picture from a prompt")
     generate.set_defaults(command=_generate)
-    generate.add_argument("prompt")
+    # Not nargs="?", which takes nothing as soon as an option comes before it.
+    generate.add_argument("prompt", help="left out with --embeddings").required = False
+    generate.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompts")
     _add_model(generate)
+    _add_encoding(generate)
     generate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
     generate.add_argument(
         "--no-binning", action="store_true", help="make exactly --size, not the nearest trained size"
     )
-    generate.add_argument("--negative", default="", help="what the picture should not show")
     generate.add_argument("--steps", type=int, default=20)
     generate.add_argument("--guidance", type=float, help="default 4.5; 1 or less: no guidance, half the work")
     generate.add_argument("--seed", type=int, default=0)
@@ -59,9 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", help="start from this picture")
     generate.add_argument(
         "--strength", type=float, default=0.6, help="with --image: 0 keeps it, 1 forgets it"
-    )
-    generate.add_argument(
-        "--clean-caption", action="store_true", help="clean the prompt as the reference does"
     )
     generate.add_argument(
         "--kv-compression",
@@ -92,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         help="print a table; with a file name, write JSON",
     )
     generate.add_argument("--out", default="picture.png")
+
+    encode = commands.add_parser(
+        "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
+    )
+    encode.set_defaults(command=_encode)
+    encode.add_argument("prompt")
+    _add_text_encoder(encode)
+    _add_encoding(encode)
+    encode.add_argument("--out", default="prompt.safetensors")
 
     plan = commands.add_parser(
         "plan", help="say what each stage needs in memory, and with which settings a budget holds"
@@ -142,13 +150,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser):
     """What says which models run, and where."""
-    command.add_argument("--model", default="demo", help="demo (default), demo-kv, or a pipeline folder")
+    _add_text_encoder(command)
     command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
-    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
         "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
     )
+
+
+def _add_text_encoder(command: argparse.ArgumentParser):
+    command.add_argument("--model", default="demo", help="demo (default), demo-kv, or a pipeline folder")
+    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
     command.add_argument("--t5-precision", choices=T5_PRECISIONS)
     command.add_argument(
         "--t5-device",
@@ -158,6 +170,19 @@ def _add_model(command: argparse.ArgumentParser):
         "nf4, fp4); cpu: it takes no graphics memory",
     )
     command.add_argument("--device", default="auto")
+
+
+def _add_encoding(command: argparse.ArgumentParser):
+    """How prompts become embeddings."""
+    command.add_argument("--negative", default="", help="what the picture should not show")
+    command.add_argument(
+        "--clean-caption", action="store_true", help="clean the prompt as the reference does"
+    )
+    command.add_argument(
+        "--no-embedding-cache",
+        action="store_true",
+        help="do not keep prompts' embeddings for later runs, nor use those that are kept",
+    )
 
 
 def _generate(arguments) -> int:
@@ -171,14 +196,18 @@ def _generate(arguments) -> int:
     _check_writable(out)
     if arguments.memory_report not in (None, "-"):
         _check_writable(Path(arguments.memory_report))
+    _check_prompt(arguments)
 
     import torch
     from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
 
     from .aspect_ratio import by_ratio, parse_size
+    from .embeddings import PromptEmbeddings
     from .pipeline import SigmaPipeline
 
+    encoded = arguments.embeddings is not None
+    prompt = PromptEmbeddings.load(arguments.embeddings) if encoded else arguments.prompt
     pipeline = SigmaPipeline.from_path(
         arguments.model,
         transformer=arguments.transformer,
@@ -190,6 +219,7 @@ def _generate(arguments) -> int:
         t5_device=arguments.t5_device,
         release=arguments.release,
         measure=arguments.memory_report is not None,
+        needs_text_encoder=not encoded,
     )
     width = height = None
     if arguments.size:
@@ -212,7 +242,7 @@ def _generate(arguments) -> int:
             bar.update(step.index + 1)
 
         result = pipeline.generate(
-            arguments.prompt,
+            prompt,
             arguments.negative,
             width=width,
             height=height,
@@ -230,11 +260,11 @@ def _generate(arguments) -> int:
             decode_how=arguments.decode,
             decode_budget=arguments.decode_budget,
             plan=plan,
+            embedding_cache=_embedding_cache(arguments),
             callback=on_step,
             on_stage=bar.set_description,
         )
-    if result.truncated:
-        print(f"The prompt is longer than 300 tokens; this was cut: {result.truncated}", file=sys.stderr)
+    _tell_truncated(result.truncated)
     metadata = PngInfo()
     metadata.add_text("pixart_sigma", json.dumps(result.settings))
     for path, picture in zip(paths, result.images, strict=True):
@@ -248,6 +278,43 @@ def _generate(arguments) -> int:
         )
         write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
     return 0
+
+
+def _encode(arguments) -> int:
+    out = Path(arguments.out)
+    _check_writable(out)
+
+    from .pipeline import SigmaPipeline
+
+    pipeline = SigmaPipeline.from_path(
+        arguments.model,
+        text_encoder=arguments.text_encoder,
+        device=arguments.device,
+        t5_precision=arguments.t5_precision,
+        t5_device=arguments.t5_device,
+    )
+    embeddings = pipeline.encode_prompts(
+        arguments.prompt,
+        arguments.negative,
+        clean_caption=arguments.clean_caption,
+        embedding_cache=_embedding_cache(arguments),
+    )
+    _tell_truncated(embeddings.positive_truncated)
+    _tell_truncated(embeddings.negative_truncated)
+    embeddings.save(out)
+    say(out)
+    return 0
+
+
+def _embedding_cache(arguments):
+    from .embeddings import EmbeddingCache, user_cache_folder
+
+    return None if arguments.no_embedding_cache else EmbeddingCache(user_cache_folder())
+
+
+def _tell_truncated(words: str):
+    if words:
+        print(f"The prompt is longer than 300 tokens; this was cut: {words}", file=sys.stderr)
 
 
 def _plan(arguments) -> int:
@@ -370,6 +437,24 @@ def _check_settings(arguments):
 def _check_count(count: int):
     if count < 1:
         raise SigmaError(f"--count is {count}; give 1 or more.")
+
+
+def _check_prompt(arguments):
+    """One of PROMPT and --embeddings, and with the latter nothing that it already decides."""
+    if arguments.embeddings is None:
+        if arguments.prompt is None:
+            raise SigmaError("There is nothing to draw; give a PROMPT, or --embeddings and a file of encode.")
+        return
+    decided = {
+        "PROMPT": arguments.prompt is not None,
+        "--negative": arguments.negative,
+        "--clean-caption": arguments.clean_caption,
+        "--text-encoder": arguments.text_encoder,
+        "--t5-precision": arguments.t5_precision,
+    }
+    given = [name for name, value in decided.items() if value]
+    if given:
+        raise SigmaError(f"--embeddings brings encoded prompts; leave {' and '.join(given)} out.")
 
 
 def _check_steps(steps: int):

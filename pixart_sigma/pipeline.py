@@ -13,14 +13,17 @@ from PIL import Image
 from . import DEMO
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
 from .calibration import Calibration, calibrate, find_calibrated, fingerprint_of
+from .caption_cleaning import prepare_prompt
 from .checkpoint import Checkpoint, find_components, inspect, load_transformer_state_dict
+from .embeddings import EmbeddingCache, EncoderIdentity, PromptEmbeddings, cache_key, identify
 from .errors import CheckpointError, SigmaError
 from .kv_compression import KVCompression, resolve
 from .memory import Stages
 from .planner import Plan, read_models
 from .planner import plan as make_plan
 from .sampling import Step, check_settings, default_guidance, denoise, get_noise
-from .text_encoder import PLAIN, TextEncoder, pad_embeds, read_encoder
+from .text_encoder import Encoded, TextEncoder, pad_embeds
+from .text_streaming import STREAMED
 from .transformer import load_transformer
 from .vae import decode, encode, load_vae
 
@@ -42,7 +45,7 @@ class SigmaPipeline:
     """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
 
     checkpoint: Checkpoint
-    text_encoder: Path
+    text_encoder: Path | None
     tokenizer: Path | None
     vae: Path
     device: torch.device
@@ -50,6 +53,7 @@ class SigmaPipeline:
     t5_precision: str | None
     t5_device: str
     stages: Stages = field(repr=False)
+    _held_encoder: EncoderIdentity | None = field(default=None, repr=False)
 
     @classmethod
     def from_path(
@@ -66,19 +70,22 @@ class SigmaPipeline:
         t5_device: str = "auto",
         release: str = "free",
         measure: bool = False,
+        needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
         float16, on a CPU to float32. `t5_device` "stream" passes T5 through the device block by block, "cpu"
-        leaves the device to the other stages.
+        leaves the device to the other stages. Without `needs_text_encoder` the prompts must be encoded
+        already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
         checkpoint = inspect(transformer or folder, variant=variant)
         components = find_components(folder)
-        for name, given in (("text_encoder", text_encoder), ("vae", vae)):
+        needed = [("text_encoder", text_encoder)] if needs_text_encoder else []
+        for name, given in (*needed, ("vae", vae)):
             if given is None and name not in components:
                 option = "--" + name.replace("_", "-")
                 raise CheckpointError(
@@ -91,9 +98,10 @@ class SigmaPipeline:
             t5_precision = "fp32"
         return cls(
             checkpoint=checkpoint,
-            text_encoder=Path(text_encoder) if text_encoder else components["text_encoder"],
+            text_encoder=Path(text_encoder) if text_encoder else components.get("text_encoder"),
+            # The demo's tokenizer knows 128 words, and no other encoder means them.
             tokenizer=None
-            if text_encoder and _has_tokenizer(Path(text_encoder))
+            if text_encoder and (folder == DEMO or _has_tokenizer(Path(text_encoder)))
             else components.get("tokenizer"),
             vae=Path(vae) if vae else components["vae"],
             device=device,
@@ -113,47 +121,29 @@ class SigmaPipeline:
         prompt: str,
         negative: str = "",
         *,
-        guidance_scale: float = 4.5,
         clean_caption: bool = False,
-        precision: str | None = None,
-        place: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, str, str]:
-        """Trimmed embeddings (1, n, C) of prompt and negative prompt, the words cut off, T5's precision.
+        embedding_cache: EmbeddingCache | None = None,
+    ) -> PromptEmbeddings:
+        """The embeddings of a prompt and a negative prompt, ready to save or to give to `generate`.
 
-        Without guidance the negative prompt is not encoded, and its embeddings are None. T5 runs in the
-        pipeline's precision and place unless others are given; where memory runs out it is streamed, and if
-        that is not possible or not enough, it runs on the CPU.
+        T5 is loaded only where `embedding_cache` lacks one of them.
         """
-
-        def encode_both(text_encoder: TextEncoder):
-            positive = text_encoder.encode(prompt, clean_caption=clean_caption)
-            if guidance_scale <= 1:
-                return positive.prompt_embeds, None, positive.truncated, text_encoder.precision
-            unwanted = text_encoder.encode(negative, clean_caption=clean_caption)
-            return (
-                positive.prompt_embeds,
-                unwanted.prompt_embeds,
-                positive.truncated,
-                text_encoder.precision,
-            )
-
-        precision, place = precision or self.t5_precision, place or self.t5_device
-
-        def run_in(place: str):
-            load = partial(self._load_text_encoder, precision, place)
-            return self.stages.run("text encoder", load, encode_both, on_cpu=place == "cpu")
-
-        places = [place]
-        if self.device.type != "cpu":
-            streamable = read_encoder(self.text_encoder, precision)[3] in ("int8", *PLAIN)
-            smaller = ("stream", "cpu") if streamable else ("cpu",)
-            places += [other for other in smaller if place not in (other, "cpu")]
-        ways = {T5_PLACES[place]: partial(run_in, place) for place in places}
-        return _first_that_fits("text encoder", ways)
+        (positive, unwanted), encoder = self._encode((prompt, negative), clean_caption, embedding_cache)
+        return PromptEmbeddings(
+            positive=positive.prompt_embeds,
+            negative=unwanted.prompt_embeds,
+            positive_text=prompt,
+            negative_text=negative,
+            precision=encoder.precision,
+            clean_caption=clean_caption,
+            fingerprint=encoder.fingerprint,
+            positive_truncated=positive.truncated,
+            negative_truncated=unwanted.truncated,
+        )
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | PromptEmbeddings,
         negative: str = "",
         *,
         width: int | None = None,
@@ -174,6 +164,7 @@ class SigmaPipeline:
         decode_how: str = "auto",
         decode_budget: float | None = None,
         plan: Plan | None = None,
+        embedding_cache: EmbeddingCache | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Result:
@@ -186,6 +177,8 @@ class SigmaPipeline:
         `decode_how` and `decode_budget` (bytes) are those of `vae.decode`; a `plan` of `plan` sets them, and
         how the other stages run. A stage that runs out of memory is released and runs once more in its next
         smaller way.
+        A `prompt` that is already encoded brings its negative prompt and needs no T5; nor do texts that
+        `embedding_cache` holds.
         Raises SigmaError before any model is loaded where a setting can be known to be wrong.
         """
         width = self.base_size if width is None else width
@@ -200,15 +193,24 @@ class SigmaPipeline:
         rules = self._kv_compression(kv_compression_setting, made_width, made_height)
         stage = on_stage or (lambda name: None)
 
-        stage("text encoder")
         text_settings = {}
         if plan is not None:
             decode_how, decode_budget = plan.decode_how, plan.decode_budget or None
-            text_settings["precision"] = plan.t5_precision
-            text_settings["place"] = plan.t5_device
-        positive, unwanted, truncated, precision = self.encode_prompts(
-            prompt, negative, guidance_scale=guidance_scale, clean_caption=clean_caption, **text_settings
-        )
+            text_settings = {"precision": plan.t5_precision, "place": plan.t5_device}
+        if isinstance(prompt, PromptEmbeddings):
+            self._check_embeddings(prompt, negative, clean_caption)
+            embeddings = prompt
+            prompt, negative = embeddings.positive_text, embeddings.negative_text
+            clean_caption, precision = embeddings.clean_caption, embeddings.precision
+            encoded = [
+                Encoded(embeddings.positive, embeddings.positive_truncated),
+                Encoded(embeddings.negative, embeddings.negative_truncated),
+            ]
+        else:
+            stage("text encoder")
+            texts = (prompt, negative) if guidance_scale > 1 else (prompt,)
+            encoded, encoder = self._encode(texts, clean_caption, embedding_cache, **text_settings)
+            precision = encoder.precision
         image_latents = None
         if image is not None:
             stage("VAE encode")
@@ -227,9 +229,11 @@ class SigmaPipeline:
             self.checkpoint.config.in_channels,
         )
         stage("transformer")
-        embeds, mask = pad_embeds([positive] * count)
-        negative_embeds, negative_mask = (None, None) if unwanted is None else pad_embeds([unwanted] * count)
-        negative_embeds = None if negative_embeds is None else negative_embeds.to(self.device, self.dtype)
+        embeds, mask = pad_embeds([encoded[0].prompt_embeds] * count)
+        negative_embeds = negative_mask = None
+        if guidance_scale > 1:
+            negative_embeds, negative_mask = pad_embeds([encoded[1].prompt_embeds] * count)
+            negative_embeds = negative_embeds.to(self.device, self.dtype)
         embeds, noise = embeds.to(self.device, self.dtype), latents
         state = generator.get_state()
 
@@ -288,7 +292,8 @@ class SigmaPipeline:
             "clean_caption": clean_caption,
             "model": self.checkpoint.path.name,
         }
-        return Result([_to_image(picture) for picture in pictures], latents.cpu(), settings, truncated)
+        images = [_to_image(picture) for picture in pictures]
+        return Result(images, latents.cpu(), settings, encoded[0].truncated)
 
     def plan(
         self, budget: float, width: int, height: int, count: int = 1, guidance_scale: float = 4.5
@@ -389,12 +394,88 @@ class SigmaPipeline:
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
 
+    def _encode(
+        self,
+        texts: tuple[str, ...],
+        clean_caption: bool,
+        cache: EmbeddingCache | None,
+        precision: str | None = None,
+        place: str | None = None,
+    ) -> tuple[list[Encoded], EncoderIdentity]:
+        """What T5 makes of each text, and which T5; it is loaded only for what `cache` lacks.
+
+        T5 runs in the pipeline's precision and place unless others are given; where memory runs out it is
+        streamed, and if that is not possible or not enough, it runs on the CPU.
+        """
+        precision, place = precision or self.t5_precision, place or self.t5_device
+        encoder = self._held_encoder or self._identify(precision)
+        keys: list[str | None] = [None] * len(texts)
+        if cache is not None and encoder is not None:
+            prepared = [prepare_prompt(text, clean_caption) for text in texts]
+            keys = [cache_key(encoder, self._device_of(place), text=text) for text in prepared]
+        found = [key and cache.get(key) for key in keys]
+        if all(found):
+            return found, encoder
+
+        def encode_missing(text_encoder: TextEncoder):
+            encoded = [
+                known or text_encoder.encode(text, clean_caption=clean_caption)
+                for text, known in zip(texts, found, strict=True)
+            ]
+            return encoded, text_encoder.precision
+
+        def run_in(place: str):
+            load = partial(self._load_text_encoder, precision, place)
+            return self.stages.run("text encoder", load, encode_missing, on_cpu=place == "cpu")
+
+        places = [place]
+        if self.device.type != "cpu":
+            streamable = encoder is None or encoder.precision in STREAMED
+            smaller = ("stream", "cpu") if streamable else ("cpu",)
+            places += [other for other in smaller if place not in (other, "cpu")]
+        ways = {T5_PLACES[place]: partial(run_in, place) for place in places}
+        encoded, loaded_precision = _first_that_fits("text encoder", ways)
+        encoder = encoder or EncoderIdentity("", loaded_precision)
+        if self.stages.release != "free":
+            self._held_encoder = encoder  # whatever its files are by the next run
+        for key, known, new in zip(keys, found, encoded, strict=True):
+            if key and known is None:
+                cache.put(key, new)
+        return encoded, encoder
+
+    def _identify(self, precision: str | None) -> EncoderIdentity | None:
+        """The T5 that will be loaded; None where its files are unusable, which loading it says better."""
+        if self.text_encoder is None:
+            return None
+        try:
+            return identify(self.text_encoder, self.tokenizer, precision)
+        except (SigmaError, OSError):
+            return None
+
+    def _check_embeddings(self, embeddings: PromptEmbeddings, negative: str, clean_caption: bool):
+        if negative or clean_caption:
+            raise SigmaError(
+                "Encoded prompts bring their negative prompt and are cleaned or not; leave negative and "
+                "clean_caption out."
+            )
+        expected = self.checkpoint.config.caption_channels
+        if embeddings.width != expected:
+            raise SigmaError(
+                f"The prompt embeddings are {embeddings.width} wide, and {self.checkpoint.path} reads "
+                f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
+            )
+
+    def _device_of(self, place: str) -> torch.device:
+        return torch.device("cpu") if place == "cpu" else self.device
+
     def _load_text_encoder(self, precision: str | None, place: str):
+        if self.text_encoder is None:
+            raise CheckpointError("This pipeline has no text encoder; give it encoded prompts.")
         return TextEncoder.load(
             self.text_encoder,
             tokenizer=self.tokenizer,
             precision=precision,
-            device="cpu" if place == "cpu" else self.device,
+            device=self._device_of(place),
             stream=place == "stream",
         )
 

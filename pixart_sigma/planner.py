@@ -59,7 +59,7 @@ SDXL_VAE = {
 @dataclass(frozen=True)
 class Models:
     """Three models by their shapes. `text_weights` are T5's by key; `text_saved` is the precision that a
-    quantised T5 was saved in, None for one that can be loaded in any."""
+    quantised T5 was saved in, None for one that can be loaded in any. Without T5 its configuration is None."""
 
     transformer: TransformerConfig
     text_config: Any
@@ -87,7 +87,7 @@ class Plan:
     width: int
     height: int
     count: int
-    t5_precision: str
+    t5_precision: str | None
     t5_device: str
     guidance_in_turn: bool
     kv_compression: str
@@ -132,8 +132,10 @@ def published_models() -> Models:
     return Models(XL_2, config, weights, None, _vae(SDXL_VAE))
 
 
-def read_models(checkpoint: Checkpoint, text_encoder: Path, vae: Path) -> Models:
+def read_models(checkpoint: Checkpoint, text_encoder: Path | None, vae: Path) -> Models:
     """The shapes of models on disk. Raises CheckpointError as loading them does."""
+    if text_encoder is None:
+        return Models(checkpoint.config, None, {}, None, _vae(read_config(vae)))
     _, config, weights, precision = read_encoder(text_encoder)
     saved = precision if getattr(config, "quantization_config", None) is not None else None
     return Models(checkpoint.config, config, weights, saved, _vae(read_config(vae)))
@@ -172,7 +174,10 @@ def plan(
         "transformer": _transformer_ways(models, width, height, count, guided, dtype, prompt_tokens),
         "VAE decode": _decode_ways(models, width, height, dtype, budget, in_ram),
     }
-    stages, settings, reasons = {}, {}, []
+    settings = {"t5_precision": None, "t5_device": "auto"}
+    if models.text_config is None:
+        del ways["text encoder"]
+    stages, reasons = {}, []
     for name, candidates in ways.items():
         candidates = list(candidates)
         fitting = [way for way in candidates if way[0].peak <= budget]

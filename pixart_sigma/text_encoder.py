@@ -167,9 +167,7 @@ class TextEncoder:
 def read_encoder(path, precision: str | None = None):
     """What TextEncoder.load builds from: (path of the encoder, T5Config, weights, precision). Weights are
     memory-mapped. Raises SigmaError and CheckpointError as TextEncoder.load."""
-    path = Path(path)
-    if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
-        path = path / "text_encoder"
+    path = find_encoder(path)
     if precision is not None and precision not in PRECISIONS:
         raise SigmaError(f"Unknown text encoder precision {precision!r}: use one of {', '.join(PRECISIONS)}.")
     config, weights, saved = read_t5(path)
@@ -179,6 +177,14 @@ def read_encoder(path, precision: str | None = None):
             "or load the original encoder: quantising twice would lose quality."
         )
     return path, config, weights, precision or saved or "int8"
+
+
+def find_encoder(path) -> Path:
+    """The encoder's folder in a pipeline folder; any other path as it is."""
+    path = Path(path)
+    if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
+        return path / "text_encoder"
+    return path
 
 
 def stream_model(config, weights: dict, precision: str, device: torch.device, path: Path) -> StreamedT5:

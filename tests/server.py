@@ -27,7 +27,7 @@ COPIED = ("__init__.py", "nodes", "pixart_sigma", "web", "locales", "example_wor
 PROGRESS_TEXT = 3  # the host's BinaryEventTypes.TEXT
 
 DEMO = "demo (built in)"
-MODELS = {"transformer", "text_encoder", "vae"}
+MODELS = {"transformer", "text_encoder", "vae", "prompt_embeddings"}
 DEMO_SETTINGS = {"variant": "auto", "base": "256"}
 
 
@@ -90,15 +90,19 @@ class Server:
                 shutil.copytree(source, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 shutil.copyfile(source, pack / name)
+        self.start(host)
+
+    def start(self, host: Path):
+        """Also after `stop`, on the same folders."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        with self.log.open("w") as log:
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch"]
                 + ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", FOLDER]
-                + ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"],
+                + ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"],
                 cwd=host,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -94,13 +94,13 @@ def bucket(graph: Graph, base="256", ratio="1:1", orientation="landscape", width
     )
 
 
-def sample(graph: Graph, latent=None, denoise=1.0, kv_compression="auto", after_use="free"):
+def sample(graph: Graph, latent=None, denoise=1.0, kv_compression="auto", after_use="free", words="prompt"):
     graph.add(
         "sampler",
         "PixArtSigmaSampler",
         model=graph["transformer", 0],
-        positive=graph["prompt", 0],
-        negative=graph["prompt", 1],
+        positive=graph[words, 0],
+        negative=graph[words, 1],
         latent_image=latent or graph["size", 0],
         seed=0,
         steps=20,
@@ -315,6 +315,28 @@ def calibrate_kv_compression() -> Graph:
     graph.add("plot", "PreviewImage", images=graph["calibration", 1])
     encode(graph)
     sample(graph, kv_compression=graph["calibration", 0])
+    show(graph)
+    return graph
+
+
+def reuse_prompt_embeddings() -> Graph:
+    graph = Graph(
+        "Encode once, draw often: Save Prompt Embeddings keeps what T5 made of two prompts, and Load Prompt "
+        "Embeddings draws from such a file without T5. Run it, press R, and choose the new file there; then "
+        "Load T5, Σ Text Encode and Save Prompt Embeddings can go."
+    )
+    loaders(graph)
+    encode(graph, "a large green star on a white background")
+    graph.add(
+        "keep",
+        "PixArtSigmaSaveEmbeddings",
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        filename_prefix="prompt",
+    )
+    graph.add("words", "PixArtSigmaLoadEmbeddings", prompt_embeddings=DEMO)
+    bucket(graph)
+    sample(graph, words="words")
     show(graph)
     return graph
 
@@ -538,6 +560,7 @@ def aspect_ratio_tour() -> Graph:
 
 WORKFLOWS = (
     demo_text_to_image,
+    reuse_prompt_embeddings,
     native_ksampler,
     native_custom_sampler,
     image_to_image,

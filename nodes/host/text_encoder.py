@@ -82,8 +82,27 @@ class SigmaTokenizer:
         """
         from ...pixart_sigma.text_encoder import MAX_TOKENS
 
+        tokens, cut = self._tokenize(text, clean_caption, kwargs.get("disable_weights", False))
+        if cut:
+            logging.warning(
+                f"The prompt is longer than the {MAX_TOKENS} tokens that PixArt-Sigma reads. Not read: "
+                f"{cut!r}. Shorten the prompt."
+            )
+        options = tokenizer_options or {}
+        tokens += [(PAD, 1.0, 0)] * options.get(f"{SECTION}_min_padding", 0)
+        tokens += [(PAD, 1.0, 0)] * (options.get(f"{SECTION}_min_length", 0) - len(tokens))
+        return {SECTION: [tokens if return_word_ids else [token[:2] for token in tokens]]}
+
+    def truncated(self, text: str, clean_caption=False) -> str:
+        """The words of a prompt that are cut off, or ""."""
+        return self._tokenize(text, clean_caption, False)[1]
+
+    def _tokenize(self, text: str, clean_caption: bool, disable_weights: bool) -> tuple[list[tuple], str]:
+        """(token, weight, word id) of a prompt and its end token, and the words that did not fit."""
+        from ...pixart_sigma.text_encoder import MAX_TOKENS
+
         text = prepare_prompt(text, clean_caption)
-        if clean_caption or kwargs.get("disable_weights"):
+        if clean_caption or disable_weights:
             parts = [(text, 1.0)]
         else:
             parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
@@ -97,17 +116,8 @@ class SigmaTokenizer:
             tokens += [(token, weight, word_id) for token in found["input_ids"][:room]]
             if len(found["input_ids"]) > room:
                 cut.append(part[found["offset_mapping"][room][0] :].strip())
-        if cut:
-            logging.warning(
-                f"The prompt is longer than the {MAX_TOKENS} tokens that PixArt-Sigma reads. Not read: "
-                f"{' '.join(cut)!r}. Shorten the prompt."
-            )
         tokens.append((tokenizer.eos_token_id, 1.0, 0))
-
-        options = tokenizer_options or {}
-        tokens += [(PAD, 1.0, 0)] * options.get(f"{SECTION}_min_padding", 0)
-        tokens += [(PAD, 1.0, 0)] * (options.get(f"{SECTION}_min_length", 0) - len(tokens))
-        return {SECTION: [tokens if return_word_ids else [token[:2] for token in tokens]]}
+        return tokens, " ".join(cut)
 
     def untokenize(self, tokens):
         return [(token, self.patcher.tokenizer().convert_ids_to_tokens(token[0])) for token in tokens]
@@ -129,6 +139,7 @@ class SigmaTextModel(torch.nn.Module):
         super().__init__()
         self.path, self.precision, self.stream = path, precision, stream
         self.encoder = None
+        self.identity = None  # of the encoder that is loaded
         self.description = None
         self.layer = None
         self.told_about_patches = False
@@ -144,6 +155,7 @@ class SigmaTextModel(torch.nn.Module):
         if self.encoder is not None and self.encoder.device != device:
             self.move(device)
         if self.encoder is None:
+            self.identity = self.identify()
             with _normal_tensors():
                 self.encoder = TextEncoder.load(
                     self.path,
@@ -152,6 +164,18 @@ class SigmaTextModel(torch.nn.Module):
                     progress=_progress(),
                     stream=self.stream,
                 )
+
+    def identify(self):
+        """The `EncoderIdentity` of the weights that encode next: the loaded ones, whatever their files are by
+        now. None where the files are unusable, which loading them says better."""
+        from ...pixart_sigma.embeddings import identify
+
+        if self.encoder is not None:
+            return self.identity
+        try:
+            return identify(self.path, precision=self.precision)
+        except (SigmaError, OSError):
+            return None
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""

@@ -18,12 +18,14 @@ spec.loader.exec_module(sys.modules["pack"])
 
 
 @pytest.fixture
-def run_in_host(host):
-    """Runs a script with ComfyUI's modules and `pack` importable, on the CPU; gives its standard output."""
+def run_in_host(host, tmp_path_factory):
+    """Runs a script with ComfyUI's modules and `pack` importable, on the CPU, in a base folder of its own;
+    gives its standard output."""
 
     def run(script: str, *arguments) -> str:
+        base = tmp_path_factory.mktemp("comfyui_base")
         done = subprocess.run(
-            [sys.executable, "-c", START + script, "--cpu"],
+            [sys.executable, "-c", START + script, "--cpu", "--base-directory", str(base)],
             cwd=host,
             env=os.environ | {f"ARGUMENT_{index}": str(value) for index, value in enumerate(arguments)},
             capture_output=True,

@@ -142,8 +142,9 @@ with torch.inference_mode():
     clip = load_clip(DEMO, "int8", "cpu")
     engine = TextEncoder.load(DEMO, precision="int8")
     for mode in ("keep", "free", "offload"):
-        positive, negative = TextEncode.execute(clip, "A red circle", "", False, mode).result
-        assert torch.equal(positive[0][0], engine.encode("A red circle").prompt_embeds.float())
+        prompt = f"A red circle to {mode}"  # one that is not cached
+        positive, negative = TextEncode.execute(clip, prompt, "", False, mode).result
+        assert torch.equal(positive[0][0], engine.encode(prompt).prompt_embeds.float())
         assert negative[0][0].shape == (1, 1, 128)
         loaded = [entry for entry in comfy.model_management.current_loaded_models]
         assert len(loaded) == (1 if mode == "keep" else 0), (mode, loaded)

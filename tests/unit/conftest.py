@@ -38,6 +38,15 @@ Pack my box with five dozen liquor jugs.
 A bicycle made of glass, floating in space, 8k render.""".splitlines()
 
 
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory, monkeypatch) -> Path:
+    """The user's cache directory, empty, in place of the real one."""
+    folder = tmp_path_factory.mktemp("cache")
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A tokenizer as PixArt publishes it: spiece.model (pad 0, eos 1, unk 2) and its config."""

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_image_to_image(generate, tmp_path):
 def test_memory_report_as_a_table_and_as_json(generate, tmp_path):
     _, out, _ = generate("--memory-report")
     assert "text encoder" in out and "VAE decode" in out
-    assert generate("--memory-report", tmp_path / "report.json")[0] == 0
+    assert generate("--memory-report", tmp_path / "report.json", "--no-embedding-cache")[0] == 0
     stages = json.loads((tmp_path / "report.json").read_text())["stages"]
     assert set(stages) == {"text encoder", "transformer", "VAE decode"}
     for stage in stages.values():
@@ -161,6 +162,117 @@ def test_words_that_were_cut_are_reported(generate):
     assert "cut" in err and "boat" in err
 
 
+@pytest.fixture
+def encode(pipeline_folder, tmp_path, capsys):
+    """Runs `pixart-sigma encode` on the tiny pipeline -> (status, stdout, stderr)."""
+
+    def run(*options, prompt="A Boat"):
+        status = cli.main(
+            ["encode", prompt, "--model", str(pipeline_folder), "--device", "cpu", "--t5-precision", "fp32"]
+            + ["--out", str(tmp_path / "prompt.safetensors"), *map(str, options)]
+        )
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def draw_embeddings(pipeline_folder, tmp_path, capsys):
+    """Runs `pixart-sigma generate --embeddings` -> (status, stdout, stderr)."""
+
+    def run(file, *options):
+        status = cli.main(
+            ["generate", "--embeddings", str(file), "--model", str(pipeline_folder), "--size", "64x64"]
+            + ["--no-binning", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "again.png")]
+            + list(map(str, options))
+        )
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_encoded_prompts_draw_the_same_picture(generate, encode, draw_embeddings, tmp_path, monkeypatch):
+    assert generate("--negative", "blurry", "--no-embedding-cache", prompt="A Boat")[0] == 0
+    status, out, _ = encode("--negative", "blurry")
+    assert status == 0 and out.strip() == str(tmp_path / "prompt.safetensors")
+    monkeypatch.setattr("pixart_sigma.text_encoder.TextEncoder.load", lambda *_, **__: 1 / 0)
+    assert draw_embeddings(tmp_path / "prompt.safetensors")[0] == 0
+    with Image.open(tmp_path / "picture.png") as direct, Image.open(tmp_path / "again.png") as again:
+        assert direct.tobytes() == again.tobytes()
+        assert direct.text == again.text
+
+
+def test_a_prompt_seen_before_needs_no_t5_and_the_cache_can_be_left_out(
+    generate, encode, cache_home, monkeypatch
+):
+    kept = cache_home / "pixart_sigma" / "embeddings"
+    assert generate("--no-embedding-cache")[0] == encode("--no-embedding-cache")[0] == 0
+    assert not kept.exists()
+    assert generate("--seed", 1)[0] == 0
+    assert len(list(kept.iterdir())) == 2
+    monkeypatch.setattr("pixart_sigma.text_encoder.TextEncoder.load", lambda *_, **__: 1 / 0)
+    assert generate("--seed", 2)[0] == encode(prompt="a boat")[0] == 0
+    with pytest.raises(ZeroDivisionError):
+        generate("--seed", 3, "--no-embedding-cache")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(pipeline_folder, cache_home, tmp_path):
+    (cache_home / "pixart_sigma").write_text("in the way")
+    done = subprocess.run(
+        [sys.executable, "-m", "pixart_sigma", "encode", "a boat", "--negative", "a house", "--model"]
+        + [str(pipeline_folder), "--device", "cpu", "--out", str(tmp_path / "prompt.safetensors")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and (tmp_path / "prompt.safetensors").is_file()
+    told = [line for line in done.stderr.splitlines() if "not cached" in line]
+    assert len(told) == 1 and str(cache_home) in told[0] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--negative", "blurry"), ["--embeddings", "--negative"]),
+        (("a boat",), ["--embeddings", "PROMPT"]),
+        (("--t5-precision", "int8", "--clean-caption"), ["--clean-caption and --t5-precision"]),
+        ((), ["nowhere.safetensors"]),
+    ],
+)
+def test_a_mistake_with_embeddings_is_one_line(draw_embeddings, tmp_path, options, words):
+    assert_mistake(draw_embeddings(tmp_path / "nowhere.safetensors", *options), *words)
+
+
+def test_a_prompt_may_come_after_the_options(tmp_path):
+    out = tmp_path / "nowhere" / "picture.png"
+    arguments = cli._parser().parse_args(["generate", "--steps", "3", "--out", str(out), "a boat"])
+    assert (arguments.prompt, arguments.steps, arguments.embeddings) == ("a boat", 3, None)
+
+
+def test_neither_a_prompt_nor_embeddings(tmp_path, capsys):
+    assert cli.main(["generate", "--out", str(tmp_path / "picture.png")]) == 2
+    assert "PROMPT" in capsys.readouterr().err
+
+
+def test_a_damaged_file_and_one_of_another_model_are_named(encode, draw_embeddings, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    encode()
+    assert_mistake(draw_embeddings(file, "--model", "demo"), "64 wide", "128")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert_mistake(draw_embeddings(file), "prompt.safetensors", "damaged")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_demos_tokenizer_is_not_used_for_another_encoder(pipeline_folder, tmp_path, capsys):
+    shutil.copytree(pipeline_folder / "text_encoder", tmp_path / "alone" / "t5")
+    out = ["--device", "cpu", "--out", str(tmp_path / "prompt.safetensors")]
+    assert cli.main(["encode", "a boat", "--text-encoder", str(tmp_path / "alone" / "t5"), *out]) == 2
+    assert "No tokenizer in" in capsys.readouterr().err
+
+
 def test_inspect_says_what_it_is(pipeline_folder, capsys):
     assert cli.main(["inspect", str(pipeline_folder)]) == 0
     assert "1024" in capsys.readouterr().out
@@ -196,7 +308,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for command in ("generate", "inspect", "quantize-t5", "download"):
+    for command in ("generate", "encode", "inspect", "quantize-t5", "download"):
         assert command in out
 
 
