@@ -59,7 +59,7 @@ SDXL_VAE = {
 @dataclass(frozen=True)
 class Models:
     """Three models by their shapes. `text_weights` are T5's by key; `text_saved` is the precision that a
-    quantised T5 was saved in, None for one that can be loaded in any. Without T5 its configuration is None."""
+    quantised T5 was saved in, None for one that can be loaded in any. Without T5, `text_config` is None."""
 
     transformer: TransformerConfig
     text_config: Any

@@ -1,0 +1,42 @@
+"""The planner node: its outputs are what the other nodes take."""
+
+PLANNER = """
+import comfy.model_management as management
+import torch
+from pack.nodes.decode import TILINGS
+from pack.nodes.host.planner import make_plan
+from pack.nodes.loaders import PRECISIONS, T5_DEVICES
+from pack.nodes.planner import VRAMPlanner
+from pack.pixart_sigma.errors import SigmaError
+
+for budget, size, expected in (
+    (8.0, 1024, ("int8", "auto", "auto", "off", 0.0)),
+    (2.0, 2048, ("bf16", "stream", "auto", "strips")),
+):
+    *settings, table = VRAMPlanner.execute(budget, size, size, 1).result
+    assert tuple(settings)[: len(expected)] == expected, settings
+    precision, device, _, tiling, decode_budget = settings
+    assert precision in PRECISIONS and device in T5_DEVICES and tiling in TILINGS
+    assert decode_budget <= budget and "transformer" in table and "GB" in table
+
+def fails(message, *arguments):
+    try:
+        make_plan(*arguments)
+    except SigmaError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+fails("too small for the transformer", 0.5e9, 1024, 1024, 1)
+total = management.get_total_memory(torch.device("cpu")) - management.extra_reserved_memory()
+assert make_plan(0, 256, 256, 1).budget == total
+
+# as on a graphics card
+management.is_device_cpu = lambda device: False
+fails("and this graphics card has", 1e15, 1024, 1024, 1)
+print("PLANNED")
+"""
+
+
+def test_the_plan_fits_the_other_nodes(run_in_host):
+    assert "PLANNED" in run_in_host(PLANNER)
