@@ -193,7 +193,7 @@ for blocks in (1, 2, 5):  # the first warms up what is allocated once
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_anonymous_memory_does_not_grow_with_the_blocks(tmp_path, tokenizer_folder, precision):
-    """Blocks of T5-XXL's size, mapped from the file: at most 2 MB per block (resident: 193 MB in int8)."""
+    """Blocks of T5-XXL's size, mapped from the file: at most 2 MB for each of 235 or 386 MB."""
     write_real_blocks(tmp_path, tokenizer_folder, precision, (1, 2, 5))
     command = [sys.executable, "-c", RSS_ANON, str(tmp_path), precision]
     done = subprocess.run(
