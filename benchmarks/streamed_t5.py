@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from pixart_sigma.t5_weights import expected_shapes
-from pixart_sigma.text_streaming import StreamedT5
+from pixart_sigma.text_encoder import build_model, read_encoder, stream_model
 
 WINDOW = {"int8": 0.6e9, "bf16": 0.9e9}
 ROUNDS = 3
@@ -83,8 +83,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def main() -> int:
-    from pixart_sigma.text_encoder import PLAIN, build_model, compute_dtype, read_encoder
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--precision", choices=("int8", "bf16"), default="int8")
     parser.add_argument("--blocks", type=int, default=3)
@@ -100,8 +98,7 @@ def main() -> int:
         gc.collect()
         start = anonymous()
         path, config, weights, _ = read_encoder(folder, precision)
-        dtype = PLAIN.get(precision) or compute_dtype(device)
-        streamed = StreamedT5(config, weights, precision, dtype, path).to(device)
+        streamed = stream_model(config, weights, precision, device, path).to(device)
         result = streamed(ids)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -209,7 +209,7 @@ with torch.inference_mode():
                 assert streamed.patcher.loaded_size() == streamed.patcher.model_size() == window
                 assert streamed.patcher.is_clone(comfy.model_management.current_loaded_models[0].model)
         assert comfy.model_management.current_loaded_models == []
-        assert (1, 2) in calls and (2, 2) in calls, calls
+        assert (0, 2) in calls and calls[-1] == (2, 2), calls  # the host leaves out quick ones
         encode_ids = TextEncoder.encode_ids
         def interrupted(self, *given):
             comfy.model_management.interrupt_current_processing(True)
