@@ -309,7 +309,12 @@ def _encode(arguments) -> int:
 def _embedding_cache(arguments):
     from .embeddings import EmbeddingCache, user_cache_folder
 
-    return None if arguments.no_embedding_cache else EmbeddingCache(user_cache_folder())
+    if arguments.no_embedding_cache:
+        return None
+    try:
+        return EmbeddingCache(user_cache_folder())
+    except RuntimeError:  # this user has no home directory, as in some containers
+        return None
 
 
 def _tell_truncated(words: str):

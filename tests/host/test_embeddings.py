@@ -168,7 +168,7 @@ from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.embeddings import PromptEmbeddings, identify
 
 def saved(positive, negative):
-    (choice,) = SaveEmbeddings.execute(positive, negative, "x").ui["text"]
+    (choice,) = SaveEmbeddings.execute(positive, negative, "x").ui.as_dict()["text"]
     assert choice in choices()
     return choice, PromptEmbeddings.load(find(choice))
 
