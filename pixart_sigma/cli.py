@@ -159,7 +159,7 @@ def _add_model(command: argparse.ArgumentParser):
 
 
 def _add_text_encoder(command: argparse.ArgumentParser):
-    command.add_argument("--model", default="demo", help="demo (default), demo-kv, or a pipeline folder")
+    command.add_argument("--model", default="demo", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
     command.add_argument("--t5-precision", choices=T5_PRECISIONS)
     command.add_argument(
