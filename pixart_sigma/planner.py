@@ -14,9 +14,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint, TransformerConfig
+from .decode_memory import decode_memory, least_budget, whole_decode_bytes
+from .decoder_layers import read_decoder
 from .errors import SigmaError
 from .memory import peak_bytes, readable
-from .strip_decode import decode_memory, least_budget, read_decoder, whole_decode_bytes
 from .t5_weights import expected_nbytes
 from .text_encoder import MAX_TOKENS, PLAIN, read_encoder
 from .text_streaming import STREAMED, StreamedT5

@@ -9,9 +9,11 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from .checkpoint import check_file, read_state_dict
+from .decode_memory import least_budget
+from .decoder_layers import Decoder, read_decoder
 from .errors import CheckpointError, SigmaError
 from .memory import free_bytes
-from .strip_decode import Decoder, decode_within, least_budget, read_decoder
+from .strip_decode import decode_within
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215

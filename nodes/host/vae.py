@@ -39,7 +39,9 @@ def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | N
     and else in strips. A VAE that is built differently, such as a preview decoder, is decoded whole.
     Raises SigmaError where the VAE has to be in strips and can not, and for a budget that is too small.
     """
-    from ...pixart_sigma.strip_decode import decode_within, least_budget, read_decoder, whole_decode_bytes
+    from ...pixart_sigma.decode_memory import least_budget, whole_decode_bytes
+    from ...pixart_sigma.decoder_layers import read_decoder
+    from ...pixart_sigma.strip_decode import decode_within
 
     decoder = read_decoder(vae.first_stage_model)
     if decoder is None and how == "strips":

@@ -8,17 +8,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_sigma import strip_decode
+from pixart_sigma.decode_memory import decode_memory, least_budget, shares, whole_decode_bytes
+from pixart_sigma.decoder_layers import read_decoder
 from pixart_sigma.errors import SigmaError
+from pixart_sigma.feature_maps import Parking, Rows
 from pixart_sigma.memory import _StorageMeter
-from pixart_sigma.strip_decode import (
-    Parking,
-    decode_in_strips,
-    decode_memory,
-    decode_within,
-    least_budget,
-    read_decoder,
-    whole_decode_bytes,
-)
+from pixart_sigma.strip_decode import decode_in_strips, decode_within
 from pixart_sigma.vae import decode
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -94,7 +89,7 @@ def test_it_does_the_same_multiply_adds(vae, decoder):
 
 
 def test_a_mean_far_from_zero_does_not_spoil_the_statistics(vae):
-    rows = strip_decode.Rows(Parking(torch.device("cpu"), 0))
+    rows = Rows(Parking(torch.device("cpu"), 0))
     values = torch.randn(1, 32, 40, 16) + 1000
     for strip in values.split((1, 7, 20, 12), dim=2):
         rows.append(strip)
@@ -170,7 +165,7 @@ def test_what_it_needs_is_known_beforehand(published, pixels, dtype, budget):
     side = pixels // 8
     latent = torch.empty(1, 4, side, side, device="meta", dtype=dtype)
     published.to(dtype)
-    parking = Watched(latent.device, strip_decode._shares(budget)[1])
+    parking = Watched(latent.device, shares(budget)[1])
     meter = DeviceMeter(parking)
     with Fused(), meter:
         decode_in_strips(decoder, latent, budget, parking=parking)
