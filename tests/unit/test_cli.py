@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pixart_sigma import cli
+from pixart_sigma.cli_options import make_parser
 
 QUICK = ["--steps", "1", "--device", "cpu", "--t5-precision", "fp32"]
 
@@ -246,7 +247,7 @@ def test_a_mistake_with_embeddings_is_one_line(draw_embeddings, tmp_path, option
 
 def test_a_prompt_may_come_after_the_options(tmp_path):
     out = tmp_path / "nowhere" / "picture.png"
-    arguments = cli._parser().parse_args(["generate", "--steps", "3", "--out", str(out), "a boat"])
+    arguments = make_parser().parse_args(["generate", "--steps", "3", "--out", str(out), "a boat"])
     assert (arguments.prompt, arguments.steps, arguments.embeddings) == ("a boat", 3, None)
 
 
