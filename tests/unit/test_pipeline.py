@@ -95,14 +95,14 @@ def test_an_interrupt_in_the_middle_leaves_no_weight(folder, error, monkeypatch)
     weights = []
     original = Stages.run
 
-    def run(self, name, load, use):
+    def run(self, name, load, use, **settings):
         def watched():
             model = load()
             module = model if isinstance(model, torch.nn.Module) else model.model
             weights.extend(weakref.ref(parameter) for parameter in module.parameters())
             return model
 
-        return original(self, name, watched, use)
+        return original(self, name, watched, use, **settings)
 
     monkeypatch.setattr(Stages, "run", run)
 
