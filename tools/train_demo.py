@@ -5,6 +5,7 @@
     python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
+    python tools/train_demo.py guidance     the exported transformer once more, for clean outlines when guided
     python tools/train_demo.py kv           the exported transformer once more, with KV compression
     python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
@@ -52,18 +53,22 @@ LEARNING_RATE = 1e-3
 BUFFER = 6000
 # The trained KV compression: the deeper half of the layers, 2x2 tokens.
 KV_LAYERS, KV_RATIO = (2, 3, 4), 2
+# The guidance scale that fine-tuning is for, and the timestep below which the picture shows through.
+GUIDANCE, GUIDED_TIMESTEP = 4.5, 700
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "text", "transformer", "decoder", "export", "kv", "restore"))
+    parser.add_argument(
+        "stage", choices=("vae", "text", "transformer", "decoder", "export", "guidance", "kv", "restore")
+    )
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1200)
-    parser.add_argument("--kv-steps", type=int, default=1500)
+    parser.add_argument("--fine-steps", type=int, default=2500, help="steps of guidance, and of kv")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,7 @@ def main():
         "transformer": train_transformer,
         "decoder": train_decoder,
         "export": export,
+        "guidance": train_guidance,
         "kv": train_kv,
         "restore": restore,
     }[arguments.stage](arguments)
@@ -475,8 +481,8 @@ def train_transformer(arguments):
 class Batches:
     """Captioned latents, of a size at random; the pictures of each size wait in a buffer."""
 
-    def __init__(self, vae, rng):
-        self.vae, self.rng, self.buffers = vae, rng, {}
+    def __init__(self, vae, rng, first=96):
+        self.vae, self.rng, self.first, self.buffers = vae, rng, first, {}
 
     def next(self, sizes):
         """(size, latents, texts, scenes); a size that is not named any more is forgotten."""
@@ -484,8 +490,8 @@ class Batches:
         self.buffers = {kept: buffer for kept, buffer in self.buffers.items() if kept in sizes}
         if size not in self.buffers:
             self.buffers[size] = Pictures(self.vae, size, BUFFER)
-            for _ in range(12):
-                self.buffers[size].add(8, self.rng)
+            for _ in range(self.first // 4):
+                self.buffers[size].add(4, self.rng)
         # Encoding is dear, but with few pictures the model learns them by heart and not the shapes.
         fresh = 2.2 * 128**2 / (size[0] * size[1])
         self.buffers[size].add(int(fresh) + (self.rng.random() < fresh % 1), self.rng)
@@ -541,13 +547,11 @@ def weighted_error(schedule, timestep, predicted, noise):
     return (weight * (predicted - noise).square()).mean()
 
 
-# -- KV compression -------------------------------------------------------------------------------
+# -- Fine-tuning ----------------------------------------------------------------------------------
 
 
-def train_kv(arguments):
-    """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on."""
-    from pixart_sigma.transformer import SigmaTransformer
-
+def fine_tune(arguments, stage: str, transformer):
+    """The average of the engine's transformer over --fine-steps with `guided_loss`; T5 stays as exported."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(arguments.work)
     vae = new_vae()
@@ -555,34 +559,83 @@ def train_kv(arguments):
     vae.requires_grad_(False)
     text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
     text_encoder.requires_grad_(False)
-    transformer: SigmaTransformer = new_kv_transformer(arguments.out / "transformer")
+    transformer.requires_grad_(True).train()
     average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
-    path = arguments.work / "kv.pt"
+    path, total = arguments.work / f"{stage}.pt", arguments.fine_steps
     step = resume(path, transformer=transformer, average=average, optimizer=optimizer)
     schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    batches = Batches(vae, random.Random(step))
+    batches = Batches(vae, random.Random(step), first=300)
     start, saved, losses = time.time(), time.time(), []
-    while step < arguments.kv_steps:
+    while step < total:
         size, latents, texts, _ = batches.next(LARGE)
-        set_rate(optimizer, LEARNING_RATE / 3, step, arguments.kv_steps)
-        hidden, mask = encode_texts(tokenizer, text_encoder, texts)
-        noise, timestep = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
-        predicted = transformer(schedule.add_noise(latents, noise, timestep), timestep, hidden, mask)
-        loss = weighted_error(schedule, timestep, predicted, noise)
+        pairs = 1 + len(latents) // 2
+        set_rate(optimizer, LEARNING_RATE / 3, step, total)
+        hidden, mask = encode_texts(tokenizer, text_encoder, texts[:pairs] + [""] * pairs)
+        loss = guided_loss(transformer, schedule, latents[:pairs], hidden, mask)
         apply(loss, optimizer, transformer.parameters())
         average.update_parameters(transformer)
         step += 1
         losses.append(loss.item())
         if step % 50 == 0:
             minutes = (time.time() - start) / 60
-            log(f"kv {step} {size}: loss {sum(losses[-50:]) / 50:.4f}, {minutes:.1f} min")
-        if time.time() - saved > 90 or step == arguments.kv_steps:
+            log(f"{stage} {step} {size}: loss {sum(losses[-50:]) / 50:.4f}, {minutes:.1f} min")
+        if time.time() - saved > 90 or step == total:
             save(path, step, transformer=transformer, average=average, optimizer=optimizer)
             saved = time.time()
-    export_kv(average.module, arguments.out)
+    return average.module
+
+
+def guided_loss(transformer, schedule, latents, hidden, mask):
+    """The error with the caption, without it, and of the guidance that sampling makes of the two.
+
+    Guidance multiplies what the two predictions differ by, errors too: at timesteps where the picture is
+    already there to see, its squared error was six times that of the prediction it came from, or more, and
+    outlines broke. Together the two learn to be wrong alike, which cancels. Where the words decide they must
+    differ.
+
+    hidden: (2 B, L, C), the captions' and then as many of the empty text.
+    """
+    noise, timestep = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
+    noisy = schedule.add_noise(latents, noise, timestep)
+    both = transformer(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), hidden, mask)
+    captioned, empty = both.chunk(2)
+    visible = (timestep < GUIDED_TIMESTEP)[:, None, None, None]
+    guided = torch.where(visible, empty + GUIDANCE * (captioned - empty), noise)
+    shares = ((1.0, captioned), (0.3, empty), (1 / GUIDANCE**2, guided))
+    return sum(share * weighted_error(schedule, timestep, predicted, noise) for share, predicted in shares)
+
+
+def train_guidance(arguments):
+    """Fine-tune the exported transformer on predictions with and without a caption at once; in its place."""
+    from pixart_sigma.checkpoint import inspect
+    from pixart_sigma.transformer import load_transformer
+
+    folder = arguments.out / "transformer"
+    transformer = load_transformer(inspect(folder), dtype=torch.float32)
+    write_transformer(fine_tune(arguments, "guidance", transformer), folder)
+
+
+def write_transformer(transformer, folder: Path):
+    """The weights in fp16 in a transformer folder, in place of those that it holds."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
+    beside = folder / "diffusion_pytorch_model.part"
+    save_file(weights, beside, {"format": "pt"})
+    beside.chmod(0o644)
+    os.replace(beside, folder / "diffusion_pytorch_model.safetensors")
+    log(f"exported to {folder}")
+
+
+# -- KV compression -------------------------------------------------------------------------------
+
+
+def train_kv(arguments):
+    """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on."""
+    export_kv(fine_tune(arguments, "kv", new_kv_transformer(arguments.out / "transformer")), arguments.out)
 
 
 def new_kv_transformer(dense: Path):
@@ -608,20 +661,15 @@ def new_kv_transformer(dense: Path):
         weights[f"{attention}.norm.weight"] = torch.full((width,), float(rows.square().sum(1).mean().sqrt()))
         weights[f"{attention}.norm.bias"] = torch.zeros(width)
     transformer.load_state_dict(weights, assign=True)
-    return transformer.requires_grad_(True).train()
+    return transformer
 
 
 def export_kv(transformer, out: Path):
     """A transformer folder beside the demo's."""
-    from safetensors.torch import save_file
-
     folder = out.with_name(f"{out.name}_kv")
     folder.mkdir(exist_ok=True)
-    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((out / "transformer" / "config.json").read_text())
-    (folder / "diffusion_pytorch_model.safetensors").chmod(0o644)
-    log(f"exported to {folder}")
+    write_transformer(transformer, folder)
 
 
 # -- Export ---------------------------------------------------------------------------------------
