@@ -19,8 +19,10 @@ from safetensors.torch import load, save
 
 from .errors import CheckpointError, SigmaError
 from .files import write_beside
+from .t5_model import PLAIN, compute_dtype
+from .t5_tokenizer import find_tokenizer
 from .t5_weights import read_config, refuse_gguf
-from .text_encoder import PLAIN, Encoded, compute_dtype, find_encoder, find_tokenizer
+from .text_encoder import Encoded, find_encoder
 from .weight_files import MAX_SAFETENSORS_HEADER, check_file, read_state_dict
 
 FORMAT = "pixart-sigma prompt embeddings"

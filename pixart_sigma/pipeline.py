@@ -21,7 +21,8 @@ from .kv_compression import KVCompression, resolve
 from .memory import Stages
 from .planner import Plan, read_models
 from .planner import plan as make_plan
-from .sampling import Step, check_settings, default_guidance, denoise, get_noise
+from .sampling import Step, check_settings, denoise, get_noise
+from .schedulers import default_guidance
 from .text_encoder import Encoded, TextEncoder, pad_embeds
 from .text_streaming import STREAMED
 from .transformer import load_transformer

@@ -18,8 +18,9 @@ from .decode_memory import decode_memory, least_budget, whole_decode_bytes
 from .decoder_layers import read_decoder
 from .errors import SigmaError
 from .memory import peak_bytes, readable
+from .t5_model import PLAIN
 from .t5_weights import expected_nbytes
-from .text_encoder import MAX_TOKENS, PLAIN, read_encoder
+from .text_encoder import MAX_TOKENS, read_encoder
 from .text_streaming import STREAMED, StreamedT5
 from .transformer import activation_bytes, build_transformer
 from .vae import read_config

@@ -2,25 +2,29 @@
 
 import itertools
 import logging
-import math
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from .caption_cleaning import prepare_prompt
-from .errors import CheckpointError, SigmaError
+from .errors import SigmaError
+from .t5_model import (
+    PLAIN,
+    PRECISIONS,
+    QUANTIZED,
+    build_model,
+    check_packages,
+    compute_dtype,
+    quiet_int8_casts,
+)
+from .t5_tokenizer import find_tokenizer, load_tokenizer
 from .t5_weights import WatchedWeight, expected_nbytes, read_t5
 from .text_streaming import StreamedT5
 
-PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
-QUANTIZED = ("int8", "nf4", "fp4")
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_TOKENS = 300  # the length PixArt-Sigma was trained with, end token included
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def find_encoder(path) -> Path:
 def stream_model(config, weights: dict, precision: str, device: torch.device, path: Path) -> StreamedT5:
     """A StreamedT5 for this device, still on the CPU. Raises SigmaError and CheckpointError as StreamedT5."""
     check_packages(precision)
-    _quiet_int8_casts()
+    quiet_int8_casts()
     return StreamedT5(config, weights, precision, PLAIN.get(precision) or compute_dtype(device), path)
 
 
@@ -264,13 +268,6 @@ def quantize_t5(source, out, precision: str = "int8", tokenizer=None) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on the CPU and on GPUs that compute in it, fp16 on the others."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.float16 if device.type == "mps" else torch.bfloat16
-
-
 def check_device(device) -> torch.device:
     """Return torch.device(device). Raises SigmaError for a name torch does not know or a CUDA device it can
     not see."""
@@ -281,138 +278,3 @@ def check_device(device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SigmaError("CUDA is not available here. Use device 'cpu', or install torch with CUDA.")
     return device
-
-
-def build_model(config, weights: dict, precision: str, device: torch.device, path: Path):
-    """Build transformers' T5EncoderModel from weights that were checked, quantising layer by layer."""
-    from transformers import T5EncoderModel
-
-    dtype = PLAIN.get(precision) or compute_dtype(device)
-    quantization = None
-    if precision in QUANTIZED:
-        check_packages(precision)
-        quantization = quantization_config(config, precision, dtype)
-        if precision != "int8":
-            check_4bit_widths(config, precision)
-        _quiet_int8_casts()
-    try:
-        model, info = T5EncoderModel.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path} could not be loaded as a T5 encoder in {precision}: {error}"
-        ) from error
-    # transformers fills what it misses with random numbers
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise CheckpointError(f"{path}: the weight {absent[0]} was not loaded. The file is incomplete.")
-    return model.eval().requires_grad_(False)
-
-
-def check_packages(precision: str) -> None:
-    """Raise SigmaError for a quantised precision without its libraries."""
-    for package in ("bitsandbytes", "accelerate") if precision in QUANTIZED else ():
-        if find_spec(package) is None:
-            raise SigmaError(f"Precision {precision} needs {package}: pip install {package}, or choose bf16.")
-
-
-def quantization_config(config, precision: str, dtype: torch.dtype):
-    """BitsAndBytesConfig of a precision; None for a folder that carries its own, which then computes in
-    dtype."""
-    from transformers import BitsAndBytesConfig
-
-    saved = getattr(config, "quantization_config", None)
-    if saved is not None:
-        saved["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        return None
-    if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=dtype)
-
-
-def check_4bit_widths(config, precision: str) -> None:
-    """Raise SigmaError for widths that bitsandbytes' 4-bit kernels do not take (in % 64, out % 32)."""
-    inner = config.num_heads * config.d_kv
-    for name, width in (("d_model", config.d_model), ("d_ff", config.d_ff), ("heads x d_kv", inner)):
-        if math.gcd(width, 64) != 64:
-            raise SigmaError(
-                f"Precision {precision} needs widths that are multiples of 64, and this encoder has "
-                f"{name} = {width}. Use int8 or bf16."
-            )
-
-
-def find_tokenizer(path: Path, tokenizer=None) -> Path:
-    """Return the tokenizer file to use for the encoder at `path`. Raises SigmaError saying what to pass."""
-    if tokenizer is not None:
-        tokenizer = Path(tokenizer)
-        if tokenizer.is_file():
-            return tokenizer
-        if not tokenizer.exists():
-            raise SigmaError(f"The tokenizer {tokenizer} does not exist.")
-        folders = [tokenizer, tokenizer / "tokenizer"]
-    else:
-        folder = path if path.is_dir() else path.parent
-        folders = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
-    for folder in folders:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise SigmaError(
-        f"No tokenizer in {', '.join(map(str, folders))}. Pass `tokenizer`: a spiece.model or "
-        "tokenizer.json, or the `tokenizer` folder of PixArt-Sigma-XL-2-1024-MS."
-    )
-
-
-def load_tokenizer(file: Path, vocab_size: int):
-    """Load a T5 tokenizer from tokenizer.json, as it was saved, or from a SentencePiece model.
-
-    Sentinel tokens (`extra_ids`) are the saved ones; a SentencePiece model without tokenizer_config.json gets
-    the 100 of T5 where the encoder's vocabulary has room for them. Raises SigmaError when it is no T5
-    tokenizer, or has more tokens than the encoder.
-    """
-    from transformers import PreTrainedTokenizerFast, T5Tokenizer
-
-    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    try:
-        if file.suffix == ".json":
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-        else:
-            with tempfile.TemporaryDirectory() as folder:  # the name and nothing else decides how it is read
-                shutil.copyfile(file, Path(folder) / "spiece.model")
-                settings = file.parent / "tokenizer_config.json"
-                if settings.is_file():
-                    shutil.copyfile(settings, Path(folder) / settings.name)
-                tokenizer = T5Tokenizer.from_pretrained(folder)
-                if not settings.is_file() and len(tokenizer) > vocab_size:
-                    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
-        empty = tokenizer("")["input_ids"]
-    except Exception as error:  # the parsers raise bare Exception for a broken file
-        raise SigmaError(f"{file} can not be read as a tokenizer: {error}. Download it again.") from error
-    if empty != [tokenizer.eos_token_id]:
-        raise SigmaError(
-            f"{file} is not a T5 tokenizer: it encodes an empty prompt as {empty}, not as one end token."
-        )
-    if len(tokenizer) > vocab_size:
-        raise SigmaError(
-            f"The tokenizer {file} has {len(tokenizer)} tokens, but the encoder knows {vocab_size}. "
-            "Pass the tokenizer that belongs to the encoder."
-        )
-    return tokenizer
-
-
-def _without_int8_casts(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.getMessage()
-
-
-def _quiet_int8_casts() -> None:
-    """bitsandbytes logs the intended cast to fp16 at every layer of every call."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_without_int8_casts)

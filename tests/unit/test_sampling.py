@@ -15,7 +15,8 @@ from pixart_sigma import sampling
 from pixart_sigma import transformer as engine
 from pixart_sigma.checkpoint import TransformerConfig
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.sampling import SCHEDULERS, denoise, get_noise, get_timesteps, make_scheduler
+from pixart_sigma.sampling import denoise, get_noise
+from pixart_sigma.schedulers import SCHEDULERS, get_timesteps, make_scheduler
 from pixart_sigma.transformer import build_transformer
 
 # diffusers' schedulers hand tensors to numpy in ways that numpy 2 will drop.

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from pixart_sigma.caption_cleaning import prepare_prompt
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.t5_model import compute_dtype
 from pixart_sigma.t5_weights import config_from_shapes, expected_shapes
-from pixart_sigma.text_encoder import TextEncoder, compute_dtype, describe_encoder, pad_embeds, quantize_t5
+from pixart_sigma.text_encoder import TextEncoder, describe_encoder, pad_embeds, quantize_t5
 
 WORDS = "a small red fox with happy face in the snow, lake and mountain at night".split()
 VOCABULARY = 256
