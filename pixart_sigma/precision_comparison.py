@@ -181,7 +181,8 @@ def compare_t5(
         stream=pipeline.t5_device == "stream",
         caption_channels=pipeline.checkpoint.config.caption_channels if pictures else None,
     )
-    size = {"width": width or pipeline.base_size, "height": height or pipeline.base_size}
+    base = pipeline.base_size
+    size = {"width": base if width is None else width, "height": base if height is None else height}
     if pictures:
         check_size(**size)
         check_settings("dpmpp_2m", steps, guidance_scale)

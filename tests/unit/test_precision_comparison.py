@@ -119,7 +119,7 @@ def test_a_comparison_is_of_what_each_precision_encodes_and_draws(folder, compar
 def test_it_is_told_as_text_as_json_and_as_a_picture(compared):
     table = compared.table()
     assert "nf4" in table and "fp32" in table and "PSNR" in table
-    assert [line.startswith(prompt) for line, prompt in zip(table.splitlines()[2:], PROMPTS, strict=True)]
+    assert all(line.startswith(prompt) for line, prompt in zip(table.splitlines()[2:], PROMPTS, strict=True))
     told = json.loads(json.dumps(compared.as_dict(), allow_nan=False))
     assert told["precisions"] == ["fp32", "nf4"] and told["prompts"][0]["psnr_db"] > 0
     word, cosine = compared.prompts[0].least
@@ -199,6 +199,7 @@ def test_an_interrupt_leaves_no_weight(pipeline, loaded, stage):
         (PROMPTS, ("fp32", "int3"), {}, "'int3'"),
         (PROMPTS, ("fp32", "int8"), {"steps": 0}, "0"),
         (PROMPTS, ("fp32", "int8"), {"width": 9000}, "9000"),
+        (PROMPTS, ("fp32", "int8"), {"height": 0}, "height is 0"),
     ],
 )
 def test_a_mistake_is_known_before_anything_is_loaded(
