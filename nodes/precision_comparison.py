@@ -48,6 +48,8 @@ class CompareT5Precisions(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    # If this is left out, the frontend changes a seed after each run.
+                    control_after_generate=False,
                     tooltip="The noise that all pictures start from.",
                 ),
                 io.Int.Input(
