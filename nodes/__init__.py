@@ -13,7 +13,29 @@ class SigmaExtension(ComfyExtension):
                 f"The PixArt-Sigma nodes need ComfyUI 0.26 or newer, and this is {HOST_VERSION}. "
                 "Update ComfyUI."
             )
-        from . import decode, embeddings, kv_compression, loaders, memory, planner, sampling, size, text
+        from . import (
+            decode,
+            embeddings,
+            kv_compression,
+            loaders,
+            memory,
+            planner,
+            precision_comparison,
+            sampling,
+            size,
+            text,
+        )
 
-        modules = planner, loaders, text, embeddings, size, kv_compression, sampling, decode, memory
+        modules = (
+            planner,
+            loaders,
+            text,
+            embeddings,
+            precision_comparison,
+            size,
+            kv_compression,
+            sampling,
+            decode,
+            memory,
+        )
         return [node for module in modules for node in module.NODES]

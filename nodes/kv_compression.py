@@ -79,6 +79,8 @@ class CalibrateKVCompression(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    # If this is left out, the frontend changes a seed after each run.
+                    control_after_generate=False,
                     tooltip="Of the first prompt's noise; the next prompt has the next seed.",
                 ),
                 io.Int.Input(

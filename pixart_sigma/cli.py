@@ -1,4 +1,4 @@
-"""The terminal: `pixart-sigma generate|encode|plan|calibrate|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma generate|encode|plan|calibrate|compare-t5|inspect|quantize-t5|download`.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -11,9 +11,11 @@ from .cli_checks import (
     check_count,
     check_guidance,
     check_prompt,
+    check_seed,
     check_settings,
     check_steps,
     check_writable,
+    parse_precisions,
     parse_share,
     parse_timesteps,
     read_picture,
@@ -255,6 +257,64 @@ def _calibrate(arguments) -> int:
     return 0
 
 
+def _compare(arguments) -> int:
+    precisions = parse_precisions(arguments.precisions)
+    check_guidance(arguments.guidance)
+    check_steps(arguments.steps)
+    check_seed(arguments.seed)
+    out = Path(arguments.out)
+    check_writable(out)
+
+    from tqdm import tqdm
+
+    from .aspect_ratio import parse_size
+    from .pipeline import SigmaPipeline
+    from .precision_comparison import DEMO_PROMPTS, PROMPTS, compare_t5
+    from .precision_picture import draw
+
+    pipeline = SigmaPipeline.from_path(
+        arguments.model,
+        transformer=arguments.transformer,
+        text_encoder=arguments.text_encoder,
+        vae=arguments.vae,
+        variant=arguments.variant,
+        device=arguments.device,
+        t5_device=arguments.t5_device,
+    )
+    is_demo = arguments.model == "demo" and arguments.text_encoder is None
+    width, height = parse_size(arguments.size) if arguments.size else (None, None)
+
+    with tqdm(total=None, leave=False, disable=None) as bar:
+
+        def on_step(step):
+            bar.reset(total=step.count)
+            bar.update(step.index + 1)
+
+        comparison = compare_t5(
+            pipeline,
+            tuple(arguments.prompts or (DEMO_PROMPTS if is_demo else PROMPTS)),
+            precisions,
+            negative=arguments.negative,
+            pictures=not arguments.no_pictures,
+            width=width,
+            height=height,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            seed=arguments.seed,
+            clean_caption=arguments.clean_caption,
+            embedding_cache=_embedding_cache(arguments),
+            on_stage=bar.set_description,
+            callback=on_step,
+        )
+    for prompt in comparison.prompts:
+        _tell_truncated(prompt.truncated)
+    write_beside(out, lambda file: draw(comparison).save(file, format="PNG"))
+    say(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.table())
+    if not arguments.json:
+        say(out)
+    return 0
+
+
 def _inspect(arguments) -> int:
     from .checkpoint import inspect
 
@@ -282,6 +342,7 @@ COMMANDS = {
     "encode": _encode,
     "plan": _plan,
     "calibrate": _calibrate,
+    "compare": _compare,
     "inspect": _inspect,
     "quantize": _quantize,
     "download": _download,

@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+from .cli_options import T5_PRECISIONS
 from .errors import SigmaError
 
 
@@ -16,8 +17,7 @@ def check_settings(arguments):
     check_guidance(arguments.guidance)
     if arguments.size and arguments.aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")
-    if not 0 <= arguments.seed < 2**64:
-        raise SigmaError(f"--seed is {arguments.seed}; give a whole number from 0 to 2^64 - 1.")
+    check_seed(arguments.seed)
 
 
 def check_count(count: int):
@@ -48,6 +48,11 @@ def check_steps(steps: int):
         raise SigmaError(f"--steps is {steps}; give 1 or more.")
 
 
+def check_seed(seed: int):
+    if not 0 <= seed < 2**64:
+        raise SigmaError(f"--seed is {seed}; give a whole number from 0 to 2^64 - 1.")
+
+
 def check_guidance(guidance: float | None):
     if guidance is not None and not math.isfinite(guidance):
         raise SigmaError(f"--guidance is {guidance}; give a number such as 4.5.")
@@ -62,6 +67,17 @@ def parse_share(text: str) -> float:
     if not 0 < share < 1:
         raise SigmaError(f"--budget is {text!r}; give a share such as 5% or 0.05.")
     return share
+
+
+def parse_precisions(text: str) -> tuple[str, str]:
+    """("bf16", "int8") from "bf16,int8"."""
+    names = tuple(part.strip() for part in text.split(","))
+    if len(names) != 2 or names[0] == names[1] or not set(names) <= set(T5_PRECISIONS):
+        raise SigmaError(
+            f"--precisions is {text!r}; give two different ones of {', '.join(T5_PRECISIONS)}, such as "
+            "bf16,int8."
+        )
+    return names
 
 
 def read_prompts(path: str) -> tuple[str, ...]:

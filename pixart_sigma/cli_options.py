@@ -109,6 +109,32 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
     calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
 
+    compare = commands.add_parser(
+        "compare-t5", help="show what 8 or 4 bit cost: prompts and pictures in two precisions of T5"
+    )
+    compare.set_defaults(command="compare")
+    # "+" and not required, because "*" takes nothing as soon as an option comes before it.
+    compare.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="default: three of our own"
+    ).required = False
+    compare.add_argument(
+        "--precisions",
+        default="bf16,int8",
+        metavar="REFERENCE,OTHER",
+        help=f"two of {', '.join(T5_PRECISIONS)} (default: bf16,int8)",
+    )
+    _add_model(compare, t5_precision=False)
+    _add_encoding(compare)
+    compare.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+    compare.add_argument("--steps", type=int, default=20)
+    compare.add_argument("--guidance", type=float, default=4.5)
+    compare.add_argument("--seed", type=int, default=0, help="of every picture")
+    compare.add_argument(
+        "--no-pictures", action="store_true", help="compare the embeddings alone: only T5 runs"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON, with every token, not a table")
+    compare.add_argument("--out", default="comparison.png")
+
     inspect = commands.add_parser("inspect", help="say what a checkpoint is")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
@@ -130,9 +156,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser):
+def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     """What says which models run, and where."""
-    _add_text_encoder(command)
+    _add_text_encoder(command, t5_precision)
     command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
@@ -140,10 +166,11 @@ def _add_model(command: argparse.ArgumentParser):
     )
 
 
-def _add_text_encoder(command: argparse.ArgumentParser):
+def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--model", default="demo", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
-    command.add_argument("--t5-precision", choices=T5_PRECISIONS)
+    if t5_precision:
+        command.add_argument("--t5-precision", choices=T5_PRECISIONS)
     command.add_argument(
         "--t5-device",
         choices=("auto", "cpu", "stream"),

@@ -129,7 +129,7 @@ class SigmaPipeline:
 
         T5 is loaded only where `embedding_cache` lacks one of them.
         """
-        (positive, unwanted), encoder = self._encode((prompt, negative), clean_caption, embedding_cache)
+        (positive, unwanted), encoder = self.encode_texts((prompt, negative), clean_caption, embedding_cache)
         return PromptEmbeddings(
             positive=positive.prompt_embeds,
             negative=unwanted.prompt_embeds,
@@ -210,7 +210,7 @@ class SigmaPipeline:
         else:
             stage("text encoder")
             texts = (prompt, negative) if guidance_scale > 1 else (prompt,)
-            encoded, encoder = self._encode(texts, clean_caption, embedding_cache, **text_settings)
+            encoded, encoder = self.encode_texts(texts, clean_caption, embedding_cache, **text_settings)
             precision = encoder.precision
         image_latents = None
         if image is not None:
@@ -395,7 +395,7 @@ class SigmaPipeline:
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
 
-    def _encode(
+    def encode_texts(
         self,
         texts: tuple[str, ...],
         clean_caption: bool,

@@ -319,6 +319,35 @@ def calibrate_kv_compression() -> Graph:
     return graph
 
 
+def compare_t5_precisions() -> Graph:
+    graph = Graph(
+        "What T5 in 8 bit costs, before it is trusted: the same prompts in two precisions, how far each word "
+        "moves, and both pictures with their difference. For Σ choose its files, its base in Aspect-Ratio "
+        "Bucket, and prompts of your own; to compare the words alone, disconnect the model and the VAE."
+    )
+    graph.add("transformer", "PixArtSigmaLoadTransformer", transformer=DEMO, variant="auto", dtype="auto")
+    graph.add("vae", "PixArtSigmaLoadVAE", vae=DEMO)
+    bucket(graph)
+    graph.add(
+        "comparison",
+        "PixArtSigmaCompareT5Precisions",
+        text_encoder=DEMO,
+        reference="bf16",
+        precision="int8",
+        prompts="a red circle on a blue background\na small yellow star on a black background",
+        seed=0,
+        steps=20,
+        cfg=4.5,
+        device="auto",
+        model=graph["transformer", 0],
+        vae=graph["vae", 0],
+        latent_image=graph["size", 0],
+    )
+    graph.add("save", "SaveImage", images=graph["comparison", 0], filename_prefix="PixArt-Sigma")
+    graph.add("table", "PreviewAny", source=graph["comparison", 1])
+    return graph
+
+
 def reuse_prompt_embeddings() -> Graph:
     graph = Graph(
         "Encode once, draw often: Save Prompt Embeddings keeps what T5 made of two prompts, and Load Prompt "
@@ -574,6 +603,7 @@ WORKFLOWS = (
     sigma_under_2_gb,
     sigma_4k_wallpaper,
     calibrate_kv_compression,
+    compare_t5_precisions,
 )
 
 
