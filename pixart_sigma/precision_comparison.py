@@ -18,7 +18,8 @@ from .embeddings import EmbeddingCache, PromptEmbeddings
 from .errors import SigmaError
 from .memory import Stages, readable
 from .sampling import Step, check_settings
-from .text_encoder import check_4bit_widths, check_packages, describe_encoder, read_encoder
+from .t5_model import check_4bit_widths, check_packages
+from .text_encoder import describe_encoder, read_encoder
 
 if TYPE_CHECKING:
     from .pipeline import SigmaPipeline
