@@ -58,8 +58,9 @@ class MemoryReport(io.ComfyNode):
             node_id="PixArtSigmaMemoryReport",
             display_name="Memory Report",
             category="PixArt Sigma",
-            description="Shows how much memory each PixArt-Σ stage of this run used: before, at its peak and "
-            "afterwards. Stages whose result was cached did not run and are not shown.",
+            description="Shows how much memory each PixArt-Σ stage of this run used, what it loaded and "
+            "freed, and which models ComfyUI still holds. Stages whose result was cached did not run and are "
+            "not shown.",
             search_aliases=["vram usage", "memory usage", "profiler", "benchmark", "statistics"],
             inputs=[
                 io.AnyType.Input(
@@ -67,24 +68,40 @@ class MemoryReport(io.ComfyNode):
                     optional=True,
                     tooltip="What must be finished first, usually the decoded picture. Without it the "
                     "report may be made too early.",
-                )
+                ),
+                io.Float.Input(
+                    "budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip="GB (10^9 bytes) that the run should keep to, drawn as a line. 0 is all that the "
+                    "card has.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="Three bars per stage, for Preview Image."),
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="A bar per stage against the budget, for Preview Image.",
+                ),
                 io.String.Output(display_name="table", tooltip="The same as text."),
+                io.String.Output(display_name="json", tooltip="The same in bytes and seconds, for scripts."),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, after=None):
+    def fingerprint_inputs(cls, after=None, budget=0.0):
         return float("nan")  # equal to nothing, so that it is made anew in each run
 
     @classmethod
-    def execute(cls, after=None):
-        from .host.memory import stages, what_is_measured
-        from .host.memory_picture import draw, table
+    def execute(cls, after=None, budget=0.0):
+        from .host.memory import held_models, stages, total_memory, what_is_measured
+        from .host.memory_picture import draw, report, table
 
-        return io.NodeOutput(draw(what_is_measured(), stages()), table(what_is_measured(), stages()))
+        if not budget >= 0:
+            raise ValueError(f"The budget is {budget:g} GB; give 0 for all that the card has, or more.")
+        figures = what_is_measured(), stages(), held_models(), int(budget * 1e9) or total_memory()
+        return io.NodeOutput(draw(*figures), table(*figures), report(*figures))
 
 
 NODES = [ReleaseModel, MemoryReport]

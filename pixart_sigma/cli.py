@@ -51,12 +51,12 @@ def _generate(arguments) -> int:
         check_writable(Path(arguments.memory_report))
     check_prompt(arguments)
 
-    import torch
     from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
 
     from .aspect_ratio import by_ratio, parse_size
     from .embeddings import PromptEmbeddings
+    from .memory import readable
     from .pipeline import SigmaPipeline
 
     encoded = arguments.embeddings is not None
@@ -125,10 +125,15 @@ def _generate(arguments) -> int:
         say(path)
     if arguments.memory_report == "-":
         say(pipeline.stages.table())
+        if plan:
+            say(f"budget: {readable(plan.budget)}")
     elif arguments.memory_report:
-        report = json.dumps(
-            {"stages": pipeline.stages.as_dict(), "device": str(torch.device(pipeline.device))}, indent=2
-        )
+        figures = {
+            "device": str(pipeline.device),
+            "budget": plan.budget if plan else None,
+            "stages": pipeline.stages.as_dict(),
+        }
+        report = json.dumps(figures, indent=2)
         write_beside(Path(arguments.memory_report), lambda file: file.write(report.encode()))
     return 0
 

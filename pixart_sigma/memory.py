@@ -21,12 +21,15 @@ RELEASES = ("keep", "offload", "free")
 
 @dataclass(frozen=True)
 class StageCost:
-    """Bytes on the device before, at the peak of and after a stage; bytes of its weights; seconds it took."""
+    """Bytes on the device before, at the peak of and after a stage; of its weights, all of them, those that
+    came to the device for it and those that left it afterwards; and the seconds it took."""
 
     before: int
     peak: int
     after: int
     weights: int
+    loaded: int
+    freed: int
     seconds: float
 
 
@@ -63,11 +66,12 @@ class Stages:
         meter = _meter(self.device) if self.measure else None
         start = time.perf_counter()
         weights = 0
+        is_there = self._is_there(name, on_cpu)
         try:
             with meter or nullcontext():
                 if name not in self._held:
                     self._held[name] = load()
-                elif self.device.type != "cpu" and not on_cpu:
+                elif not is_there:
                     _module(self._held[name]).to(self.device)
                 if meter:
                     meter.look()
@@ -80,8 +84,19 @@ class Stages:
             self._release(name)
             if meter:
                 seconds = time.perf_counter() - start
-                after = live_bytes(self.device)
-                self.costs[name] = StageCost(meter.before, meter.peak, after, weights, seconds)
+                self.costs[name] = StageCost(
+                    before=meter.before,
+                    peak=meter.peak,
+                    after=live_bytes(self.device),
+                    weights=weights,
+                    loaded=0 if is_there else weights,
+                    freed=0 if self._is_there(name, on_cpu) else weights,
+                    seconds=seconds,
+                )
+
+    def _is_there(self, name: str, on_cpu: bool) -> bool:
+        """Whether the stage's model is where it works, between two uses."""
+        return name in self._held and (self.release == "keep" or self.device.type == "cpu" or on_cpu)
 
     def _release(self, name: str):
         if name not in self._held or self.release == "keep":
@@ -96,9 +111,9 @@ class Stages:
 
     def table(self) -> str:
         """What each stage cost, as text for people; GB are 10^9 bytes."""
-        rows = [("stage", "before", "peak", "after", "weights", "seconds")]
+        rows = [("stage", "before", "peak", "after", "weights", "loaded", "freed", "seconds")]
         for name, cost in self.costs.items():
-            sizes = (cost.before, cost.peak, cost.after, cost.weights)
+            sizes = (cost.before, cost.peak, cost.after, cost.weights, cost.loaded, cost.freed)
             rows.append((name, *(readable(size) for size in sizes), f"{cost.seconds:.1f}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(

@@ -1,4 +1,4 @@
-"""What the stages of the current run cost in memory."""
+"""What the stages of the current run cost in memory, and which models the host holds."""
 
 import os
 import threading
@@ -17,17 +17,30 @@ INTERVAL = 0.02  # seconds between two looks
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes in use before, at the peak of and after a stage, and the seconds it took."""
+    """Bytes in use before, at the peak of and after a stage, the bytes of weights that came to their device
+    during it and that left it again, and the seconds it took."""
 
     name: str
     before: int
     peak: int
     after: int
+    loaded: int
+    freed: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model that the host holds, of whatever pack: its class, where it is, and its bytes there."""
+
+    model: str
+    device: str
+    bytes: int
 
 
 _stages: deque[Stage] = deque(maxlen=50)
 _run = None
+_running: list["_Meter"] = []
 
 
 @contextmanager
@@ -44,13 +57,45 @@ def record(name: str):
     try:
         yield
     finally:
-        peak = meter.stop()
-        _stages.append(Stage(name, meter.before, peak, bytes_in_use(), time.perf_counter() - start))
+        meter.stop()
+        _stages.append(
+            Stage(
+                name=name,
+                before=meter.before,
+                peak=meter.peak,
+                after=bytes_in_use(),
+                loaded=meter.loaded,
+                freed=meter.freed,
+                seconds=time.perf_counter() - start,
+            )
+        )
+
+
+def look():
+    """Count now, in the stage that runs: what is released at once would be gone before the next look."""
+    for meter in list(_running):
+        meter.look()
 
 
 def stages() -> list[Stage]:
     """The stages of the last run in which any of our nodes did something."""
     return list(_stages)
+
+
+def held_models() -> list[Held]:
+    """Every model that the host holds loaded, the largest first."""
+    held = [
+        Held(type(real).__name__, str(device), size)
+        for real, device, size in _loaded_models().values()
+        if size
+    ]
+    return sorted(held, key=lambda model: -model.bytes)
+
+
+def total_memory() -> int:
+    """Bytes of the graphics card's memory; 0 without one."""
+    device = comfy.model_management.get_torch_device()
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def what_is_measured() -> str:
@@ -70,20 +115,46 @@ def bytes_in_use() -> int:
     return psutil.Process(os.getpid()).memory_info().rss
 
 
+def _loaded_models() -> dict[int, tuple]:
+    """(model, device, bytes of its weights there) by the model's id; clones share one model."""
+    found = {}
+    for loaded in list(comfy.model_management.current_loaded_models):
+        patcher = loaded.model  # None once every clone is gone
+        if patcher is not None:
+            found[id(patcher.model)] = (patcher.model, loaded.device, patcher.loaded_size())
+    return found
+
+
 class _Meter:
     """Looks at the memory again and again in a thread of its own."""
 
     def __init__(self):
         self.before = self.peak = bytes_in_use()
+        self._models_before = self._weights()
+        self._most = dict(self._models_before)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
         self._thread.start()
+        _running.append(self)
 
-    def _look(self):
-        while not self._done.wait(INTERVAL):
-            self.peak = max(self.peak, bytes_in_use())
+    def look(self):
+        self.peak = max(self.peak, bytes_in_use())
+        for key, size in self._weights().items():
+            self._most[key] = max(self._most.get(key, 0), size)
 
-    def stop(self) -> int:
+    def stop(self):
         self._done.set()
         self._thread.join()
-        return max(self.peak, bytes_in_use())
+        _running.remove(self)
+        self.look()
+        after = self._weights()
+        self.loaded = sum(size - self._models_before.get(key, 0) for key, size in self._most.items())
+        self.freed = sum(size - after.get(key, 0) for key, size in self._most.items())
+
+    def _keep_looking(self):
+        while not self._done.wait(INTERVAL):
+            self.look()
+
+    @staticmethod
+    def _weights() -> dict[int, int]:
+        return {key: size for key, (_, _, size) in _loaded_models().items()}

@@ -1,74 +1,122 @@
-"""The memory report as a picture and as text. Sizes are in GB of 10^9 bytes, or MB where all are small."""
+"""The memory report as a picture, text and JSON. Sizes are in GB of 10^9 bytes, or MB if all are small."""
+
+import json
+from dataclasses import asdict
 
 import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .memory import Stage
+from .memory import Held, Stage
 
 WIDTH = 960
-LEFT = 230  # where the bars start
-RIGHT = 130  # room for the number behind the longest bar
-BAR = 20
-GAP = 22
-TOP = 96
-BACKGROUND, TEXT, FAINT = "#ffffff", "#222222", "#d8d8d8"
-COLORS = {"before": "#9aa5b1", "peak": "#e4572e", "after": "#2e86ab"}
+LEFT = 250  # where the bars start
+RIGHT = 120  # room for the number behind the longest bar
+BAR = 30
+ROW = 62
+TOP = 100
+LINE = 22  # of the models below
+BACKGROUND, TEXT, QUIET, FAINT = "#ffffff", "#222222", "#6b7783", "#d8d8d8"
+BEFORE, DURING, OVER, BUDGET = "#9aa5b1", "#2e86ab", "#e4572e", "#b3261e"
 NOTHING = "No stage of PixArt-Sigma has run yet."
 
 
-def table(title: str, stages: list[Stage]) -> str:
-    """One line per stage, in columns."""
-    if not stages:
-        return NOTHING
-    rows = [("stage", "before", "peak", "after", "seconds")]
-    for stage in stages:
-        sizes = [size_text(getattr(stage, moment), stages) for moment in COLORS]
-        rows.append((stage.name, *sizes, f"{stage.seconds:.1f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([title, *lines])
+def report(title: str, stages: list[Stage], held: list[Held], budget: int = 0) -> str:
+    """The figures as JSON, in bytes and seconds; the budget is null where there is none."""
+    return json.dumps(
+        {
+            "measured": title,
+            "budget": budget or None,
+            "stages": [asdict(stage) for stage in stages],
+            "held": [asdict(model) for model in held],
+        },
+        indent=2,
+    )
 
 
-def draw(title: str, stages: list[Stage]) -> torch.Tensor:
-    """The bars as an image (1, H, W, 3) in [0, 1]; all stages share one scale that starts at zero."""
-    height = TOP + max(1, len(stages)) * (3 * BAR + GAP) + GAP
-    picture = Image.new("RGB", (WIDTH, height), BACKGROUND)
+def table(title: str, stages: list[Stage], held: list[Held], budget: int = 0) -> str:
+    """One line per stage, in columns, and one per model that the host holds."""
+    lines = [title]
+    if stages:
+        rows = [("stage", "before", "peak", "after", "loaded", "freed", "seconds")]
+        for stage in stages:
+            sizes = (stage.before, stage.peak, stage.after, stage.loaded, stage.freed)
+            over = " over budget" if budget and stage.peak > budget else ""
+            row = (stage.name, *(size_text(size, stages) for size in sizes), f"{stage.seconds:.1f}{over}")
+            rows.append(row)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines += [
+            "  ".join(
+                cell.rjust(width) if column in range(1, 6) else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+    else:
+        lines.append(NOTHING)
+    if budget:
+        lines.append(f"budget: {size_text(budget, stages)}")
+    return "\n".join([*lines, *(f"still held: {held_text(model)}" for model in held)])
+
+
+def draw(title: str, stages: list[Stage], held: list[Held], budget: int = 0) -> torch.Tensor:
+    """The image (1, H, W, 3) in [0, 1]: a bar up to each stage's peak, its part that was in use before in
+    gray, against the budget's line; below, the models that the host holds. One scale, from zero."""
+    bottom = TOP + max(1, len(stages)) * ROW
+    picture = Image.new("RGB", (WIDTH, bottom + LINE * len(held) + 30), BACKGROUND)
     pen = ImageDraw.Draw(picture)
-    large, normal = ImageFont.load_default(22), ImageFont.load_default(15)
-    pen.text((20, 16), title, TEXT, large)
-
+    large, normal, small = (ImageFont.load_default(size) for size in (22, 15, 13))
+    pen.text((20, 14), title, TEXT, large)
     x = 20
-    for moment, color in COLORS.items():
-        pen.rectangle((x, 60, x + 15, 75), color)
-        pen.text((x + 22, 59), moment, TEXT, normal)
-        x += 100
-
+    for color, words in ((BEFORE, "in use before"), (DURING, "at the peak"), (OVER, "over the budget")):
+        if color != OVER or budget:
+            pen.rectangle((x, 58, x + 15, 73), color)
+            pen.text((x + 22, 57), words, TEXT, normal)
+            x += 40 + int(normal.getlength(words))
     if not stages:
-        pen.text((20, TOP + GAP), NOTHING, TEXT, normal)
-    most = max((max(stage.before, stage.peak, stage.after) for stage in stages), default=1)
+        pen.text((20, TOP + 20), NOTHING, TEXT, normal)
+
+    most = max([budget, 1, *(stage.peak for stage in stages)])
+
+    def place(size: int) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * size / most
+
     for index, stage in enumerate(stages):
-        y = TOP + GAP // 2 + index * (3 * BAR + GAP)
-        pen.line((20, y - GAP // 2, WIDTH - 20, y - GAP // 2), FAINT)
-        pen.text((20, y + BAR - 8), shorten(stage.name, normal), TEXT, normal)
-        pen.text((20, y + BAR + 12), f"{stage.seconds:.1f} s", COLORS["before"], normal)
-        for moment, color in COLORS.items():
-            size = getattr(stage, moment)
-            end = LEFT + (WIDTH - LEFT - RIGHT) * size / max(most, 1)
-            pen.rectangle((LEFT, y + 2, end, y + BAR - 2), color)
-            pen.text((end + 8, y + 1), size_text(size, stages), TEXT, normal)
-            y += BAR
+        y = TOP + index * ROW
+        pen.line((20, y - 6, WIDTH - 20, y - 6), FAINT)
+        pen.text((20, y + 4), shorten(stage.name, normal), TEXT, normal)
+        pen.text((20, y + 28), f"{stage.seconds:.1f} s", QUIET, small)
+        over = budget and stage.peak > budget
+        pen.rectangle((LEFT, y, place(stage.peak), y + BAR), OVER if over else DURING)
+        pen.rectangle((LEFT, y, place(min(stage.before, stage.peak)), y + BAR), BEFORE)
+        pen.text(
+            (place(stage.peak) + 8, y + 6), size_text(stage.peak, stages), BUDGET if over else TEXT, normal
+        )
+        moved = [
+            f"{word} {size_text(size, stages)}"
+            for word, size in (("loaded", stage.loaded), ("freed", stage.freed))
+            if size
+        ]
+        words = " · ".join([*moved, f"{size_text(stage.after, stages)} in use after"])
+        pen.text((LEFT, y + BAR + 3), words, QUIET, small)
+    if budget and stages:
+        x = place(budget)
+        pen.line((x, TOP - 14, x, bottom - 8), BUDGET, 2)
+        words = f"budget {size_text(budget, stages)}"
+        pen.text((x - small.getlength(words) / 2, TOP - 30), words, BUDGET, small)
+    for index, model in enumerate(held):
+        words = f"still held: {held_text(model)}"
+        pen.text((20, bottom + 12 + index * LINE), words, QUIET, normal)
     return torch.from_numpy(numpy.asarray(picture).astype("float32") / 255)[None]
 
 
+def held_text(model: Held) -> str:
+    size = f"{model.bytes / 1e9:.2f} GB" if model.bytes >= 1e8 else f"{model.bytes / 1e6:.0f} MB"
+    return f"{model.model}, {size} on {model.device}"
+
+
 def size_text(size: int, stages: list[Stage]) -> str:
-    if max(max(stage.before, stage.peak, stage.after) for stage in stages) < 1e9:
+    if max((max(stage.before, stage.peak, stage.after) for stage in stages), default=0) < 1e9:
         return f"{size / 1e6:.0f} MB"
     return f"{size / 1e9:.2f} GB"
 

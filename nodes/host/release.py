@@ -5,6 +5,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.memory import RELEASES
+from .memory import look
 
 
 def release(model, mode: str) -> None:
@@ -18,6 +19,7 @@ def release(model, mode: str) -> None:
         raise SigmaError(f"The mode is {mode!r}; choose one of {', '.join(RELEASES)}.")
     if mode == "keep":
         return
+    look()
     patcher = model if isinstance(model, ModelPatcher) else getattr(model, "patcher", None)
     if not isinstance(patcher, ModelPatcher):
         raise SigmaError(

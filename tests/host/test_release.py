@@ -157,7 +157,8 @@ print("done")
 """
 
 REPORT = """
-import os, sys
+import json, os, sys
+import comfy.model_management, comfy.model_patcher
 import torch
 from PIL import Image
 from comfy_execution.utils import CurrentNodeContext
@@ -165,8 +166,9 @@ from pack.nodes.host.memory import record, stages
 from pack.nodes.memory import MemoryReport, ReleaseModel
 
 ReleaseModel.GET_NODE_INFO_V1(), MemoryReport.GET_NODE_INFO_V1()
-picture, table = MemoryReport.execute().result
+picture, table, figures = MemoryReport.execute().result
 assert picture.shape[0] == 1 and picture.shape[3] == 3 and "has run yet" in table
+assert json.loads(figures)["stages"] == json.loads(figures)["held"] == []
 
 with CurrentNodeContext("run 1", "1"):
     with record("Encode the prompts"):
@@ -190,17 +192,64 @@ with CurrentNodeContext("run 2", "1"):
         with record(name):
             held = torch.ones(50_000_000 // 4)
 assert [stage.name for stage in stages()][:2] == ["Encode the prompts", "Sample"] and len(stages()) == 3
-picture, table = MemoryReport.execute(after="picture").result
+picture, table, figures = MemoryReport.execute(after="picture").result
 assert picture.dtype == torch.float32 and 0 <= picture.min() < picture.max() <= 1
 assert [line.split()[0] for line in table.splitlines()] == ["Memory", "stage", "Encode", "Sample", "Decode"]
-colors = {tuple(color) for color in (picture[0, ::4, ::4] * 255).round().int().reshape(-1, 3).tolist()}
-assert {(0x9a, 0xa5, 0xb1), (0xe4, 0x57, 0x2e), (0x2e, 0x86, 0xab)} <= colors
+
+# another pack's models are told apart from what a stage loads and frees
+def patcher(name, size):
+    module = type(name, (torch.nn.Module,), {})()
+    module.weight = torch.nn.Parameter(torch.zeros(size // 4), requires_grad=False)
+    return comfy.model_patcher.ModelPatcher(module, torch.device("cpu"), torch.device("cpu"))
+
+from pack.nodes.host.release import release
+sizes = {"Foreign": 40_000_000, "Evicted": 20_000_000, "Ours": 80_000_000}
+foreign, evicted, ours = (patcher(*given) for given in sizes.items())
+comfy.model_management.load_models_gpu([foreign, evicted])
+with CurrentNodeContext("run 3", "1"):
+    with record("Sample"):
+        release(evicted, "offload")
+        comfy.model_management.load_models_gpu([ours])
+        activations = torch.ones(400_000_000 // 4)
+        release(ours, "free")
+        del activations
+    with record("Decode"):
+        comfy.model_management.load_models_gpu([ours])
+    with record("Decode again"):
+        comfy.model_management.load_models_gpu([ours])
+assert [(stage.loaded, stage.freed) for stage in stages()] == [
+    (80_000_000, 100_000_000), (80_000_000, 0), (0, 0)], stages()
+first = stages()[0]
+assert first.peak - first.before > 300e6, first
+budget = (first.before + first.peak) / 2
+picture, table, figures = MemoryReport.execute(budget=budget / 1e9).result
+report = json.loads(figures)
+assert [model["model"] for model in report["held"]] == ["Ours", "Foreign"]
+assert report["held"][0] == {"model": "Ours", "device": "cpu", "bytes": 80_000_000}
+assert report["budget"] == int(budget) and report["stages"][0]["freed"] == 100_000_000
+assert "over budget" in table and "still held: Foreign, 40 MB on cpu" in table and "budget:" in table
 Image.fromarray((picture[0] * 255).round().byte().numpy()).save(os.environ["ARGUMENT_0"])
+pixels = (picture[0] * 255).round().int()
+def columns(color):
+    return (pixels == torch.tensor(color)).all(-1).any(0).nonzero().flatten().tolist()
+line, over = columns((0xb3, 0x26, 0x1e)), columns((0xe4, 0x57, 0x2e))
+assert min(abs(x - (250 + 590 * budget / first.peak)) for x in line) < 2
+assert max(over) == 840 and columns((0x9a, 0xa5, 0xb1))
+_, _, figures = MemoryReport.execute().result
+assert json.loads(figures)["budget"] is None
+for wrong in (-1.0, float("nan")):
+    try:
+        MemoryReport.execute(budget=wrong)
+    except ValueError as error:
+        assert "budget" in str(error)
+    else:
+        raise AssertionError(wrong)
 assert MemoryReport.fingerprint_inputs() != MemoryReport.fingerprint_inputs()
 print("done")
 """
 
 EXECUTOR = """
+import json
 import torch
 import comfy.model_management as management
 import execution, nodes
@@ -248,19 +297,25 @@ def run(name, positive="a red circle", seed=0):
                     {"after": ["sample", 0], "model": ["t5", 0], "mode": "offload"}),
         "report": ("PixArtSigmaMemoryReport", {"after": ["release", 0]}),
         "show": ("Probe", {"value": ["report", 1]}),
+        "figures": ("Probe", {"value": ["report", 2]}),
     }
     prompt = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
-    executor.execute(prompt, name, {}, ["show", "sample", "release"])
+    executor.execute(prompt, name, {}, ["show", "figures", "sample", "release"])
     assert executor.success, executor.status_messages
     assert management.current_loaded_models == []
-    table = seen[-1] if seen and isinstance(seen[-1], str) else ""
+    texts = [text for text in seen if isinstance(text, str)]
+    (table,) = [text for text in texts if not text.startswith("{")]
+    (figures,) = [json.loads(text) for text in texts if text.startswith("{")]
+    for stage in figures["stages"]:
+        assert (stage["loaded"] > 400_000) == (stage["name"] == "Encode the prompts"), stage
+        assert stage["freed"] == stage["loaded"], stage
     return [line.split("  ")[0] for line in table.splitlines()[2:]]
 
 assert run("first") == ["Encode the prompts", "Release a model"] and len(loads) == 1
 assert run("only the seed", seed=1) == ["Release a model"] and len(loads) == 1, "a freed T5 was loaded again"
 assert isinstance(seen[0], list) and seen[0][0][0].shape[2] == 128
 run("nothing new", seed=1)
-assert len(loads) == 1 and len(seen) == 1, "only the report is made anew"
+assert len(loads) == 1 and len(seen) == 2, "only the report is made anew"
 assert run("the prompt", "a blue circle", 1) == ["Encode the prompts", "Release a model"] and len(loads) == 2
 print("done")
 """

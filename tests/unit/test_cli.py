@@ -76,7 +76,7 @@ def test_memory_report_as_a_table_and_as_json(generate, tmp_path):
     stages = json.loads((tmp_path / "report.json").read_text())["stages"]
     assert set(stages) == {"text encoder", "transformer", "VAE decode"}
     for stage in stages.values():
-        assert set(stage) == {"before", "peak", "after", "weights", "seconds"}
+        assert set(stage) == {"before", "peak", "after", "weights", "loaded", "freed", "seconds"}
         assert stage["peak"] >= stage["weights"] > 0
 
 

@@ -126,7 +126,21 @@ def test_table_and_json_name_each_stage():
     stages = Stages(release="free", measure=True)
     stages.run("text encoder", Loader(8), lambda loaded: None)
     assert "text encoder" in stages.table() and "8.0 MB" in stages.table()
-    assert set(stages.as_dict()["text encoder"]) == {"before", "peak", "after", "weights", "seconds"}
+    figures = {"before", "peak", "after", "weights", "loaded", "freed", "seconds"}
+    assert set(stages.as_dict()["text encoder"]) == figures
+
+
+@pytest.mark.parametrize(
+    "release, loaded, freed", [("free", (8, 8), (8, 8)), ("offload", (8, 0), (0, 0)), ("keep", (8, 0), (0, 0))]
+)
+def test_loaded_and_freed_bytes_are_those_that_moved(release, loaded, freed):
+    stages = Stages(release=release, measure=True)  # on the CPU, where offloading moves nothing
+    for first_or_second in (0, 1):
+        stages.run("stage", Loader(8), lambda loaded: None)
+        cost = stages.costs["stage"]
+        assert cost.weights == 8 * MEGABYTE
+        assert cost.loaded == loaded[first_or_second] * MEGABYTE
+        assert cost.freed == freed[first_or_second] * MEGABYTE
 
 
 def test_an_unknown_release_is_named():

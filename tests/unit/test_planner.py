@@ -204,7 +204,9 @@ def test_generate_keeps_a_budget(tmp_path, capsys):
     arguments = ["a red circle", "--steps", "2", "--out", str(picture), "--budget", "100MB"]
     assert main(["generate", *arguments, "--memory-report", str(report)]) == 0
     assert picture.is_file() and "in strips" in capsys.readouterr().err
-    stages = json.loads(report.read_text())["stages"]
+    figures = json.loads(report.read_text())
+    stages = figures["stages"]
+    assert figures["budget"] == 100e6
     assert all(cost["peak"] - cost["before"] < 100e6 * 1.1 for cost in stages.values())
     assert main(["generate", *arguments, "--decode", "whole"]) == 2
     assert "--budget plans the decode too" in capsys.readouterr().err
