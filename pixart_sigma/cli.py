@@ -70,6 +70,7 @@ def _generate(arguments) -> int:
         device=arguments.device,
         t5_precision=arguments.t5_precision,
         t5_device=arguments.t5_device,
+        transformer_device=arguments.transformer_device,
         release=arguments.release,
         measure=arguments.memory_report is not None,
         needs_text_encoder=not encoded,
@@ -232,6 +233,7 @@ def _calibrate(arguments) -> int:
         device=arguments.device,
         t5_precision=arguments.t5_precision,
         t5_device=arguments.t5_device,
+        transformer_device=arguments.transformer_device,
     )
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     check_writable(out)
@@ -285,6 +287,7 @@ def _compare(arguments) -> int:
         variant=arguments.variant,
         device=arguments.device,
         t5_device=arguments.t5_device,
+        transformer_device=arguments.transformer_device,
     )
     is_demo = arguments.model == "demo" and arguments.text_encoder is None
     width, height = parse_size(arguments.size) if arguments.size else (None, None)

@@ -162,6 +162,13 @@ def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
+        "--transformer-device",
+        choices=("auto", "stream"),
+        default="auto",
+        help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
+        "same result",
+    )
+    command.add_argument(
         "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
     )
 

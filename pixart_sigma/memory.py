@@ -98,6 +98,11 @@ class Stages:
         """Whether the stage's model is where it works, between two uses."""
         return name in self._held and (self.release == "keep" or self.device.type == "cpu" or on_cpu)
 
+    def drop(self, name: str):
+        """Forget a model that is held, whatever `release` says; it is loaded again when next used."""
+        if self._held.pop(name, None) is not None:
+            self._collect()
+
     def _release(self, name: str):
         if name not in self._held or self.release == "keep":
             return
@@ -105,6 +110,9 @@ class Stages:
             del self._held[name]
         elif self.device.type != "cpu":
             _module(self._held[name]).to("cpu")
+        self._collect()
+
+    def _collect(self):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -149,7 +157,7 @@ def _forget_variables(error: BaseException | None):
 
 
 def _stage_bytes(model: Any) -> int:
-    """Bytes of weights that a stage needs on the device; a streamed encoder knows its own."""
+    """Bytes of weights that a stage needs on the device; a streamed model knows its own."""
     nbytes = getattr(_module(model), "nbytes", None)
     return weight_bytes(_module(model)) if nbytes is None else nbytes
 

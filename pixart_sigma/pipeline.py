@@ -1,7 +1,7 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .transformer import load_transformer
 from .vae import decode, encode, load_vae
 
 T5_PLACES = {"auto": "on the device", "stream": "streamed", "cpu": "on the CPU"}
+TRANSFORMER_PLACES = ("auto", "stream")
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class SigmaPipeline:
     dtype: torch.dtype
     t5_precision: str | None
     t5_device: str
+    transformer_device: str
     stages: Stages = field(repr=False)
     _held_encoder: EncoderIdentity | None = field(default=None, repr=False)
+    _held_transformer_place: str = field(default="", repr=False)
 
     @classmethod
     def from_path(
@@ -69,6 +72,7 @@ class SigmaPipeline:
         dtype: torch.dtype | None = None,
         t5_precision: str | None = None,
         t5_device: str = "auto",
+        transformer_device: str = "auto",
         release: str = "free",
         measure: bool = False,
         needs_text_encoder: bool = True,
@@ -78,8 +82,8 @@ class SigmaPipeline:
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
         float16, on a CPU to float32. `t5_device` "stream" passes T5 through the device block by block, "cpu"
-        leaves the device to the other stages. Without `needs_text_encoder` the prompts must be encoded
-        already.
+        leaves the device to the other stages. `transformer_device` "stream" passes the transformer's blocks
+        through the device. Without `needs_text_encoder` the prompts must be encoded already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -108,7 +112,8 @@ class SigmaPipeline:
             device=device,
             dtype=dtype,
             t5_precision=t5_precision,
-            t5_device=_check_t5_device(t5_device),
+            t5_device=_check_place("t5_device", t5_device, T5_PLACES),
+            transformer_device=_check_place("transformer_device", transformer_device, TRANSFORMER_PLACES),
             stages=Stages(device, release, measure),
         )
 
@@ -238,7 +243,7 @@ class SigmaPipeline:
         embeds, noise = embeds.to(self.device, self.dtype), latents
         state = generator.get_state()
 
-        def run_denoise(guidance_in_turn: bool):
+        def run_denoise(place: str, guidance_in_turn: bool):
             def use(transformer):
                 return denoise(
                     transformer,
@@ -261,16 +266,12 @@ class SigmaPipeline:
                     callback=callback,
                 )
 
-            return self.stages.run("transformer", self._load_transformer, use)
+            return self._run_transformer(place, use)
 
-        ways = {
-            "one pass": partial(run_denoise, False),
-            "prompt and negative in turn": partial(run_denoise, True),
-        }
-        if negative_embeds is None:
-            del ways["prompt and negative in turn"]
-        elif plan is not None and plan.guidance_in_turn:
-            del ways["one pass"]
+        place, in_turn = self.transformer_device, False
+        if plan is not None:
+            place, in_turn = plan.transformer_device, plan.guidance_in_turn
+        ways = self._denoising_ways(run_denoise, place, in_turn, negative_embeds is not None)
         latents = _first_that_fits("transformer", ways)
 
         stage("VAE decode")
@@ -312,6 +313,7 @@ class SigmaPipeline:
             dtype=self.dtype,
             precision=self.t5_precision,
             t5_device=None if self.t5_device == "auto" else self.t5_device,
+            transformer_device=self.transformer_device,
             in_ram=self.device.type == "cpu",
         )
 
@@ -369,7 +371,7 @@ class SigmaPipeline:
             )
 
         on_stage("transformer")
-        return self.stages.run("transformer", self._load_transformer, measure)
+        return self._run_transformer(self.transformer_device, measure)
 
     def _kv_compression(self, setting: str | None, width: int, height: int) -> tuple[KVCompression, ...]:
         """The rules of a run. Raises SigmaError where the setting does not fit the checkpoint."""
@@ -480,8 +482,30 @@ class SigmaPipeline:
             stream=place == "stream",
         )
 
-    def _load_transformer(self):
-        return load_transformer(self.checkpoint, dtype=self.dtype, device=self.device)
+    def _denoising_ways(
+        self, run: Callable[[str, bool], torch.Tensor], place: str, in_turn: bool, guided: bool
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """run(place, guidance in turn) as it is asked for, then in smaller ways."""
+        ways = {}
+        for other in dict.fromkeys((place, place if self.device.type == "cpu" else "stream")):
+            suffix = ", streamed" if other == "stream" else ""
+            if not (guided and in_turn and other == place):
+                ways["one pass" + suffix] = partial(run, other, False)
+            if guided:
+                ways["prompt and negative in turn" + suffix] = partial(run, other, True)
+        return ways
+
+    def _run_transformer(self, place: str, use: Callable[[Any], Any]) -> Any:
+        """use(transformer), the transformer in this place, also where another run left it in another one."""
+        if self._held_transformer_place != place:
+            self.stages.drop("transformer")
+        self._held_transformer_place = place
+        return self.stages.run("transformer", partial(self._load_transformer, place), use)
+
+    def _load_transformer(self, place: str):
+        return load_transformer(
+            self.checkpoint, dtype=self.dtype, device=self.device, stream=place == "stream"
+        )
 
     def _load_vae(self):
         return load_vae(self.vae, dtype=self.dtype, device=self.device)
@@ -499,7 +523,7 @@ def _device(name: str) -> torch.device:
 
 
 def _first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
-    """What the first way gives that does not run out of memory; SigmaError after the second."""
+    """What the first way gives that does not run out of memory; SigmaError after the last."""
     for number, (name, run) in enumerate(ways.items(), start=1):
         try:
             return run()
@@ -515,9 +539,9 @@ def _first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
     )
 
 
-def _check_t5_device(place: str) -> str:
-    if place not in T5_PLACES:
-        raise SigmaError(f"t5_device is {place!r}; choose one of {', '.join(T5_PLACES)}.")
+def _check_place(name: str, place: str, places: Iterable[str]) -> str:
+    if place not in places:
+        raise SigmaError(f"{name} is {place!r}; choose one of {', '.join(places)}.")
     return place
 
 

@@ -23,6 +23,7 @@ from .t5_weights import expected_nbytes
 from .text_encoder import MAX_TOKENS, read_encoder
 from .text_streaming import STREAMED, StreamedT5
 from .transformer import activation_bytes, build_transformer
+from .transformer_streaming import parked_nbytes, window_nbytes
 from .vae import read_config
 
 META = torch.device("meta")
@@ -91,6 +92,7 @@ class Plan:
     count: int
     t5_precision: str | None
     t5_device: str
+    transformer_device: str
     guidance_in_turn: bool
     kv_compression: str
     decode_how: str
@@ -154,6 +156,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     precision: str | None = None,
     t5_device: str | None = None,
+    transformer_device: str = "auto",
     in_ram: bool = False,
     prompt_tokens: int = MAX_TOKENS,
 ) -> Plan:
@@ -162,8 +165,9 @@ def plan(
     For `count` pictures of width x height pixels, with guidance or not, of models (by default the published
     shapes) that compute in `dtype`. Of all ways that fit, the fastest that costs no quality. `precision` of
     T5 None is bf16 where that fits, else int8. `t5_device` "auto" is where the budget counts, "stream" there
-    too but from RAM, "cpu" is not; None is the first of them that fits. `in_ram` is for a run on the CPU,
-    where what waits in RAM counts too.
+    too but from RAM, "cpu" is not; None is the first of them that fits. `transformer_device` "auto" streams
+    the transformer where it does not fit otherwise, "stream" in any case. `in_ram` is for a run on the CPU,
+    where what waits in RAM counts too, and where the transformer is never streamed.
     Raises SigmaError for a budget that is not positive, and where not even the smallest way of a stage fits:
     it says which, and what it needs.
     """
@@ -171,9 +175,10 @@ def plan(
         raise SigmaError(f"The budget is {budget:g} bytes; give more than 0, such as 2 GB.")
     models = models or published_models()
     devices = (t5_device,) if t5_device else ("auto",) if in_ram else ("auto", "stream", "cpu")
+    places = ("auto",) if in_ram else ("stream",) if transformer_device == "stream" else ("auto", "stream")
     ways = {
         "text encoder": _text_ways(models, precision, dtype, devices, prompt_tokens),
-        "transformer": _transformer_ways(models, width, height, count, guided, dtype, prompt_tokens),
+        "transformer": _transformer_ways(models, width, height, count, guided, dtype, places, prompt_tokens),
         "VAE decode": _decode_ways(models, width, height, dtype, budget, in_ram),
     }
     settings = {"t5_precision": None, "t5_device": "auto"}
@@ -252,18 +257,25 @@ def _transformer_ways(
     count: int,
     guided: bool,
     dtype: torch.dtype,
+    places: tuple[str, ...],
     prompt_tokens: int,
 ) -> Ways:
     size = dtype.itemsize
     transformer = build_transformer(models.transformer)
     weights = sum(weight.numel() for weight in transformer.parameters()) * size
-    for in_turn in (False, True) if guided else (False,):
-        batch = count * (2 if guided and not in_turn else 1)
-        activations = activation_bytes(
-            models.transformer, batch, -(-height // 8), -(-width // 8), prompt_tokens, size
-        )
-        how = "prompt and negative prompt in turn" if in_turn else "in one pass"
-        yield StagePlan(how, weights + activations, weights), {"guidance_in_turn": in_turn}
+    for place in places:
+        on_device, in_ram, suffix = weights, 0, ""
+        if place == "stream":
+            on_device, in_ram = window_nbytes(transformer, dtype), parked_nbytes(transformer, dtype)
+            suffix = ", streamed"
+        for in_turn in (False, True) if guided else (False,):
+            batch = count * (2 if guided and not in_turn else 1)
+            activations = activation_bytes(
+                models.transformer, batch, -(-height // 8), -(-width // 8), prompt_tokens, size
+            )
+            how = ("prompt and negative prompt in turn" if in_turn else "in one pass") + suffix
+            settings = {"transformer_device": place, "guidance_in_turn": in_turn}
+            yield StagePlan(how, on_device + activations, on_device, in_ram), settings
 
 
 def _decode_ways(

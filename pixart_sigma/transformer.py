@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,7 +136,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
         if prompt_mask is not None:
             prompt_bias = ((1 - prompt_mask.to(hidden_states)) * -10000.0)[:, None, None]
 
-        for index, block in enumerate(self.transformer_blocks):
+        for index, block in enumerate(self.visit_blocks()):
             hidden_states, prompt_embeds = hooks.run_block(
                 index,
                 block,
@@ -156,6 +157,10 @@ class SigmaTransformer(PixArtTransformer2DModel):
             patches = patches[..., :channels]
         predicted = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return predicted[..., :height, :width]
+
+    def visit_blocks(self) -> Iterable[SigmaBlock]:
+        """The blocks in turn, each with its weights on the device for as long as it is the current one."""
+        return self.transformer_blocks
 
     def embed_positions(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Add the 2-D sine-cosine positions to tokens (B, N, C), N = rows * columns of the grid.
@@ -284,13 +289,15 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    stream: bool = False,
 ) -> SigmaTransformer:
     """Load a transformer from any checkpoint that `inspect` knows, in eval mode and without gradients.
 
     Weights are cast one by one and each source dropped, so at most the largest tensor is there twice; those
     that are in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError for a file that is not
     a whole PixArt-Sigma transformer. `variant` ("256", "512", "1024", "2K") is for files that do not say
-    which they are.
+    which they are. With `stream` the blocks stay in RAM and pass through the device two at a time, with the
+    same result, see `transformer_streaming`.
     """
     from . import checkpoint as checkpoints
 
@@ -301,6 +308,12 @@ def load_transformer(
     transformer = build_transformer(source.config)
     state_dict = checkpoints.load_transformer_state_dict(source)
     for name in state_dict:
-        state_dict[name] = state_dict[name].to(device=device, dtype=dtype)
+        state_dict[name] = state_dict[name].to(device="cpu" if stream else device, dtype=dtype)
     transformer.load_state_dict(state_dict, assign=True)
-    return transformer.eval().requires_grad_(False)
+    transformer.eval().requires_grad_(False)
+    if not stream:
+        return transformer
+    del state_dict  # each block's weights are dropped as it is parked
+    from .transformer_streaming import stream_blocks
+
+    return stream_blocks(transformer, device)

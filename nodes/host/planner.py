@@ -1,5 +1,7 @@
 """A plan for the device that the host computes on."""
 
+from dataclasses import replace
+
 import comfy.model_management as management
 import torch
 
@@ -9,7 +11,8 @@ from ...pixart_sigma.planner import Plan, plan
 
 def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
     """The plan for `budget` bytes, or for what the device has if it is 0. Where the host has no graphics card
-    it is made for one with this budget.
+    it is made for one with this budget. Where it streams the transformer it says that the host loads it
+    partially, which is the host's own way to need less.
 
     Raises SigmaError for more than the card has, and for a budget in which a stage does not fit.
     """
@@ -20,13 +23,21 @@ def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
             f"The budget is {budget / 1e9:.1f} GB, and this graphics card has {total / 1e9:.1f} GB. Give "
             "less, or 0 for what it has."
         )
-    return plan(
+    made = plan(
         budget or total - management.extra_reserved_memory(),
         width,
         height,
         count,
         dtype=_dtype(device),
     )
+    return _loaded_partially(made) if made.transformer_device == "stream" else made
+
+
+def _loaded_partially(made: Plan) -> Plan:
+    stage = made.stages["transformer"]
+    how = stage.how.replace("streamed", "loaded partially by ComfyUI")
+    stages = made.stages | {"transformer": replace(stage, how=how)}
+    return replace(made, stages=stages, why=made.why.replace(stage.how, how))
 
 
 def _dtype(device: torch.device) -> torch.dtype:
