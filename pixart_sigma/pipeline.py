@@ -345,7 +345,9 @@ class SigmaPipeline:
             return [text_encoder.encode(prompt).prompt_embeds for prompt in (*prompts, "")]
 
         on_stage("text encoder")
-        *embeds, negative = self.stages.run("text encoder", load_text_encoder, encode_all, self.t5_device)
+        *embeds, negative = self.stages.run(
+            "text encoder", load_text_encoder, encode_all, self.t5_device == "cpu"
+        )
 
         def measure(transformer):
             def place(tensor):

@@ -131,7 +131,8 @@ def test_table_and_json_name_each_stage():
 
 
 @pytest.mark.parametrize(
-    "release, loaded, freed", [("free", (8, 8), (8, 8)), ("offload", (8, 0), (0, 0)), ("keep", (8, 0), (0, 0))]
+    "release, loaded, freed",
+    [("free", (8, 8), (8, 8)), ("offload", (8, 0), (0, 0)), ("keep", (8, 0), (0, 0))],
 )
 def test_loaded_and_freed_bytes_are_those_that_moved(release, loaded, freed):
     stages = Stages(release=release, measure=True)  # on the CPU, where offloading moves nothing
