@@ -58,6 +58,7 @@ class StreamedTransformer(SigmaTransformer):
         """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
         count = len(self._parked)
         buffers = BlockBuffers(len(self._parked[0]), self.device)
+        views = {}  # of a buffer, by its layout: nearly all blocks have the same
         try:
             buffers.fill(0, self._parked[0])
             for index, block in enumerate(self.transformer_blocks):
@@ -65,26 +66,34 @@ class StreamedTransformer(SigmaTransformer):
                 if index + 1 < count:
                     buffers.fill(1 - slot, self._parked[index + 1])
                 buffers.wait_until_filled(slot)
-                _bind(block, buffers.bytes[slot])
+                layout = self._layouts[index]
+                if (layout, slot) not in views:
+                    views[layout, slot] = [part.of(buffers.bytes[slot]) for part in layout]
+                _bind(block, views[layout, slot])
                 yield block
                 buffers.mark_used(slot)
         finally:
-            for block, block_bytes in zip(self.transformer_blocks, self._parked, strict=True):
-                _bind(block, block_bytes)
+            for block, weights in zip(self.transformer_blocks, self._parked_weights, strict=True):
+                _bind(block, weights)
             buffers.close()
 
     def _park(self, device: torch.device) -> None:
         """Move each block's weights to one piece of RAM, from which `device` can copy by itself."""
         nbytes = block_nbytes(self, self.dtype)
+        # Once, because it takes longer than the GPU has to wait for a block.
+        self._layouts = [_lay_out(block, self.dtype) for block in self.transformer_blocks]
+        self._parked_weights = []
         parked = []
-        for block in self.transformer_blocks:
+        for block, layout in zip(self.transformer_blocks, self._layouts, strict=True):
             try:
                 block_bytes = self._pinned.allocate(nbytes, device)
             except RuntimeError:  # the copy then waits, and is as right
                 block_bytes = torch.empty(nbytes, dtype=torch.uint8)
-            for part, weight in zip(_lay_out(block, self.dtype), block.parameters(), strict=True):
-                part.of(block_bytes).copy_(weight)
-            _bind(block, block_bytes)
+            views = [part.of(block_bytes) for part in layout]
+            for view, weight in zip(views, block.parameters(), strict=True):
+                view.copy_(weight)
+            _bind(block, views)
+            self._parked_weights.append(views)
             parked.append(block_bytes)
         self._parked = parked
 
@@ -93,6 +102,8 @@ def stream_blocks(transformer: SigmaTransformer, device: str | torch.device) -> 
     """This transformer, itself, streamed to a device. Its weights must be on the CPU, all in one dtype."""
     transformer.__class__ = StreamedTransformer
     transformer._parked = []  # a piece of RAM (uint8) for each block
+    transformer._layouts = []  # where in it each weight lies
+    transformer._parked_weights = []  # the weights there
     transformer._pinned = PinnedMemory()
     transformer._visits = None
     return transformer.to(device)
@@ -124,8 +135,7 @@ def _lay_out(block: torch.nn.Module, dtype: torch.dtype) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _bind(block: torch.nn.Module, block_bytes: torch.Tensor) -> None:
-    """Let the block run on weights in these bytes, without a copy."""
-    parameters = list(block.parameters())
-    for part, weight in zip(_lay_out(block, parameters[0].dtype), parameters, strict=True):
-        weight.data = part.of(block_bytes)
+def _bind(block: torch.nn.Module, weights: list[torch.Tensor]) -> None:
+    """Let the block run on these weights, without a copy."""
+    for weight, parameter in zip(weights, block.parameters(), strict=True):
+        parameter.data = weight
