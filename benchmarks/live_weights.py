@@ -29,12 +29,12 @@ def live_weights() -> int:
 class CountingStages(Stages):
     """Stages that note the live weights while each one's model is in use."""
 
-    def run(self, name, load, use):
+    def run(self, name, load, use, **settings):
         def counted(model):
             seen[name] = live_weights()
             return use(model)
 
-        result = super().run(name, load, counted)
+        result = super().run(name, load, counted, **settings)
         left[name] = live_weights()
         return result
 
@@ -46,7 +46,7 @@ left: dict[str, int] = {}
 def main() -> int:
     model = sys.argv[1] if len(sys.argv) > 1 else "demo"
     pipeline = SigmaPipeline.from_path(model, device="cpu", measure=True)
-    pipeline.stages = CountingStages("cpu", "free", measure=True)
+    pipeline.stages.__class__ = CountingStages
     pipeline.generate("a red circle", steps=1)
     largest = max(cost.weights for cost in pipeline.stages.costs.values())
     for name, size in seen.items():

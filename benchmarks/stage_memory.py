@@ -103,7 +103,7 @@ def main() -> int:
             prompt_embeds = encoder.encode(PROMPT).prompt_embeds
             del encoder
         embeddings = PromptEmbeddings(prompt_embeds, prompt_embeds, PROMPT, PROMPT)
-        pipeline = replace(pipeline, text_encoder=None)
+        pipeline = replace(pipeline, components=replace(pipeline.components, text_encoder=None))
         for budget in (ROOMY, arguments.budget * 1e9):
             made = pipeline.plan(budget, width, height)
             pipeline.generate(embeddings, width=width, height=height, steps=1, plan=made)

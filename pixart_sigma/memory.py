@@ -1,6 +1,7 @@
 """Stages: a model is loaded when it is used, released when it is done, and what it cost is written down."""
 
 import gc
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -135,6 +136,23 @@ class Stages:
     def as_dict(self) -> dict[str, dict[str, float]]:
         """The costs per stage, ready for JSON."""
         return {name: asdict(cost) for name, cost in self.costs.items()}
+
+
+def first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
+    """What the first of a stage's ways gives that does not run out of memory; SigmaError after the last."""
+    for number, (name, run) in enumerate(ways.items(), start=1):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            following = list(ways)[number : number + 1]
+            logging.getLogger(__name__).warning(
+                f"Memory ran out in the {stage} ({name})."
+                + "".join(f" It is released and runs again: {way}." for way in following)
+            )
+    raise SigmaError(
+        f"Memory ran out in the {stage}. Close other programs or make a smaller picture; `pixart-sigma plan` "
+        "says what each stage needs."
+    )
 
 
 def peak_bytes(device: torch.device, use: Callable[[], Any]) -> int:

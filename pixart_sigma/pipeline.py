@@ -1,35 +1,28 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from . import DEMO
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
-from .calibration import Calibration, calibrate, find_calibrated, fingerprint_of
-from .caption_cleaning import prepare_prompt
-from .checkpoint import Checkpoint, find_components, inspect, load_transformer_state_dict
-from .embeddings import EmbeddingCache, EncoderIdentity, PromptEmbeddings, cache_key, identify
-from .errors import CheckpointError, SigmaError
-from .kv_compression import KVCompression, resolve
+from .calibration import Calibration
+from .checkpoint import Checkpoint
+from .components import T5_PLACES, TRANSFORMER_PLACES, Components, check_place, pick_device, pick_dtype
+from .embeddings import EmbeddingCache, PromptEmbeddings
+from .errors import SigmaError
 from .memory import Stages
 from .planner import Plan, read_models
 from .planner import plan as make_plan
-from .sampling import Step, check_settings, denoise, get_noise
+from .sampling import Step, check_settings, get_noise
 from .schedulers import default_guidance
-from .text_encoder import Encoded, TextEncoder, pad_embeds
-from .text_streaming import STREAMED
-from .transformer import load_transformer
+from .text_encoder import Encoded
+from .text_stage import TextStage
+from .transformer_stage import TransformerStage
 from .vae import decode, encode, load_vae
-
-T5_PLACES = {"auto": "on the device", "stream": "streamed", "cpu": "on the CPU"}
-TRANSFORMER_PLACES = ("auto", "stream")
 
 
 @dataclass(frozen=True)
@@ -46,18 +39,12 @@ class Result:
 class SigmaPipeline:
     """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
 
-    checkpoint: Checkpoint
-    text_encoder: Path | None
-    tokenizer: Path | None
-    vae: Path
+    components: Components
     device: torch.device
     dtype: torch.dtype
-    t5_precision: str | None
-    t5_device: str
-    transformer_device: str
+    text: TextStage
+    transformer: TransformerStage
     stages: Stages = field(repr=False)
-    _held_encoder: EncoderIdentity | None = field(default=None, repr=False)
-    _held_transformer_place: str = field(default="", repr=False)
 
     @classmethod
     def from_path(
@@ -87,35 +74,56 @@ class SigmaPipeline:
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
-        checkpoint = inspect(transformer or folder, variant=variant)
-        components = find_components(folder)
-        needed = [("text_encoder", text_encoder)] if needs_text_encoder else []
-        for name, given in (*needed, ("vae", vae)):
-            if given is None and name not in components:
-                option = "--" + name.replace("_", "-")
-                raise CheckpointError(
-                    f"{folder} has no {name}: give a whole pipeline folder, or the file with {option}."
-                )
-        device = _device(device)
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else _half(device)
+        components = Components.find(
+            folder,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            variant=variant,
+            needs_text_encoder=needs_text_encoder,
+        )
+        device = pick_device(device)
         if t5_precision is None and folder == DEMO and text_encoder is None:
             t5_precision = "fp32"
+        stages = Stages(device, release, measure)
+        text = TextStage(
+            text_encoder=components.text_encoder,
+            tokenizer=components.tokenizer,
+            precision=t5_precision,
+            place=check_place("t5_device", t5_device, T5_PLACES),
+            device=device,
+            stages=stages,
+        )
+        dtype = dtype or pick_dtype(device)
         return cls(
-            checkpoint=checkpoint,
-            text_encoder=Path(text_encoder) if text_encoder else components.get("text_encoder"),
-            # The demo's tokenizer knows 128 words, and no other encoder means them.
-            tokenizer=None
-            if text_encoder and (folder == DEMO or _has_tokenizer(Path(text_encoder)))
-            else components.get("tokenizer"),
-            vae=Path(vae) if vae else components["vae"],
+            components=components,
             device=device,
             dtype=dtype,
-            t5_precision=t5_precision,
-            t5_device=_check_place("t5_device", t5_device, T5_PLACES),
-            transformer_device=_check_place("transformer_device", transformer_device, TRANSFORMER_PLACES),
-            stages=Stages(device, release, measure),
+            text=text,
+            transformer=TransformerStage(
+                checkpoint=components.checkpoint,
+                place=check_place("transformer_device", transformer_device, TRANSFORMER_PLACES),
+                device=device,
+                dtype=dtype,
+                stages=stages,
+            ),
+            stages=stages,
         )
+
+    def apart(self) -> "SigmaPipeline":
+        """The same models in stages of their own, each freed after its use: what this one holds stays."""
+        stages = Stages(self.device, "free")
+        return replace(
+            self,
+            stages=stages,
+            text=replace(self.text, stages=stages, _held=None),
+            transformer=replace(self.transformer, stages=stages, _held_place=""),
+        )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the transformer's files are."""
+        return self.components.checkpoint
 
     @property
     def base_size(self) -> int:
@@ -134,7 +142,7 @@ class SigmaPipeline:
 
         T5 is loaded only where `embedding_cache` lacks one of them.
         """
-        (positive, unwanted), encoder = self.encode_texts((prompt, negative), clean_caption, embedding_cache)
+        (positive, unwanted), encoder = self.text.encode((prompt, negative), clean_caption, embedding_cache)
         return PromptEmbeddings(
             positive=positive.prompt_embeds,
             negative=unwanted.prompt_embeds,
@@ -196,13 +204,17 @@ class SigmaPipeline:
         if not isinstance(count, int) or count < 1:
             raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
         made_width, made_height = self._made_size(width, height, use_resolution_binning)
-        rules = self._kv_compression(kv_compression_setting, made_width, made_height)
+        rules = self.transformer.kv_compression(kv_compression_setting, made_width, made_height)
         stage = on_stage or (lambda name: None)
 
-        text_settings = {}
+        text_settings, transformer_settings = {}, {}
         if plan is not None:
             decode_how, decode_budget = plan.decode_how, plan.decode_budget or None
             text_settings = {"precision": plan.t5_precision, "place": plan.t5_device}
+            transformer_settings = {
+                "place": plan.transformer_device,
+                "guidance_in_turn": plan.guidance_in_turn,
+            }
         if isinstance(prompt, PromptEmbeddings):
             self._check_embeddings(prompt, negative, clean_caption)
             embeddings = prompt
@@ -215,7 +227,7 @@ class SigmaPipeline:
         else:
             stage("text encoder")
             texts = (prompt, negative) if guidance_scale > 1 else (prompt,)
-            encoded, encoder = self.encode_texts(texts, clean_caption, embedding_cache, **text_settings)
+            encoded, encoder = self.text.encode(texts, clean_caption, embedding_cache, **text_settings)
             precision = encoder.precision
         image_latents = None
         if image is not None:
@@ -225,54 +237,26 @@ class SigmaPipeline:
             image_latents = image_latents.repeat(count, 1, 1, 1)
 
         generator = torch.Generator().manual_seed(seed)
-        latents = get_noise(
-            count,
-            made_height,
-            made_width,
-            generator,
-            self.dtype,
-            self.device,
-            self.checkpoint.config.in_channels,
-        )
+        channels = self.checkpoint.config.in_channels
+        noise = get_noise(count, made_height, made_width, generator, self.dtype, self.device, channels)
         stage("transformer")
-        embeds, mask = pad_embeds([encoded[0].prompt_embeds] * count)
-        negative_embeds = negative_mask = None
-        if guidance_scale > 1:
-            negative_embeds, negative_mask = pad_embeds([encoded[1].prompt_embeds] * count)
-            negative_embeds = negative_embeds.to(self.device, self.dtype)
-        embeds, noise = embeds.to(self.device, self.dtype), latents
-        state = generator.get_state()
-
-        def run_denoise(place: str, guidance_in_turn: bool):
-            def use(transformer):
-                return denoise(
-                    transformer,
-                    noise,
-                    embeds,
-                    mask,
-                    negative_embeds,
-                    negative_mask,
-                    scheduler=scheduler,
-                    steps=steps,
-                    guidance_scale=guidance_scale,
-                    timesteps=timesteps,
-                    sigmas=sigmas,
-                    strength=strength,
-                    image_latents=image_latents,
-                    generator=generator.set_state(state),
-                    eta=eta,
-                    kv_compression=rules,
-                    guidance_in_turn=guidance_in_turn,
-                    callback=callback,
-                )
-
-            return self._run_transformer(place, use)
-
-        place, in_turn = self.transformer_device, False
-        if plan is not None:
-            place, in_turn = plan.transformer_device, plan.guidance_in_turn
-        ways = self._denoising_ways(run_denoise, place, in_turn, negative_embeds is not None)
-        latents = _first_that_fits("transformer", ways)
+        latents = self.transformer.denoise(
+            noise,
+            encoded[0],
+            encoded[1] if guidance_scale > 1 else None,
+            generator,
+            **transformer_settings,
+            scheduler=scheduler,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            strength=strength,
+            image_latents=image_latents,
+            eta=eta,
+            kv_compression=rules,
+            callback=callback,
+        )
 
         stage("VAE decode")
         pictures = self.stages.run(
@@ -301,7 +285,7 @@ class SigmaPipeline:
         self, budget: float, width: int, height: int, count: int = 1, guidance_scale: float = 4.5
     ) -> Plan:
         """The plan that `generate` keeps `budget` bytes with; see `planner.plan`, also for what it raises."""
-        models = read_models(self.checkpoint, self.text_encoder, self.vae)
+        models = read_models(self.checkpoint, self.components.text_encoder, self.components.vae)
         width, height = self._made_size(width, height, True)
         return make_plan(
             budget,
@@ -311,9 +295,9 @@ class SigmaPipeline:
             models,
             guided=guidance_scale > 1,
             dtype=self.dtype,
-            precision=self.t5_precision,
-            t5_device=None if self.t5_device == "auto" else self.t5_device,
-            transformer_device=self.transformer_device,
+            precision=self.text.precision,
+            t5_device=None if self.text.place == "auto" else self.text.place,
+            transformer_device=self.transformer.place,
             in_ram=self.device.type == "cpu",
         )
 
@@ -338,59 +322,21 @@ class SigmaPipeline:
         check_settings("dpmpp_2m", steps, guidance_scale)
         width, height = self._made_size(width, height, False)
 
-        def load_text_encoder():
-            return self._load_text_encoder(self.t5_precision, self.t5_device)
-
-        def encode_all(text_encoder: TextEncoder):
-            return [text_encoder.encode(prompt).prompt_embeds for prompt in (*prompts, "")]
-
         on_stage("text encoder")
-        *embeds, negative = self.stages.run(
-            "text encoder", load_text_encoder, encode_all, self.t5_device == "cpu"
-        )
-
-        def measure(transformer):
-            def place(tensor):
-                return tensor.to(self.device, self.dtype)
-
-            channels = self.checkpoint.config.in_channels
-            noise = [
-                get_noise(1, height, width, seed + index, self.dtype, self.device, channels)
-                for index in range(len(prompts))
-            ]
-            runs = [
-                (latents, place(positive), place(negative))
-                for latents, positive in zip(noise, embeds, strict=True)
-            ]
-            return calibrate(
-                transformer,
-                runs,
-                prompts,
-                budget=budget,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                on_progress=on_progress,
-            )
-
+        (*encoded, negative), _ = self.text.encode((*prompts, ""))
         on_stage("transformer")
-        return self._run_transformer(self.transformer_device, measure)
-
-    def _kv_compression(self, setting: str | None, width: int, height: int) -> tuple[KVCompression, ...]:
-        """The rules of a run. Raises SigmaError where the setting does not fit the checkpoint."""
-        checkpoint = self.checkpoint
-
-        def fingerprint():
-            return fingerprint_of(load_transformer_state_dict(checkpoint))
-
-        if setting is not None and setting.endswith(".json"):
-            calibration = Calibration.read(Path(setting))
-            if not calibration.fits(fingerprint()):
-                raise SigmaError(
-                    f"{setting} was measured on another checkpoint than {checkpoint.path}; calibrate it."
-                )
-            return resolve(calibration.rules, checkpoint.config, height, width)
-        calibrated = find_calibrated(checkpoint.path, fingerprint) if setting == "auto" else None
-        return resolve(setting, checkpoint.config, height, width, calibrated)
+        return self.transformer.calibrate(
+            prompts,
+            encoded,
+            negative,
+            width,
+            height,
+            seed,
+            budget=budget,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            on_progress=on_progress,
+        )
 
     def _made_size(self, width: int, height: int, use_resolution_binning: bool) -> tuple[int, int]:
         """The size the transformer works at: a bucket of the checkpoint's base, or whole latents."""
@@ -398,64 +344,6 @@ class SigmaPipeline:
             return -(-width // 8) * 8, -(-height // 8) * 8
         bucket = nearest(width, height, self.base_size, binning=True)
         return bucket.width, bucket.height
-
-    def encode_texts(
-        self,
-        texts: tuple[str, ...],
-        clean_caption: bool,
-        cache: EmbeddingCache | None,
-        precision: str | None = None,
-        place: str | None = None,
-    ) -> tuple[list[Encoded], EncoderIdentity]:
-        """What T5 makes of each text, and which T5; it is loaded only for what `cache` lacks.
-
-        T5 runs in the pipeline's precision and place unless others are given; where memory runs out it is
-        streamed, and if that is not possible or not enough, it runs on the CPU.
-        """
-        precision, place = precision or self.t5_precision, place or self.t5_device
-        encoder = self._held_encoder or self._identify(precision)
-        keys: list[str | None] = [None] * len(texts)
-        if cache is not None and encoder is not None:
-            prepared = [prepare_prompt(text, clean_caption) for text in texts]
-            keys = [cache_key(encoder, self._device_of(place), text=text) for text in prepared]
-        found = [key and cache.get(key) for key in keys]
-        if all(found):
-            return found, encoder
-
-        def encode_missing(text_encoder: TextEncoder):
-            encoded = [
-                known or text_encoder.encode(text, clean_caption=clean_caption)
-                for text, known in zip(texts, found, strict=True)
-            ]
-            return encoded, text_encoder.precision
-
-        def run_in(place: str):
-            load = partial(self._load_text_encoder, precision, place)
-            return self.stages.run("text encoder", load, encode_missing, on_cpu=place == "cpu")
-
-        places = [place]
-        if self.device.type != "cpu":
-            streamable = encoder is None or encoder.precision in STREAMED
-            smaller = ("stream", "cpu") if streamable else ("cpu",)
-            places += [other for other in smaller if place not in (other, "cpu")]
-        ways = {T5_PLACES[place]: partial(run_in, place) for place in places}
-        encoded, loaded_precision = _first_that_fits("text encoder", ways)
-        encoder = encoder or EncoderIdentity("", loaded_precision)
-        if self.stages.release != "free":
-            self._held_encoder = encoder  # whatever its files are by the next run
-        for key, known, new in zip(keys, found, encoded, strict=True):
-            if key and known is None:
-                cache.put(key, new)
-        return encoded, encoder
-
-    def _identify(self, precision: str | None) -> EncoderIdentity | None:
-        """The T5 that will be loaded; None where its files are unusable, which loading it says better."""
-        if self.text_encoder is None:
-            return None
-        try:
-            return identify(self.text_encoder, self.tokenizer, precision)
-        except (SigmaError, OSError):
-            return None
 
     def _check_embeddings(self, embeddings: PromptEmbeddings, negative: str, clean_caption: bool):
         if negative or clean_caption:
@@ -470,90 +358,8 @@ class SigmaPipeline:
                 f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
             )
 
-    def _device_of(self, place: str) -> torch.device:
-        return torch.device("cpu") if place == "cpu" else self.device
-
-    def _load_text_encoder(self, precision: str | None, place: str):
-        if self.text_encoder is None:
-            raise CheckpointError("This pipeline has no text encoder; give it encoded prompts.")
-        return TextEncoder.load(
-            self.text_encoder,
-            tokenizer=self.tokenizer,
-            precision=precision,
-            device=self._device_of(place),
-            stream=place == "stream",
-        )
-
-    def _denoising_ways(
-        self, run: Callable[[str, bool], torch.Tensor], place: str, in_turn: bool, guided: bool
-    ) -> dict[str, Callable[[], torch.Tensor]]:
-        """run(place, guidance in turn) as it is asked for, then in smaller ways."""
-        ways = {}
-        for other in dict.fromkeys((place, place if self.device.type == "cpu" else "stream")):
-            suffix = ", streamed" if other == "stream" else ""
-            if not (guided and in_turn and other == place):
-                ways["one pass" + suffix] = partial(run, other, False)
-            if guided:
-                ways["prompt and negative in turn" + suffix] = partial(run, other, True)
-        return ways
-
-    def _run_transformer(self, place: str, use: Callable[[Any], Any]) -> Any:
-        """use(transformer), the transformer in this place, also where another run left it in another one."""
-        if self._held_transformer_place != place:
-            self.stages.drop("transformer")
-        self._held_transformer_place = place
-        return self.stages.run("transformer", partial(self._load_transformer, place), use)
-
-    def _load_transformer(self, place: str):
-        return load_transformer(
-            self.checkpoint, dtype=self.dtype, device=self.device, stream=place == "stream"
-        )
-
     def _load_vae(self):
-        return load_vae(self.vae, dtype=self.dtype, device=self.device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SigmaError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
-    """What the first way gives that does not run out of memory; SigmaError after the last."""
-    for number, (name, run) in enumerate(ways.items(), start=1):
-        try:
-            return run()
-        except torch.OutOfMemoryError:
-            following = list(ways)[number : number + 1]
-            logging.getLogger(__name__).warning(
-                f"Memory ran out in the {stage} ({name})."
-                + "".join(f" It is released and runs again: {way}." for way in following)
-            )
-    raise SigmaError(
-        f"Memory ran out in the {stage}. Close other programs or make a smaller picture; `pixart-sigma plan` "
-        "says what each stage needs."
-    )
-
-
-def _check_place(name: str, place: str, places: Iterable[str]) -> str:
-    if place not in places:
-        raise SigmaError(f"{name} is {place!r}; choose one of {', '.join(places)}.")
-    return place
-
-
-def _half(device: torch.device) -> torch.dtype:
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / name).exists() for name in ("tokenizer", "spiece.model", "tokenizer.json"))
+        return load_vae(self.components.vae, dtype=self.dtype, device=self.device)
 
 
 def _to_image(picture: torch.Tensor) -> Image.Image:

@@ -6,7 +6,7 @@ ratio, and the two pictures of the same noise by their peak signal-to-noise rati
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageStat
 from .aspect_ratio import check_size
 from .embeddings import EmbeddingCache, PromptEmbeddings
 from .errors import SigmaError
-from .memory import Stages, readable
+from .memory import readable
 from .sampling import Step, check_settings
 from .t5_model import check_4bit_widths, check_packages
 from .text_encoder import describe_encoder, read_encoder
@@ -171,15 +171,16 @@ def compare_t5(
     in memory at a time, each released before the next, whatever the pipeline does in its own runs.
     Raises SigmaError before anything is loaded for what `check_comparison` says and for wrong settings.
     """
-    if pipeline.text_encoder is None:
+    text = pipeline.text
+    if text.text_encoder is None:
         raise SigmaError("This pipeline has no text encoder to compare; give it one.")
     tokenizer, nbytes = check_comparison(
         prompts,
         precisions,
-        pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        device="cpu" if pipeline.t5_device == "cpu" else pipeline.device,
-        stream=pipeline.t5_device == "stream",
+        text.text_encoder,
+        tokenizer=text.tokenizer,
+        device="cpu" if text.place == "cpu" else pipeline.device,
+        stream=text.place == "stream",
         caption_channels=pipeline.checkpoint.config.caption_channels if pictures else None,
     )
     base = pipeline.base_size
@@ -188,12 +189,12 @@ def compare_t5(
         check_size(**size)
         check_settings("dpmpp_2m", steps, guidance_scale)
 
-    pipeline = replace(pipeline, stages=Stages(pipeline.device, "free"), _held_encoder=None)
+    pipeline = pipeline.apart()
     encoded = []
     for precision in precisions:
         on_stage(f"T5 in {precision}")
         texts = (*prompts, negative)
-        found, _ = pipeline.encode_texts(texts, clean_caption, embedding_cache, precision)
+        found, _ = pipeline.text.encode(texts, clean_caption, embedding_cache, precision)
         encoded.append([(one.prompt_embeds.cpu(), one.truncated) for one in found])
 
     settings = {}

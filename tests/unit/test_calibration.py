@@ -244,7 +244,7 @@ def test_mistakes_in_the_terminal(options, words, capsys):
 def test_auto_uses_what_lies_with_the_checkpoint(pipeline_folder, measured, tmp_path):
     folder = shutil.copytree(pipeline_folder, tmp_path / "model")
     pipeline = SigmaPipeline.from_path(folder)
-    assert pipeline._kv_compression("auto", 2048, 2048) == parse("mean:2:deep", 2)
+    assert pipeline.transformer.kv_compression("auto", 2048, 2048) == parse("mean:2:deep", 2)
     measured.save(calibration_path(folder))
-    assert pipeline._kv_compression("auto", 2048, 2048) == measured.rules
-    assert pipeline._kv_compression("auto", 512, 512) == ()
+    assert pipeline.transformer.kv_compression("auto", 2048, 2048) == measured.rules
+    assert pipeline.transformer.kv_compression("auto", 512, 512) == ()

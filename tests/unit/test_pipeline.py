@@ -9,6 +9,7 @@ import torch
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory import Stages
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.transformer_stage import TransformerStage
 
 STEPS = 3
 
@@ -82,13 +83,13 @@ def test_each_stage_is_measured_and_gone_after_it(folder):
 def test_release_decides_what_the_next_run_loads(folder, release, monkeypatch):
     made = pipeline(folder, release=release)
     loads = []
-    original = SigmaPipeline._load_transformer
+    original = TransformerStage.load
 
     def load(self, place):
         loads.append(1)
         return original(self, place)
 
-    monkeypatch.setattr(SigmaPipeline, "_load_transformer", load)
+    monkeypatch.setattr(TransformerStage, "load", load)
     first = made.generate("a boat", steps=1, width=256, height=256)
     second = made.generate("a boat", steps=1, width=256, height=256)
     assert len(loads) == {"keep": 1, "free": 2}[release]

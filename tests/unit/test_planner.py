@@ -100,7 +100,9 @@ class SigmaModels:
     @staticmethod
     def of_the_demo():
         pipeline = SigmaPipeline.from_path("demo", device="cpu")
-        models = planner.read_models(pipeline.checkpoint, pipeline.text_encoder, pipeline.vae)
+        models = planner.read_models(
+            pipeline.checkpoint, pipeline.components.text_encoder, pipeline.components.vae
+        )
         with torch.device("meta"):
             large = planner.AutoencoderKL.from_config(planner.SDXL_VAE)
         return planner.Models(
@@ -128,7 +130,7 @@ def test_guidance_in_turn_gives_the_same_latents_in_half_batches():
 def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch, caplog):
     pipeline = SigmaPipeline.from_path("demo", device="cpu")
     expected = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
-    load = pipeline._load_transformer
+    load = pipeline.transformer.load
     together = []
 
     def load_small(place):
@@ -144,7 +146,7 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
         transformer.forward = refuse_pairs
         return transformer
 
-    monkeypatch.setattr(pipeline, "_load_transformer", load_small)
+    monkeypatch.setattr(pipeline.transformer, "load", load_small)
     actual = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
     assert together == [2] and "runs again: prompt and negative in turn" in caplog.text
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-2, atol=5e-3)
@@ -152,7 +154,7 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(pipeline, "_load_transformer", fails)
+    monkeypatch.setattr(pipeline.transformer, "load", fails)
     with pytest.raises(SigmaError, match="Memory ran out in the transformer. Close other programs"):
         pipeline.generate("a red circle", width=64, height=64, steps=1)
     assert not pipeline.stages._held
@@ -161,8 +163,8 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
 def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch, caplog):
     pipeline = SigmaPipeline.from_path("demo", device="cpu")
     expected = pipeline.encode_prompts("a red circle")
-    load = pipeline._load_text_encoder
-    pipeline.device = torch.device("cuda")  # as far as choosing goes
+    load = pipeline.text.load
+    pipeline.text.device = torch.device("cuda")  # as far as choosing goes
     places = []
 
     def full(precision, place):
@@ -171,12 +173,12 @@ def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch,
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return load(precision, place)
 
-    monkeypatch.setattr(pipeline, "_load_text_encoder", full)
+    monkeypatch.setattr(pipeline.text, "load", full)
     actual = pipeline.encode_prompts("a red circle")
     assert places == ["auto", "stream", "cpu"] and "runs again: streamed" in caplog.text
     assert torch.equal(actual.positive, expected.positive)
     places.clear()
-    pipeline.t5_device = "stream"
+    pipeline.text.place = "stream"
     pipeline.encode_prompts("a red circle")
     assert places == ["stream", "cpu"]
     with pytest.raises(SigmaError, match="choose one of auto, stream, cpu"):

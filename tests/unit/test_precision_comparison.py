@@ -300,6 +300,6 @@ def test_an_interrupt_writes_nothing(compare, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.transformer_stage.denoise", interrupt)
     assert compare("a boat")[0] == 130
     assert not list(tmp_path.iterdir())

@@ -223,7 +223,9 @@ def test_the_pipeline_draws_the_same(parked, release):
 
 def test_a_plan_streams_and_uses_what_it_says(parked):
     pipeline = demo(measure=True, release="keep")
-    models = planner.read_models(pipeline.checkpoint, pipeline.text_encoder, pipeline.vae)
+    models = planner.read_models(
+        pipeline.checkpoint, pipeline.components.text_encoder, pipeline.components.vae
+    )
     settings = {"models": models, "dtype": torch.float32, "precision": "fp32", "t5_device": "auto"}
     resident = draw(pipeline, width=256, height=256, plan=plan(GB, 256, 256, **settings))
     assert not isinstance(pipeline.stages._held["transformer"], StreamedTransformer)
@@ -240,14 +242,15 @@ def test_a_plan_streams_and_uses_what_it_says(parked):
 def test_a_run_without_memory_streams_in_the_end(parked, monkeypatch, caplog):
     pipeline = demo(release="keep")
     expected = draw(pipeline)
-    ways, load, places = pipeline._denoising_ways, pipeline._load_transformer, []
+    stage, places = pipeline.transformer, []
+    ways, load = stage._ways, stage.load
 
     def ways_on_a_gpu(*arguments):
-        pipeline.device = torch.device("cuda")  # as far as choosing goes
+        stage.device = torch.device("cuda")  # as far as choosing goes
         try:
             return ways(*arguments)
         finally:
-            pipeline.device = CPU
+            stage.device = CPU
 
     def full(place):
         places.append(place)
@@ -255,8 +258,8 @@ def test_a_run_without_memory_streams_in_the_end(parked, monkeypatch, caplog):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return load(place)
 
-    monkeypatch.setattr(pipeline, "_denoising_ways", ways_on_a_gpu)
-    monkeypatch.setattr(pipeline, "_load_transformer", full)
+    monkeypatch.setattr(stage, "_ways", ways_on_a_gpu)
+    monkeypatch.setattr(stage, "load", full)
     pipeline.stages.drop("transformer")
     assert torch.equal(draw(pipeline), expected)
     assert places == ["auto", "auto", "stream"] and "runs again: one pass, streamed" in caplog.text
@@ -273,9 +276,9 @@ def test_a_run_without_memory_streams_in_the_end(parked, monkeypatch, caplog):
     ],
 )
 def test_the_ways_go_from_what_is_asked_for_to_smaller_ones(device, asked, expected):
-    pipeline = demo()
-    pipeline.device = torch.device(device)
-    ways = pipeline._denoising_ways(lambda *way: way, *asked)
+    stage = demo().transformer
+    stage.device = torch.device(device)
+    ways = stage._ways(lambda *way: way, *asked)
     assert [name.replace("prompt and negative ", "") for name in ways] == expected
     assert [run() for run in ways.values()] == [
         ("stream" if "streamed" in name else "auto", "turn" in name) for name in expected
