@@ -1,10 +1,11 @@
 """Which layers, ratios and steps of a checkpoint bear KV compression without trained weights, by measurement.
 
-At a few points of uncompressed runs each layer is compressed by itself, and the noise that the transformer
-then predicts is compared with what it predicts uncompressed. The errors of different layers are nearly
-independent, so that their squares add: of all choices with the same sum, the one that saves most is the
-one in which every further layer costs the same per multiply-add saved. In each part of the run the largest
-such choice is taken whose error, measured with all its layers together, stays within the budget.
+At a few points of uncompressed runs each layer is compressed by itself, and the picture that the step then
+predicts is compared with the uncompressed one: after guidance, which multiplies errors. The errors of
+different layers are nearly independent, so that their squares add: of all choices with the same sum, the
+one that saves most is the one in which every further layer costs the same per multiply-add saved. In each
+part of the run the largest such choice is taken whose error, measured with all its layers together, stays
+within the budget.
 """
 
 import functools
@@ -42,7 +43,8 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Calibration:
     """What was measured. Shares and errors are of 1: `error` is that of the rules in the window where it is
-    largest, `errors[ratio][layer][window]` that of one layer by itself, as relative L2 of the noise.
+    largest, `errors[ratio][layer][window]` that of one layer by itself, as relative L2 of the clean latents
+    that a step predicts.
 
     `windows` of equal length divide the noise schedule, from pure noise to the clean picture. `fingerprint`
     are some of the checkpoint's weights, see `fingerprint_of`.
@@ -179,9 +181,10 @@ class Calibrator:
         """Call it before each run."""
         self.finished, self.nearest = len(self.points), {}
 
-    def see(self, timestep: float, noise: torch.Tensor, predict: Callable) -> None:
-        """Offer one call of the transformer: the noise it predicted uncompressed, `predict(rules)` to repeat
-        it. Of each window the calls of the timestep nearest to its middle are kept.
+    def see(self, timestep: float, predicted: torch.Tensor, predict: Callable) -> None:
+        """Offer one step: the clean latents it predicted uncompressed, and `predict(rules)` to repeat it.
+
+        Of each window the steps of the timestep nearest to its middle are kept.
         """
         progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
         window = min(int(progress * WINDOWS), WINDOWS - 1)
@@ -193,14 +196,14 @@ class Calibrator:
             this_run = self.points[self.finished :]
             self.points[self.finished :] = [point for point in this_run if point[0] != window]
         self.nearest[window] = timestep
-        self.points.append((window, predict, noise))
+        self.points.append((window, predict, predicted.float()))
 
     def measure(self, on_progress: Callable[[int, int], None] = lambda done, total: None):
-        """Choose: the rules, their error, and errors[ratio][layer][window], where a window that no call
-        was seen of is infinite. `on_progress(done, total)` counts calls of the transformer.
+        """Choose: the rules, their error, and errors[ratio][layer][window], where a window that no step
+        was seen of is infinite. `on_progress(done, total)` counts steps that were repeated.
         """
         if not self.points:
-            raise SigmaError("The transformer was not called, so there is nothing to measure.")
+            raise SigmaError("No step was run, so there is nothing to measure.")
         layers = range(self.config.num_layers)
         searches = (len(layers) * len(RATIOS) * (len(RATIOS) + 1) // 2).bit_length()
         done, total = 0, len(self.points) * (len(layers) * len(RATIOS) + searches)
@@ -208,9 +211,9 @@ class Calibrator:
         def error_in(window, rules) -> float:
             nonlocal done
             found = []
-            for _, predict, noise in (point for point in self.points if point[0] == window):
-                difference = predict(rules).float() - noise.float()
-                found.append(float(difference.norm() / noise.float().norm()))
+            for _, predict, predicted in (point for point in self.points if point[0] == window):
+                difference = predict(rules).float() - predicted
+                found.append(float(difference.norm() / predicted.norm()))
                 done += 1
                 on_progress(done, total)
             return sum(found) / len(found) if found else math.inf
@@ -312,20 +315,28 @@ def calibrate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Measure a `SigmaTransformer`. `runs` are (latents, prompt_embeds, negative_embeds) as for `denoise`,
-    all of one size; `prompts` say what they show. `on_progress(done, total)` counts calls of the transformer.
+    all of one size; `prompts` say what they show. `on_progress(done, total)` counts steps that were repeated.
     """
-    from .sampling import denoise
+    from .sampling import denoise, predict_clean
+    from .schedulers import make_scheduler
 
     height, width = (8 * side for side in runs[0][0].shape[-2:])
     calibrator = Calibrator(transformer.sigma_config, height, width, budget)
+    scheduler = make_scheduler("dpmpp_2m")
 
     def watched(latents, timestep, embeds, mask, kv_compression):
-        def predict(rules):
+        def noise(rules):
             return transformer(latents, timestep, embeds, mask, kv_compression=rules)
 
-        noise = predict(())
-        calibrator.see(float(timestep), noise, predict)
-        return noise
+        def predicted(noise):
+            if guidance_scale > 1:
+                negative, positive = noise.chunk(2)
+                noise = negative + guidance_scale * (positive - negative)
+            return predict_clean(scheduler, latents[: len(noise)].float(), noise.float(), timestep)
+
+        uncompressed = noise(())
+        calibrator.see(float(timestep), predicted(uncompressed), lambda rules: predicted(noise(rules)))
+        return uncompressed
 
     for latents, prompt_embeds, negative_embeds in runs:
         calibrator.start()
@@ -336,6 +347,7 @@ def calibrate(
             negative_embeds=negative_embeds,
             steps=steps,
             guidance_scale=guidance_scale,
+            scheduler=scheduler,
         )
     with torch.no_grad():
         rules, error, errors = calibrator.measure(on_progress)

@@ -24,24 +24,22 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
     height, width = (8 * side for side in latent["samples"].shape[-2:])
     calibrator = Calibrator(model.model.diffusion_model.sigma_config, height, width, budget)
 
-    def watch(executor, x, timesteps, context, context_mask, control, options, **named):
-        def predict(rules):
-            return executor(
-                x,
-                timesteps,
-                context,
-                context_mask,
-                control,
-                options | {KV_COMPRESSION: lambda *size: rules},
-                **named,
-            )
+    def watch(executor, network, conds, x, sigma, model_options):
+        def both(rules):
+            options = model_options["transformer_options"] | {KV_COMPRESSION: lambda *size: rules}
+            return executor(network, conds, x, sigma, model_options | {"transformer_options": options})
 
-        noise = predict(())
-        calibrator.see(float(timesteps[0]), noise, predict)
-        return noise
+        def guided(predicted):
+            positive, unwanted = predicted
+            return positive if conds[1] is None else unwanted + cfg * (positive - unwanted)
+
+        uncompressed = both(())
+        timestep = float(network.model_sampling.timestep(sigma)[0])
+        calibrator.see(timestep, guided(uncompressed), lambda rules: guided(both(rules)))
+        return uncompressed
 
     watched = model.clone()
-    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "pixart_sigma_calibration", watch)
+    watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pixart_sigma_calibration", watch)
     single = latent | {"samples": latent["samples"][:1]}
     for index, conditioning in enumerate(conditionings):
         calibrator.start()
@@ -66,7 +64,11 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
 
-    rules, error, errors = calibrator.measure(on_progress)
+    model.pre_run()  # as the host's samplers do around the steps of a run
+    try:
+        rules, error, errors = calibrator.measure(on_progress)
+    finally:
+        model.cleanup()
     return Calibration(
         rules=rules,
         error=error,

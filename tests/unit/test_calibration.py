@@ -22,6 +22,8 @@ from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.kv_compression import LAST_TIMESTEP, KVCompression, acting, multiply_adds, parse
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.sampling import predict_clean
+from pixart_sigma.schedulers import make_scheduler
 from pixart_sigma.transformer import load_transformer
 
 LAYERS = 3
@@ -118,7 +120,7 @@ def test_nonsense_is_refused():
             Calibrator(CONFIG, SIZE, SIZE, budget)
     with pytest.raises(SigmaError, match="trained with KV compression"):
         Calibrator(replace(CONFIG, kv_compression=KVWeights(2, (1,))), SIZE, SIZE, 0.05)
-    with pytest.raises(SigmaError, match="not called"):
+    with pytest.raises(SigmaError, match="No step"):
         Calibrator(CONFIG, SIZE, SIZE, 0.05).measure()
 
 
@@ -154,12 +156,17 @@ def test_what_is_measured_is_saved_and_read(measured, tmp_path):
 
 def test_the_rules_are_as_good_as_promised(measured, transformer_folder):
     """Run again by hand, at the measured steps."""
-    transformer = load_transformer(transformer_folder)
-    latents = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(5))
+    transformer, scheduler = load_transformer(transformer_folder), make_scheduler("dpmpp_2m")
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(5))
     embeds = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(6))
     for timestep in (874, 624, 375, 125):
-        plain = transformer(latents, timestep, embeds)
-        changed = transformer(latents, timestep, embeds, kv_compression=measured.rules)
+
+        def guided_picture(rules, timestep=timestep):
+            both = transformer(latents.expand(2, -1, -1, -1), timestep, embeds, kv_compression=rules)
+            negative, positive = both.chunk(2)
+            return predict_clean(scheduler, latents, negative + 4.5 * (positive - negative), timestep)
+
+        plain, changed = guided_picture(()), guided_picture(measured.rules)
         assert (changed - plain).norm() / plain.norm() < 3 * measured.budget
 
 
