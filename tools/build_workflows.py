@@ -132,6 +132,12 @@ def show(graph: Graph, latent=None, crop=True, tiling="auto", budget=0.0, prefix
     graph.add("save", "SaveImage", images=graph["decode", 0], filename_prefix=prefix)
 
 
+def report(graph: Graph, budget=0.0):
+    """What each stage cost, against a budget in GB."""
+    graph.add("report", "PixArtSigmaMemoryReport", after=graph["decode", 0], budget=budget)
+    graph.add("bars", "PreviewImage", images=graph["report", 0])
+
+
 def model(name: str, url: str, directory: str) -> dict:
     return {"name": name, "url": url, "directory": directory}
 
@@ -166,8 +172,7 @@ def demo_text_to_image() -> Graph:
     bucket(graph)
     sample(graph)
     show(graph)
-    graph.add("report", "PixArtSigmaMemoryReport", after=graph["decode", 0])
-    graph.add("bars", "PreviewImage", images=graph["report", 0])
+    report(graph)
     return graph
 
 
@@ -188,6 +193,7 @@ def sigma_1024_in_8_gb() -> Graph:
     bucket(graph, "1024", "4:3")
     sample(graph)
     show(graph)
+    report(graph, 8.0)
     return graph
 
 
@@ -249,7 +255,10 @@ def sigma_4k_kv_compression() -> Graph:
 
 def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str, ratio: str) -> Graph:
     """Σ with every setting that memory depends on from the planner."""
-    graph = Graph(f"{note} VRAM Planner sets what memory depends on, and its table says what for. {T5_PARTS}")
+    graph = Graph(
+        f"{note} VRAM Planner sets what memory depends on, its table says what for, and Memory "
+        f"Report what it took. {T5_PARTS}"
+    )
     bucket(graph, base, ratio)
     graph.add(
         "plan",
@@ -273,6 +282,7 @@ def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str,
     encode(graph, prompt)
     sample(graph, kv_compression=graph["plan", 2])
     show(graph, tiling=graph["plan", 3], budget=graph["plan", 4])
+    report(graph, budget)
     return graph
 
 
