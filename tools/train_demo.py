@@ -3,7 +3,6 @@
     python tools/train_demo.py vae          an AutoencoderKL with the SDXL VAE's four levels
     python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
     python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
-    python tools/train_demo.py decoder      the decoder once more, for crisp edges; the encoder stays
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
     python tools/train_demo.py guidance     the exported transformer once more, for clean outlines when guided
     python tools/train_demo.py kv           the exported transformer once more, with KV compression
@@ -60,14 +59,13 @@ GUIDANCE, GUIDED_TIMESTEP = 4.5, 700
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "stage", choices=("vae", "text", "transformer", "decoder", "export", "guidance", "kv", "restore")
+        "stage", choices=("vae", "text", "transformer", "export", "guidance", "kv", "restore")
     )
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--fine-steps", type=int, default=2500, help="steps of guidance, and of kv")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -76,7 +74,6 @@ def main():
         "vae": train_vae,
         "text": train_text_encoder,
         "transformer": train_transformer,
-        "decoder": train_decoder,
         "export": export,
         "guidance": train_guidance,
         "kv": train_kv,
@@ -228,39 +225,6 @@ def normalise_latents(vae: AutoencoderKL, rng: random.Random):
     before.bias[:4] = (before.bias[:4] - mean) * factor
     before.weight[4:] = 0
     before.bias[4:] = 2 * (0.05 * factor).mean().log()
-
-
-def train_decoder(arguments):
-    vae, path = new_vae(), arguments.work / "decoder.pt"
-    resume(arguments.work / "vae_final.pt", vae=vae)
-    for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
-        part.requires_grad_(False)
-    freeze_ends(vae)
-    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, betas=(0.9, 0.99), weight_decay=1e-4)
-    step = resume(path, vae=vae, average=average, optimizer=optimizer)
-    rng = random.Random(1000 + step)
-    start, saved, total = time.time(), time.time(), arguments.decoder_steps
-    while step < total:
-        set_rate(optimizer, 2e-4, step, total)
-        size, count = rng.choice(((64, 4), (128, 1), (128, 1), (192, 1)))
-        pictures = render([random_scene(rng) for _ in range(count)], size, size, rng)
-        with torch.no_grad():
-            latents = vae.encode(pictures).latent_dist.mean
-            # The transformer's latents are never exact: the decoder learns to bear a little noise.
-            latents = latents + torch.randn_like(latents) * 0.05 / SCALING_FACTOR
-        loss = reconstruction_loss(vae.decode(latents).sample, pictures)
-        apply(loss, optimizer, trained)
-        average.update_parameters(vae)
-        step += 1
-        if step % 100 == 0:
-            minutes = (time.time() - start) / 60
-            quality = psnr(average.module)
-            log(f"decoder {step}: loss {loss.item():.4f}, average {quality:.1f} dB, {minutes:.1f} min")
-        if time.time() - saved > 60 or step == total:
-            save(path, step, vae=vae, average=average, optimizer=optimizer)
-            saved = time.time()
 
 
 # -- Text and transformer -------------------------------------------------------------------------
@@ -679,9 +643,6 @@ def export(arguments):
     tokenizer = make_tokenizer(arguments.work)
     vae = new_vae()
     resume(arguments.work / "vae_final.pt", vae=vae)
-    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
-    if resume(arguments.work / "decoder.pt", average=average):
-        vae = average.module
     modules = torch.nn.ModuleDict(
         {"text_encoder": new_text_encoder(tokenizer), "transformer": new_transformer()}
     )
@@ -725,9 +686,7 @@ def restore(arguments):
         assert not left_over and set(missing) <= {"encoder.embed_tokens.weight", "pos_embed.pos_embed"}, (
             missing
         )
-    average = torch.optim.swa_utils.AveragedModel(vae, avg_fn=ema)
     save(arguments.work / "vae_final.pt", arguments.step, vae=vae)
-    save(arguments.work / "decoder.pt", arguments.step, vae=vae, average=average)
     modules = torch.nn.ModuleDict(
         {"text_encoder": text_encoder, "reader": Reader(text_encoder.config.d_model)}
     )
