@@ -11,7 +11,6 @@ import sys
 
 import torch
 
-from pixart_sigma.memory import Stages
 from pixart_sigma.pipeline import SigmaPipeline
 
 GATE = 1.02
@@ -26,27 +25,21 @@ def live_weights() -> int:
     return sum(storages.values())
 
 
-class CountingStages(Stages):
-    """Stages that note the live weights while each one's model is in use."""
+def main() -> int:
+    model = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    pipeline = SigmaPipeline.from_path(model, device="cpu", measure=True)
+    seen, left, run = {}, {}, pipeline.stages.run
 
-    def run(self, name, load, use, **settings):
+    def counted_run(name, load, use, **settings):
         def counted(model):
             seen[name] = live_weights()
             return use(model)
 
-        result = super().run(name, load, counted, **settings)
+        result = run(name, load, counted, **settings)
         left[name] = live_weights()
         return result
 
-
-seen: dict[str, int] = {}
-left: dict[str, int] = {}
-
-
-def main() -> int:
-    model = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    pipeline = SigmaPipeline.from_path(model, device="cpu", measure=True)
-    pipeline.stages.__class__ = CountingStages
+    pipeline.stages.run = counted_run
     pipeline.generate("a red circle", steps=1)
     largest = max(cost.weights for cost in pipeline.stages.costs.values())
     for name, size in seen.items():
