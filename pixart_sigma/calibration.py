@@ -317,7 +317,7 @@ def calibrate(
     """Measure a `SigmaTransformer`. `runs` are (latents, prompt_embeds, negative_embeds) as for `denoise`,
     all of one size; `prompts` say what they show. `on_progress(done, total)` counts steps that were repeated.
     """
-    from .sampling import denoise, predict_clean
+    from .sampling import denoise, guide, predict_clean
     from .schedulers import make_scheduler
 
     height, width = (8 * side for side in runs[0][0].shape[-2:])
@@ -330,8 +330,7 @@ def calibrate(
 
         def predicted(noise):
             if guidance_scale > 1:
-                negative, positive = noise.chunk(2)
-                noise = negative + guidance_scale * (positive - negative)
+                noise = guide(noise, guidance_scale)
             return predict_clean(scheduler, latents[: len(noise)].float(), noise.float(), timestep)
 
         uncompressed = noise(())

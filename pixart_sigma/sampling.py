@@ -162,8 +162,7 @@ def denoise(
             ]
         )
         if guided:
-            negative, positive = noise.chunk(2)
-            noise = negative + guidance_scale * (positive - negative)
+            noise = guide(noise, guidance_scale)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
         if not latents.isfinite().all():
             raise SigmaError(
@@ -184,6 +183,12 @@ def _parts(latents, timestep, embeds, mask, count):
     masks = [None] * count if mask is None else mask.chunk(count)
     for part, part_embeds, part_mask in zip(latents.chunk(count), embeds.chunk(count), masks, strict=True):
         yield part, timestep, part_embeds, part_mask
+
+
+def guide(noise: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """The guided noise (B, 4, h, w) of a batch (2 B, 4, h, w), negative first (arXiv 2207.12598)."""
+    negative, positive = noise.chunk(2)
+    return negative + guidance_scale * (positive - negative)
 
 
 def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.kv_compression import LAST_TIMESTEP, KVCompression, acting, multiply_adds, parse
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.sampling import predict_clean
+from pixart_sigma.sampling import guide, predict_clean
 from pixart_sigma.schedulers import make_scheduler
 from pixart_sigma.transformer import load_transformer
 
@@ -163,11 +163,43 @@ def test_the_rules_are_as_good_as_promised(measured, transformer_folder):
 
         def guided_picture(rules, timestep=timestep):
             both = transformer(latents.expand(2, -1, -1, -1), timestep, embeds, kv_compression=rules)
-            negative, positive = both.chunk(2)
-            return predict_clean(scheduler, latents, negative + 4.5 * (positive - negative), timestep)
+            return predict_clean(scheduler, latents, guide(both, 4.5), timestep)
 
         plain, changed = guided_picture(()), guided_picture(measured.rules)
         assert (changed - plain).norm() / plain.norm() < 3 * measured.budget
+
+
+class WrongByAConstant:
+    """Predicts no noise, and compressed a little with the prompt alone."""
+
+    sigma_config = CONFIG
+
+    def __call__(self, latents, timestep, embeds, mask, kv_compression):
+        noise = torch.zeros_like(latents)
+        if kv_compression:
+            noise[len(noise) // 2 :] = 0.01
+        return noise
+
+    def state_dict(self):
+        return {f"transformer_blocks.{n}.attn1.to_k.weight": torch.ones(1, 8) for n in range(LAYERS)}
+
+
+def test_an_error_counts_as_the_guided_picture_shows_it():
+    latents, embeds = torch.randn(1, 4, 8, 8), torch.zeros(1, 1, 12)
+    scheduler = make_scheduler("dpmpp_2m")
+    scheduler.set_timesteps(20)
+    table = scheduler.alphas_cumprod
+    # Without noise, each step predicts what the first one sees.
+    picture = latents / table[999].sqrt()
+    for guidance_scale in (4.5, 9.0):
+        measured = calibrate(
+            WrongByAConstant(), [(latents, embeds, embeds)], ("",), guidance_scale=guidance_scale
+        )
+        for window, middle in enumerate(MIDDLES):
+            timestep = min(scheduler.timesteps.tolist(), key=lambda timestep: abs(timestep - middle))
+            sigma = ((1 - table[timestep]) / table[timestep]).sqrt()
+            shown = sigma * guidance_scale * 0.01 * latents.numel() ** 0.5 / picture.norm()
+            assert measured.errors[2][0][window] == pytest.approx(float(shown), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
