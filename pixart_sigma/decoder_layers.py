@@ -1,6 +1,5 @@
 """The decoder of an SDXL VAE, of diffusers or ComfyUI, as a list of layers, and what each of them needs."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,10 +52,10 @@ def read_decoder(vae: nn.Module) -> Decoder | None:
             return None
         return Decoder(
             getattr(vae, "post_quant_conv", None),
-            _rowwise(decoder.conv_in),
+            _same_size(decoder.conv_in),
             tuple(blocks),
             norm_out,
-            _rowwise(decoder.conv_out),
+            _same_size(decoder.conv_out),
         )
     except AttributeError:
         return None
@@ -77,7 +76,7 @@ def _diffusers_blocks(decoder) -> Iterator:
     for level in decoder.up_blocks:
         yield from map(resnet, level.resnets)
         for upsampler in level.upsamplers or ():
-            yield Upsample(_rowwise(upsampler.conv))
+            yield Upsample(_same_size(upsampler.conv))
 
 
 def _original_blocks(decoder) -> Iterator:
@@ -94,19 +93,20 @@ def _original_blocks(decoder) -> Iterator:
             raise AttributeError("attention above the middle")
         yield from map(resnet, level.block)
         if hasattr(level, "upsample"):
-            yield Upsample(_rowwise(level.upsample.conv))
+            yield Upsample(_same_size(level.upsample.conv))
 
 
 def _resnet_of(block, shortcut) -> Resnet:
-    return Resnet(block.norm1, _rowwise(block.conv1), block.norm2, _rowwise(block.conv2), shortcut)
+    return Resnet(block.norm1, _same_size(block.conv1), block.norm2, _same_size(block.conv2), shortcut)
 
 
-def _rowwise(conv: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution with the same weights, which leaves the rows above and below to its caller."""
+def _same_size(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution, which must be one that a strip of rows can be given to with a row above and below.
+
+    It is not copied: a host may say on the module, when it loads it, where its weights are.
+    """
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.padding != (1, 1):
         raise AttributeError("another kind of convolution")
-    conv = copy.copy(conv)
-    conv.padding = (0, 1)
     return conv
 
 

@@ -1,11 +1,16 @@
 """Feature maps in strips of rows, which wait on the device or in RAM between two layers."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+# Torch rounds pinned memory up to a power of two, and keeps what is freed for the next of the same size.
+CHUNK = 2**20
 
 
 class Parking:
@@ -21,7 +26,7 @@ class Parking:
         self.parked = self.parked_peak = self.moved = 0
         self._stays: set[int] = set()
 
-    def park(self, strip: torch.Tensor) -> list[torch.Tensor]:
+    def park(self, strip: torch.Tensor) -> list[torch.Tensor | InRAM]:
         """The rows (1, C, rows, width) as pieces that wait, from the top.
 
         In RAM the first and the last row, which two strips need, wait apart, so that each piece comes back
@@ -38,25 +43,52 @@ class Parking:
         pieces = [strip[:, :, first:last] for first, last in itertools.pairwise(edges) if first < last]
         return [self._to_ram(piece) for piece in pieces]
 
-    def fetch(self, piece: torch.Tensor) -> torch.Tensor:
+    def fetch(self, piece: torch.Tensor | InRAM) -> torch.Tensor:
         """A piece on the device."""
         if id(piece) in self._stays:
             return piece
         self.moved += piece.nbytes
-        return piece.to(self.device, non_blocking=True)
+        return piece.to(self.device)
 
-    def leave(self, piece: torch.Tensor):
+    def leave(self, piece: torch.Tensor | InRAM):
         """A piece is not needed any more."""
         self.parked -= piece.nbytes
         if id(piece) in self._stays:
             self._stays.remove(id(piece))
             self.room += piece.nbytes
 
-    def _to_ram(self, piece: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "meta":
-            return piece.contiguous()
-        waiting = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=self.device.type == "cuda")
-        return waiting.copy_(piece, non_blocking=True)
+    def _to_ram(self, piece: torch.Tensor) -> torch.Tensor | InRAM:
+        return piece.contiguous() if self.device.type == "meta" else InRAM(piece)
+
+    def close(self):
+        """Give pinned memory back to the system."""
+        if self.device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()
+
+
+class InRAM:
+    """A copy of a piece in RAM, in chunks of equal size; pinned if it comes from CUDA and RAM allows."""
+
+    def __init__(self, piece: torch.Tensor):
+        self.shape, self.dtype, self.nbytes = piece.shape, piece.dtype, piece.nbytes
+        self._chunks = []
+        for part in piece.reshape(-1).split(CHUNK // piece.dtype.itemsize):
+            chunk = _pinned(part) if piece.is_cuda else torch.empty_like(part)
+            self._chunks.append(chunk[: part.numel()].copy_(part, non_blocking=True))
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        piece = torch.empty(self.shape, dtype=self.dtype, device=device)
+        parts = piece.view(-1).split(CHUNK // self.dtype.itemsize)
+        for part, chunk in zip(parts, self._chunks, strict=True):
+            part.copy_(chunk, non_blocking=True)
+        return piece
+
+
+def _pinned(part: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.empty(CHUNK // part.dtype.itemsize, dtype=part.dtype, pin_memory=True)
+    except RuntimeError:  # the system allows no more: slower, and as right
+        return torch.empty_like(part, device="cpu")
 
 
 class Rows:

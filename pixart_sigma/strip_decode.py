@@ -52,14 +52,17 @@ def decode_in_strips(
     run.total = sum(layer.rows for layer in layers)
     run.parking.room -= bytes_beside(layers, latent.dtype.itemsize, budget)
 
-    rows = run.new_rows()
-    rows.append(latent if decoder.quant is None else decoder.quant(latent))
     first, *between, last = layers
-    rows = run.convolve(first, rows)
-    for layer in between:
-        run_layer = {Resnet: run.resnet, Attention: run.attend, Upsample: run.upsample}[type(layer.block)]
-        rows = run_layer(layer, rows)
-    return run.finish(last, rows, decoder.norm_out)
+    try:
+        rows = run.new_rows()
+        rows.append(latent if decoder.quant is None else decoder.quant(latent))
+        rows = run.convolve(first, rows)
+        for layer in between:
+            run_layer = {Resnet: run.resnet, Attention: run.attend, Upsample: run.upsample}[type(layer.block)]
+            rows = run_layer(layer, rows)
+        return run.finish(last, rows, decoder.norm_out)
+    finally:
+        run.parking.close()
 
 
 def decode_within(
@@ -232,11 +235,15 @@ def _same(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _apply(conv: nn.Conv2d, activate, rows: torch.Tensor, above: int, below: int) -> torch.Tensor:
-    """A rowwise convolution of the activated rows; beyond the picture's edge there is zero."""
+    """A convolution of the activated rows; beyond the picture's edge there is zero."""
     rows = activate(rows)
     if not (above and below):
         rows = functional.pad(rows, (0, 0, 1 - above, 1 - below))
-    return conv(rows)
+    padding, conv.padding = conv.padding, (0, 1)
+    try:
+        return conv(rows)
+    finally:
+        conv.padding = padding
 
 
 def _project(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -83,4 +83,5 @@ class RowsAdapter(WeightAdapterBase):
         whole = weight.new_zeros(total, *weight.shape[1:])
         rows = slice(start, start + len(weight))
         whole[rows] = weight
-        return adapter.calculate_weight(whole, *arguments, **settings)[rows]
+        # A view would keep all rows alive for as long as the patched weight.
+        return adapter.calculate_weight(whole, *arguments, **settings)[rows].clone()

@@ -54,8 +54,11 @@ def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | N
         shape = (*latents.shape[2:], vae.vae_dtype.itemsize)
         least = least_budget(decoder, *shape)
         wanted = least if how == "strips" else whole_decode_bytes(decoder, *shape)
-    # The host makes room by moving other models away, and never fails if it can not.
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=min(wanted, budget or wanted))
+    # The host makes room by moving other models away, and never fails if it can not. It must not take what is
+    # missing from the VAE's own weights, which every strip needs.
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=min(wanted, budget or wanted), force_full_load=True
+    )
     budget = budget or max(vae.patcher.get_free_memory(vae.device), least)
     bar = comfy.utils.ProgressBar(len(latents) * STEPS)
     pictures = []

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma import strip_decode
+from pixart_sigma import feature_maps, strip_decode
 from pixart_sigma.decode_memory import decode_memory, least_budget, shares, whole_decode_bytes
 from pixart_sigma.decoder_layers import read_decoder
 from pixart_sigma.errors import SigmaError
@@ -46,7 +46,8 @@ def latent_of(height, width, seed=0):
 
 @pytest.mark.parametrize("size", [(16, 24), (25, 7), (3, 40)])
 @pytest.mark.parametrize("leaves_device", [False, True])
-def test_it_equals_the_whole_decode(vae, decoder, size, leaves_device):
+def test_it_equals_the_whole_decode(monkeypatch, vae, decoder, size, leaves_device):
+    monkeypatch.setattr(feature_maps, "CHUNK", 4096)  # a piece in RAM is several, and a part of one
     latent = latent_of(*size)
     whole = vae.decode(latent).sample
     for budget in (None, 6e6, least_budget(decoder, *size, 4)):
@@ -204,7 +205,16 @@ def test_a_budget_that_is_too_small_is_named(decoder):
         decode_in_strips(decoder, torch.zeros(2, 4, 8, 8))
 
 
-def test_it_can_be_stopped_between_strips(decoder):
+def test_it_runs_the_vaes_own_layers(vae, decoder):
+    """A host says on them, when it loads the VAE, where their weights are: copies would miss it."""
+    layers = [decoder.conv_in, decoder.norm_out, decoder.conv_out]
+    for block in decoder.blocks:
+        layers += [layer for layer in vars(block).values() if layer is not None]
+    own = {id(module) for module in vae.decoder.modules()}
+    assert len(layers) > 20 and all(id(layer) in own for layer in layers)
+
+
+def test_it_can_be_stopped_between_strips(vae, decoder):
     class Stop(BaseException):
         pass
 
@@ -219,6 +229,11 @@ def test_it_can_be_stopped_between_strips(decoder):
     with pytest.raises(Stop):
         decode_in_strips(decoder, latent_of(16, 16), 4e6, on_progress, parking)
     assert len(seen) == 20
+    assert all(
+        module.padding == (1, 1)
+        for module in vae.decoder.modules()
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)
+    )
     seen.clear()
     seen.append((0, 0))
     decode_in_strips(decoder, latent_of(16, 16), None, lambda done, total: seen.append((done, total)))
