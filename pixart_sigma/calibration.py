@@ -156,8 +156,13 @@ def find_calibrated(
     calibration = Calibration.read(path)
     if calibration.fits(fingerprint()):
         return calibration.rules
-    logging.getLogger(__name__).warning(f"{path} was measured on another checkpoint, and is not used.")
+    _say_not_used(path)
     return None
+
+
+@functools.cache
+def _say_not_used(path: Path) -> None:
+    logging.getLogger(__name__).warning(f"{path} was measured on another checkpoint, and is not used.")
 
 
 class Calibrator:

@@ -29,22 +29,16 @@ def is_set(model) -> bool:
 def set_kv_compression(model, setting: str):
     """A clone of the MODEL that compresses by `setting`, as on the command line but for files.
 
-    "auto" looks at the size of what is sampled, and uses the calibration that lies with the checkpoint.
+    "auto" looks at the size of what is sampled, and uses the calibration that lies with the checkpoint then.
     Raises SigmaError for a setting that the MODEL cannot follow, and for one that is not PixArt-Sigma.
     """
-    from ...pixart_sigma.calibration import find_calibrated
-    from ...pixart_sigma.kv_compression import resolve
-
     if not can_compress(model):
         raise SigmaError(
             f"KV compression is for PixArt-Sigma, and this MODEL is a {type(model.model).__name__}. Connect "
             "Load Σ Transformer, or ComfyUI's own loader with a PixArt-Sigma file."
         )
-    calibrated = None
     if is_ours(model):
         config = model.model.diffusion_model.sigma_config
-        if setting.strip().lower() == "auto":
-            calibrated = find_calibrated(model.model.checkpoint_path, lambda: model.model.fingerprint)
     else:
         config = _config(model.model.diffusion_model)
         if setting.strip().lower().startswith("conv"):
@@ -52,7 +46,7 @@ def set_kv_compression(model, setting: str):
                 f"KV compression is {setting!r}, but ComfyUI's own loaders drop trained KV weights. Load the "
                 "file with Load Σ Transformer, or use mean."
             )
-    rules_for = functools.partial(resolve, setting, config, calibrated=calibrated)
+    rules_for = functools.partial(_rules, setting, config, model.model)
     rules_for(1024, 1024)  # an impossible setting is known here, before anything is sampled
     model = model.clone()
     if is_ours(model):
@@ -60,6 +54,17 @@ def set_kv_compression(model, setting: str):
     else:
         _patch_attention(model, config.num_layers, rules_for)
     return model
+
+
+def _rules(setting: str, config, network, height: int, width: int):
+    """Asked at each call of the network: a calibration may be written after the node has run."""
+    from ...pixart_sigma.calibration import find_calibrated
+    from ...pixart_sigma.kv_compression import resolve
+
+    calibrated = None
+    if setting.strip().lower() == "auto" and hasattr(network, "checkpoint_path"):
+        calibrated = find_calibrated(network.checkpoint_path, lambda: network.fingerprint)
+    return resolve(setting, config, height, width, calibrated)
 
 
 def _is_hosts_sigma(model) -> bool:

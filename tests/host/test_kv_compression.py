@@ -115,13 +115,17 @@ def calibrate(model, prompts="a red circle\\n\\na blue star", save=True):
     return CalibrateKVCompression.execute(model, clip, latent, prompts, save=save, **settings).args
 
 def rules_for(model, *size):
-    return set_kv_compression(model, "auto").model_options["transformer_options"][KV_COMPRESSION](*size)
+    return asked(set_kv_compression(model, "auto"), *size)
+
+def asked(model, *size):
+    return model.model_options["transformer_options"][KV_COMPRESSION](*size)
 
 with torch.inference_mode():
     model, clip = load_model(folder), load_clip(folder, "fp32", "auto")
     layers = model.model.diffusion_model.sigma_config.num_layers
     path = calibration_path(model.model.checkpoint_path)
-    assert rules_for(model, 2048, 2048) == parse("mean:2:deep", layers)
+    before = set_kv_compression(model, "auto")
+    assert asked(before, 2048, 2048) == rules_for(model, 2048, 2048) == parse("mean:2:deep", layers)
     setting, plot = calibrate(model, save=False)
     assert not path.exists() and folder in path.parents or folder == path.parent
     assert plot.ndim == 4 and plot.shape[-1] == 3 and plot.std() > 0.05
@@ -129,7 +133,7 @@ with torch.inference_mode():
     found = Calibration.read(path)
     assert spell(found.rules) == setting != "off" and found.prompts == ("a red circle", "a blue star")
     assert (found.width, found.height, found.steps) == (192, 128, 4) and 0 < found.error <= 0.08
-    assert rules_for(model, 2048, 2048) == found.rules and rules_for(model, 256, 256) == ()
+    assert asked(before, 2048, 2048) == rules_for(model, 2048, 2048) == found.rules and rules_for(model, 256, 256) == ()
     assert KV_COMPRESSION not in model.model_options["transformer_options"] and not model.wrappers
 
     # the engine measures the same
