@@ -281,6 +281,8 @@ def _transformer_ways(
 def _decode_ways(
     models: Models, width: int, height: int, dtype: torch.dtype, budget: float, in_ram: bool
 ) -> Ways:
+    if dtype == torch.float16 and models.vae.config.force_upcast:
+        dtype = torch.float32  # as the decode does it
     decoder = read_decoder(models.vae)
     shape = (-(-height // 8), -(-width // 8), dtype.itemsize)
     weights = sum(weight.numel() for weight in models.vae.parameters()) * dtype.itemsize

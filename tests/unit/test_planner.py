@@ -80,6 +80,14 @@ def test_the_published_model_fits(published, budget, size, precision, place, dec
         assert name in made.table() and stage.how in made.table()
 
 
+def test_in_float16_the_vae_is_planned_as_it_decodes(published):
+    def decode(dtype):
+        return plan(24 * GB, 1024, 1024, models=published, dtype=dtype).stages["VAE decode"]
+
+    assert decode(torch.float16) == decode(torch.float32)
+    assert decode(torch.bfloat16).peak == pytest.approx(decode(torch.float32).peak / 2, rel=0.01)
+
+
 def test_prompt_and_negative_take_turns_where_both_do_not_fit(published):
     made = plan(2.5 * GB, 4096, 4096, models=published)
     assert made.guidance_in_turn and "in turn" in made.why
