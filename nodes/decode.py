@@ -17,7 +17,7 @@ class VAEDecode(io.ComfyNode):
             display_name="Σ VAE Decode",
             category="PixArt Sigma",
             description="Turns latents into pictures, crops them to the size that was asked for, and "
-            "releases the VAE.",
+            "can release the VAE.",
             search_aliases=["decode", "vae decode", "latent to image", "tiled decode", "crop", "4k"],
             inputs=[
                 io.Latent.Input("samples", tooltip="What the sampler made."),

@@ -24,7 +24,8 @@ class KVCompression(io.ComfyNode):
                     "kv_compression",
                     default="auto",
                     tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
-                    "mean:2:deep:20-80%; several are joined by +. auto compresses above 1024x1024 only, by "
+                    "mean:2:deep:20-80%; several are joined by +. auto is as the checkpoint was "
+                    "trained; for all public ones it compresses above 1024x1024 only, by "
                     "the calibration if there is one. Without trained weights pictures change a little.",
                 ),
             ],

@@ -49,7 +49,7 @@ class Sampler(io.ComfyNode):
             display_name="Σ Sampler (KV-compressed)",
             category="PixArt Sigma",
             description="Denoises latents as the reference pipeline does. For large pictures it compresses "
-            "keys and values, which makes 2K and 4K affordable. Then releases the transformer.",
+            "keys and values, which makes 2K and 4K affordable. Can then release the transformer.",
             search_aliases=["ksampler", "sample", "denoise", "kv compression", "txt2img", "img2img", "4k"],
             inputs=[
                 io.Model.Input("model", tooltip="The transformer, from Load Σ Transformer."),
@@ -109,7 +109,8 @@ class Sampler(io.ComfyNode):
                     "kv_compression",
                     default="auto",
                     tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
-                    "mean:2:deep:20-80%; several are joined by +. auto compresses above 1024x1024 only, "
+                    "mean:2:deep:20-80%; several are joined by +. auto is as the checkpoint was "
+                    "trained; for all public ones it compresses above 1024x1024 only, "
                     "by the calibration if there is one. Without trained weights pictures change a little.",
                 ),
                 io.Combo.Input(

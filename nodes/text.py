@@ -13,7 +13,7 @@ class TextEncode(io.ComfyNode):
             display_name="Σ Text Encode",
             category="PixArt Sigma",
             description="Turns both prompts into conditioning as PixArt-Σ expects it: lower case, up to 300 "
-            "tokens. Then releases the text encoder. (word:1.3) makes a word count more.",
+            "tokens. Can then release the text encoder. (word:1.3) makes a word count more.",
             search_aliases=["prompt", "clip text encode", "conditioning", "t5", "negative prompt"],
             inputs=[
                 io.Clip.Input(
