@@ -1,0 +1,96 @@
+"""KSampler with this pack's MODEL against ComfyUI's own PixArt, in a real ComfyUI on one CPU thread.
+
+    python benchmarks/host_sampler.py [--tokens 60] [--rounds 3]
+
+The same random weights of the real width (1152, 4 layers), 512x512 pixels, a positive prompt of --tokens
+tokens and a negative one of one token, guidance 4.5, in fp32. Counted: one call of the model in each step
+(ComfyUI's own takes two for prompts of unequal length), and multiply-adds at most 1.01 of its own: the
+shorter prompt is padded. CPU time is the least of the rounds, which are taken in turn; it is reported only.
+"""
+
+import argparse
+import asyncio
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import host
+
+STEPS = 2
+GATE = 1.01
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    host.enter()
+    import comfy.sd
+    import torch
+
+    import nodes
+
+    torch.set_num_threads(1)
+    asyncio.run(nodes.load_custom_node(str(host.PACK)))
+    pack = str(host.PACK).replace(".", "_x_")  # as the host calls it
+    load_model = importlib.import_module(f"{pack}.nodes.host.transformer").load_model
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        file = Path(folder) / "width_1152_1024.safetensors"
+        write_transformer(file)
+        models = load_model(file), comfy.sd.load_diffusion_model(str(file))
+        prompts = [[[torch.randn(1, length, 4096), {}]] for length in (arguments.tokens, 1)]
+        return compare(models, prompts, arguments.rounds)
+
+
+def write_transformer(file: Path) -> None:
+    """Random weights of four layers of the published shape, in diffusers' keys."""
+    import torch
+    from denoising import CONFIG
+    from diffusers import PixArtTransformer2DModel
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(PixArtTransformer2DModel(**CONFIG.to_diffusers()).state_dict(), file)
+
+
+def compare(models, prompts, rounds: int) -> int:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import nodes
+
+    latent = {"samples": torch.zeros(1, 4, 64, 64)}
+
+    def sample(model):
+        nodes.KSampler().sample(model, 0, STEPS, 4.5, "dpmpp_2m", "normal", *prompts, latent)
+
+    calls, operations = [], []
+    for model in models:
+        seen = []
+        counting = model.model.diffusion_model.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        # Torch's counter does not see attention in the fused kernel of CPUs.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            sample(model)
+        counting.remove()
+        calls.append(len(seen) / STEPS)
+        operations.append(counter.get_total_flops() / 2e9)
+
+    seconds = [[], []]
+    for _ in range(rounds):
+        for model, taken in zip(models, seconds, strict=True):
+            start = time.process_time()
+            sample(model)
+            taken.append(time.process_time() - start)
+    ours, theirs = map(min, seconds)
+    print(f"model calls in a step  {calls[0]:.0f} against {calls[1]:.0f}")
+    print(f"multiply-adds          {operations[0]:.1f} against {operations[1]:.1f} G")
+    print(f"CPU time               {ours:.1f} against {theirs:.1f} s: {ours / theirs:.3f}")
+    return 0 if calls[0] == 1 and operations[0] <= GATE * operations[1] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
