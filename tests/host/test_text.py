@@ -115,7 +115,9 @@ with torch.inference_mode():
         assert result.dtype == torch.float32
         error = (result - expected).norm() / expected.norm()
         assert error < bound, (precision, error)
-        assert abs(before - small.patcher.model_size()) < 0.02 * before, (before, small.patcher.model_size())
+        # a CPU with AVX512-BF16 makes bitsandbytes keep the scales of 4 bit in bf16
+        after = small.patcher.model_size()
+        assert 0.95 * before < after < 1.02 * before, (before, after)
     print("done")
 """
 

@@ -88,6 +88,8 @@ def test_it_equals_the_resident_encoder_bit_for_bit(sources, source, way):
     resident = TextEncoder.load(path, precision=precision)
     streamed = TextEncoder.load(path, precision=precision, stream=True)
     assert streamed.is_streamed and not resident.is_streamed and streamed.precision == precision
+    if way == "through two buffers":
+        _copy_to_aligned_memory(resident.model)
     for ids in LENGTHS.values():
         expected = resident.encode_ids(ids)
         result = streamed.encode_ids(ids)
@@ -97,6 +99,13 @@ def test_it_equals_the_resident_encoder_bit_for_bit(sources, source, way):
     assert torch.equal(streamed.encode(prompt).prompt_embeds, resident.encode(prompt).prompt_embeds)
     with pytest.raises(SigmaError, match="no layer -5"):
         streamed.encode_ids([1], -5)
+
+
+def _copy_to_aligned_memory(model: torch.nn.Module) -> None:
+    """As the buffers are. A file's tensors lie anywhere, and some CPUs then round one token's product otherwise."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.clone()
 
 
 def test_progress_goes_block_by_block(folder, way):
