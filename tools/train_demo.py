@@ -4,14 +4,17 @@
     python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
     python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
-    python tools/train_demo.py guidance     the exported transformer once more, for clean outlines when guided
-    python tools/train_demo.py kv           the exported transformer once more, with KV compression
+    python tools/train_demo.py refine       the exported transformer once more: outlines, small shapes, stars
+    python tools/train_demo.py guidance     the same for guidance 4.5: it imitates itself, mildly guided
+    python tools/train_demo.py kv           the same with KV compression: it imitates the dense one
     python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
-Each stage resumes from its own checkpoint in --work and may be stopped at any time.
+Each stage resumes from its own checkpoint in --work and may be stopped at any time. The last three train on
+as many pictures more as there are processes: torchrun --nproc-per-node 2 tools/train_demo.py refine
 """
 
 import argparse
+import copy
 import dataclasses
 import math
 import os
@@ -52,29 +55,37 @@ LEARNING_RATE = 1e-3
 BUFFER = 6000
 # The trained KV compression: the deeper half of the layers, 2x2 tokens.
 KV_LAYERS, KV_RATIO = (2, 3, 4), 2
-# The guidance scale that fine-tuning is for, and the timestep below which the picture shows through.
-GUIDANCE, GUIDED_TIMESTEP = 4.5, 700
+# What is left of the predicted picture's squared error per hundred timesteps, once trained: it is what the
+# noise hides, and its share of the loss.
+ERROR_LEFT = (0.0018, 0.0054, 0.0104, 0.0167, 0.0279, 0.0364, 0.0416, 0.0486, 0.0532, 0.0664)
+# The guidance scale that pictures are sampled with, and the one that it acts as below timestep 600.
+GUIDANCE, MILD_GUIDANCE = 4.5, 2.0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "stage", choices=("vae", "text", "transformer", "export", "guidance", "kv", "restore")
+        "stage", choices=("vae", "text", "transformer", "export", "refine", "guidance", "kv", "restore")
     )
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--fine-steps", type=int, default=2500, help="steps of guidance, and of kv")
+    parser.add_argument("--fine-steps", type=int, default=600, help="steps of refine, guidance or kv")
+    parser.add_argument("--fine-rate", type=float, default=3e-4, help="learning rate of those steps")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster where the CPU has it")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:  # started by torchrun
+        torch.distributed.init_process_group("gloo")
     {
         "vae": train_vae,
         "text": train_text_encoder,
         "transformer": train_transformer,
         "export": export,
+        "refine": train_refine,
         "guidance": train_guidance,
         "kv": train_kv,
         "restore": restore,
@@ -313,8 +324,8 @@ def initialise(transformer: PixArtTransformer2DModel):
 class Pictures:
     """Scenes with their latents: a part is drawn anew each time, the rest is met again in other words."""
 
-    def __init__(self, vae: AutoencoderKL, size: tuple[int, int], capacity: int):
-        self.vae, self.size, self.capacity = vae, size, capacity
+    def __init__(self, vae: AutoencoderKL, size: tuple[int, int], capacity: int, draw=random_scene):
+        self.vae, self.size, self.capacity, self.draw = vae, size, capacity, draw
         self.scenes, self.latents = [], torch.empty(capacity, 4, size[1] // 8, size[0] // 8)
         self.next = 0
 
@@ -322,7 +333,7 @@ class Pictures:
     def add(self, count: int, rng: random.Random):
         if not count:
             return
-        scenes = [random_scene(rng) for _ in range(count)]
+        scenes = [self.draw(rng) for _ in range(count)]
         latents = self.vae.encode(render(scenes, *self.size, rng)).latent_dist.mean * SCALING_FACTOR
         for scene, latent in zip(scenes, latents, strict=True):
             if len(self.scenes) < self.capacity:
@@ -445,15 +456,15 @@ def train_transformer(arguments):
 class Batches:
     """Captioned latents, of a size at random; the pictures of each size wait in a buffer."""
 
-    def __init__(self, vae, rng, first=96):
-        self.vae, self.rng, self.first, self.buffers = vae, rng, first, {}
+    def __init__(self, vae, rng, first=96, draw=random_scene):
+        self.vae, self.rng, self.first, self.draw, self.buffers = vae, rng, first, draw, {}
 
     def next(self, sizes):
         """(size, latents, texts, scenes); a size that is not named any more is forgotten."""
         size = self.rng.choice(sizes)
         self.buffers = {kept: buffer for kept, buffer in self.buffers.items() if kept in sizes}
         if size not in self.buffers:
-            self.buffers[size] = Pictures(self.vae, size, BUFFER)
+            self.buffers[size] = Pictures(self.vae, size, BUFFER, self.draw)
             for _ in range(self.first // 4):
                 self.buffers[size].add(4, self.rng)
         # Encoding is dear, but with few pictures the model learns them by heart and not the shapes.
@@ -469,10 +480,12 @@ def encode_texts(tokenizer, text_encoder, texts):
     return hidden, tokens.attention_mask
 
 
-def diffusion_loss(transformer, schedule, latents, hidden, mask):
-    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16)."""
-    noise = torch.randn_like(latents)
-    timestep = torch.randint(0, 1000, (len(latents),))
+def diffusion_loss(transformer, schedule, latents, hidden, mask, error=None):
+    """Noise prediction plus the variational bound for the learned variance (arXiv 2102.09672, eq. 15-16).
+
+    error: how the noise prediction is judged; `weighted_error` by default.
+    """
+    noise, timestep = torch.randn_like(latents), spread_timesteps(len(latents))
     noisy = schedule.add_noise(latents, noise, timestep)
     output = transformer(
         noisy,
@@ -482,10 +495,10 @@ def diffusion_loss(transformer, schedule, latents, hidden, mask):
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         return_dict=False,
     )[0]
-    predicted, variance = output.chunk(2, dim=1)
+    predicted, variance = output.float().chunk(2, dim=1)
     products = schedule.alphas_cumprod
     current = products[timestep][:, None, None, None]
-    simple = weighted_error(schedule, timestep, predicted, noise)
+    simple = (error or weighted_error)(schedule, timestep, predicted, noise)
     previous = torch.where(timestep > 0, products[timestep - 1], 1.0)[:, None, None, None]
     beta = 1 - current / previous
     posterior = (beta * (1 - previous) / (1 - current)).clamp(min=1e-20)
@@ -511,75 +524,138 @@ def weighted_error(schedule, timestep, predicted, noise):
     return (weight * (predicted - noise).square()).mean()
 
 
+def spread_timesteps(count: int) -> torch.Tensor:
+    """One at random in each of `count` equal parts of the schedule: a batch sees all of it."""
+    return ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()
+
+
 # -- Fine-tuning ----------------------------------------------------------------------------------
 
 
-def fine_tune(arguments, stage: str, transformer):
-    """The average of the engine's transformer over --fine-steps with `guided_loss`; T5 stays as exported."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(arguments.work)
-    vae = new_vae()
-    resume(arguments.work / "vae_final.pt", vae=vae)
+def fine_tune(arguments, stage: str, transformer, loss):
+    """The average of the transformer over --fine-steps, with T5 and VAE as exported.
+
+    loss(schedule, latents, texts, encode) is a tensor; encode(texts) the pair of hidden states and mask.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    tokenizer = T5Tokenizer.from_pretrained(arguments.out / "tokenizer", extra_ids=0)
+    vae = AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32)
     vae.requires_grad_(False)
     text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
     text_encoder.requires_grad_(False)
     transformer.requires_grad_(True).train()
     average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+        transformer.parameters(), lr=arguments.fine_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     path, total = arguments.work / f"{stage}.pt", arguments.fine_steps
     step = resume(path, transformer=transformer, average=average, optimizer=optimizer)
+    torch.manual_seed(2 * step + rank)
     schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    batches = Batches(vae, random.Random(step), first=300)
+    batches = Batches(vae, random.Random(2 * step + rank), first=48, draw=hard_scene)
     start, saved, losses = time.time(), time.time(), []
     while step < total:
-        size, latents, texts, _ = batches.next(LARGE)
-        pairs = 1 + len(latents) // 2
-        set_rate(optimizer, LEARNING_RATE / 3, step, total)
-        hidden, mask = encode_texts(tokenizer, text_encoder, texts[:pairs] + [""] * pairs)
-        loss = guided_loss(transformer, schedule, latents[:pairs], hidden, mask)
-        apply(loss, optimizer, transformer.parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.fine_rate * min((step + 1) / 100, 1 - step / total)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            size, latents, texts, _ = batches.next(LARGE[:2] + LARGE)
+            error = loss(schedule, latents, texts, lambda texts: encode_texts(tokenizer, text_encoder, texts))
+        apply(error, optimizer, transformer.parameters())
         average.update_parameters(transformer)
         step += 1
-        losses.append(loss.item())
-        if step % 50 == 0:
+        losses.append(error.item())
+        if rank == 0 and step % 50 == 0:
             minutes = (time.time() - start) / 60
-            log(f"{stage} {step} {size}: loss {sum(losses[-50:]) / 50:.4f}, {minutes:.1f} min")
-        if time.time() - saved > 90 or step == total:
+            log(f"{stage} {step} {size}: loss {sum(losses[-50:]) / 50:.5f}, {minutes:.1f} min")
+        if rank == 0 and (time.time() - saved > 90 or step == total):
             save(path, step, transformer=transformer, average=average, optimizer=optimizer)
             saved = time.time()
+    if rank:
+        raise SystemExit
     return average.module
 
 
-def guided_loss(transformer, schedule, latents, hidden, mask):
-    """The error with the caption, without it, and of the guidance that sampling makes of the two.
+def hard_scene(rng: random.Random) -> Scene:
+    """Twice as many scenes with a star or a small shape, which are the last to come out right."""
+    scene = random_scene(rng)
+    hard = any(thing.shape == "star" or thing.size == "small" for thing in scene.objects)
+    return scene if hard or rng.random() < 0.5 else random_scene(rng)
 
-    Guidance multiplies what the two predictions differ by, errors too: at timesteps where the picture is
-    already there to see, its squared error was six times that of the prediction it came from, or more, and
-    outlines broke. Together the two learn to be wrong alike, which cancels. Where the words decide they must
-    differ.
 
-    hidden: (2 B, L, C), the captions' and then as many of the empty text.
+def train_refine(arguments):
+    """Go on with the exported transformer alone, all timesteps alike; in its place."""
+    from safetensors.torch import load_file
+
+    folder, transformer = arguments.out / "transformer", new_transformer()
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    transformer.load_state_dict({**transformer.state_dict(), **weights})
+
+    def loss(schedule, latents, texts, encode):
+        return diffusion_loss(transformer, schedule, latents, *encode(texts), error=balanced_error)
+
+    write_transformer(fine_tune(arguments, "refine", transformer, loss), folder)
+
+
+def balanced_error(schedule, timestep, predicted, wanted):
+    """The squared error of the predicted picture over what is left of it at the same timestep, once trained.
+
+    Without it the loss is nearly that of the noisiest timesteps, where no training helps any more; outlines
+    are drawn at the others.
     """
-    noise, timestep = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
-    noisy = schedule.add_noise(latents, noise, timestep)
-    both = transformer(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), hidden, mask)
-    captioned, empty = both.chunk(2)
-    visible = (timestep < GUIDED_TIMESTEP)[:, None, None, None]
-    guided = torch.where(visible, empty + GUIDANCE * (captioned - empty), noise)
-    shares = ((1.0, captioned), (0.3, empty), (1 / GUIDANCE**2, guided))
-    return sum(share * weighted_error(schedule, timestep, predicted, noise) for share, predicted in shares)
+    current = schedule.alphas_cumprod[timestep][:, None, None, None]
+    left = torch.tensor(ERROR_LEFT)[timestep // 100][:, None, None, None]
+    weight = ((1 - current) / current).clamp(0.2, 300) * (0.03 / left).clamp(max=4)
+    return (weight * (predicted.float() - wanted).square()).mean()
 
 
 def train_guidance(arguments):
-    """Fine-tune the exported transformer on predictions with and without a caption at once; in its place."""
+    """Fine-tune the exported transformer so that guidance acts mildly on it; in its place."""
     from pixart_sigma.checkpoint import inspect
     from pixart_sigma.transformer import load_transformer
 
     folder = arguments.out / "transformer"
     transformer = load_transformer(inspect(folder), dtype=torch.float32)
-    write_transformer(fine_tune(arguments, "guidance", transformer), folder)
+    loss = imitation_loss(transformer, copy.deepcopy(transformer), mild_guidance)
+    write_transformer(fine_tune(arguments, "guidance", transformer, loss), folder)
+
+
+def mild_guidance(timestep: torch.Tensor) -> torch.Tensor:
+    """The guidance scale that `GUIDANCE` is to act as; as it is where the picture is still all noise."""
+    noise = ((timestep - 600) / 200).clamp(0, 1)
+    return MILD_GUIDANCE + (GUIDANCE - MILD_GUIDANCE) * noise
+
+
+def imitation_loss(student, teacher, acts_as):
+    """The student's errors against the teacher, with the caption, without it, and guided.
+
+    Guidance multiplies what the two predictions differ by, their errors too: in so small a model that breaks
+    outlines. So the student learns a captioned prediction that lies nearer to the empty one: guided by
+    `GUIDANCE` it gives what the teacher gives at acts_as(timestep). A teacher's answer has no noise in it, so
+    a few hundred steps do.
+    """
+    teacher.requires_grad_(False).eval()
+
+    def loss(schedule, latents, texts, encode):
+        spoken = [row for row, text in enumerate(texts) if text][: 1 + len(texts) // 2]
+        latents, texts = latents[spoken], [texts[row] for row in spoken]
+        hidden, mask = encode(texts + [""] * len(texts))
+        timestep = spread_timesteps(len(texts))
+        noisy = schedule.add_noise(latents, torch.randn_like(latents), timestep)
+        inputs = torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), hidden, mask
+        with torch.no_grad():
+            captioned, empty = teacher(*inputs).float().chunk(2)
+            scale = acts_as(timestep)[:, None, None, None]
+            guided = empty + scale * (captioned - empty)
+            captioned = empty + scale / GUIDANCE * (captioned - empty)
+        own_captioned, own_empty = student(*inputs).float().chunk(2)
+        own_guided = own_empty + GUIDANCE * (own_captioned - own_empty)
+        return (
+            balanced_error(schedule, timestep, own_captioned, captioned)
+            + 0.5 * balanced_error(schedule, timestep, own_empty, empty)
+            + 0.5 / (GUIDANCE - 1) ** 2 * balanced_error(schedule, timestep, own_guided, guided)
+        )
+
+    return loss
 
 
 def write_transformer(transformer, folder: Path):
@@ -599,7 +675,13 @@ def write_transformer(transformer, folder: Path):
 
 def train_kv(arguments):
     """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on."""
-    export_kv(fine_tune(arguments, "kv", new_kv_transformer(arguments.out / "transformer")), arguments.out)
+    from pixart_sigma.checkpoint import inspect
+    from pixart_sigma.transformer import load_transformer
+
+    dense = arguments.out / "transformer"
+    student, teacher = new_kv_transformer(dense), load_transformer(inspect(dense), dtype=torch.float32)
+    loss = imitation_loss(student, teacher, lambda timestep: torch.full(timestep.shape, GUIDANCE))
+    export_kv(fine_tune(arguments, "kv", student, loss), arguments.out)
 
 
 def new_kv_transformer(dense: Path):
@@ -713,10 +795,23 @@ def set_rate(optimizer, peak, step, total):
 
 
 def apply(loss, optimizer, parameters):
+    parameters = list(parameters)
     optimizer.zero_grad()
     loss.backward()
+    if torch.distributed.is_initialized():
+        share_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
+
+
+def share_gradients(parameters):
+    """Every process goes on with the mean of all their gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def save(path: Path, step: int, **parts):
