@@ -102,7 +102,7 @@ def test_it_equals_the_resident_encoder_bit_for_bit(sources, source, way):
 
 
 def _copy_to_aligned_memory(model: torch.nn.Module) -> None:
-    """As the buffers are. A file's lie anywhere, and some CPUs then round the product of one token otherwise."""
+    """As the buffers are: some CPUs round a product with one token otherwise where a file's weights lie."""
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.clone()
