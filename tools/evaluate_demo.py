@@ -89,11 +89,12 @@ def generate(
     steps: int,
     guidance: float,
     kv_compression: str | None = None,
+    transformer: str | None = None,
 ) -> Iterator:
     """A PIL image for each prompt; prompt k is drawn with seed k."""
     from pixart_sigma import SigmaPipeline
 
-    pipeline = SigmaPipeline.from_path(model, release="keep")
+    pipeline = SigmaPipeline.from_path(model, transformer=transformer, release="keep")
     for seed, prompt in enumerate(prompts):
         result = pipeline.generate(
             prompt,
@@ -126,6 +127,7 @@ def reconstruction(folder: Path, count: int, width: int, height: int) -> dict[st
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="demo", help="a pipeline folder (default: the demo model)")
+    parser.add_argument("--transformer", help="as for `pixart-sigma generate`: demo-kv, a file or a folder")
     parser.add_argument("--count", type=int, default=200, help="how many prompts (default: 200)")
     parser.add_argument("--size", default="256x256", help="WIDTHxHEIGHT (default: 256x256)")
     parser.add_argument("--steps", type=int, default=20)
@@ -150,7 +152,14 @@ def main() -> int:
         (asked.pictures / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     verdicts = []
     pictures = generate(
-        asked.model, prompts, width, height, asked.steps, asked.guidance, asked.kv_compression
+        asked.model,
+        prompts,
+        width,
+        height,
+        asked.steps,
+        asked.guidance,
+        asked.kv_compression,
+        asked.transformer,
     )
     for (scene, prompt), picture in zip(scenes, pictures, strict=True):
         verdicts.append(judge(scene, np.asarray(picture)))
@@ -168,6 +177,7 @@ def main() -> int:
         "steps": asked.steps,
         "guidance_scale": asked.guidance,
         "kv_compression": asked.kv_compression,
+        "transformer": asked.transformer,
         "accuracy": tally(verdicts),
     }
     print("| judged | prompts | right |\n|---|---|---|")
