@@ -220,8 +220,9 @@ def _calibrate(arguments) -> int:
     from tqdm import tqdm
 
     from .aspect_ratio import parse_size
-    from .calibration import PROMPTS, calibration_path
+    from .calibration import calibration_path
     from .calibration_picture import draw
+    from .calibrator import PROMPTS
     from .pipeline import SigmaPipeline
 
     pipeline = SigmaPipeline.from_path(

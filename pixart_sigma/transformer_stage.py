@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration, calibrate, find_calibrated, fingerprint_of
+from .calibration import Calibration, find_calibrated, fingerprint_of
+from .calibrator import calibrate
 from .checkpoint import Checkpoint, load_transformer_state_dict
 from .errors import SigmaError
 from .kv_compression import KVCompression, resolve

@@ -14,7 +14,9 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
 
     Raises SigmaError for a MODEL that is not from our loader.
     """
-    from ...pixart_sigma.calibration import Calibration, Calibrator
+    from ...pixart_sigma.calibration import Calibration
+    from ...pixart_sigma.calibrator import Calibrator
+    from ...pixart_sigma.kv_compression import spell
 
     if not is_ours(model):
         raise SigmaError(
@@ -41,11 +43,11 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
     watched = model.clone()
     watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pixart_sigma_calibration", watch)
     single = latent | {"samples": latent["samples"][:1]}
-    for index, conditioning in enumerate(conditionings):
-        calibrator.start()
-        sample(
-            watched,
-            conditioning,
+
+    def run(index, rules, sampled=model):
+        return sample(
+            sampled,
+            conditionings[index],
             negative,
             single,
             seed + index,
@@ -54,8 +56,12 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
             "dpmpp_2m",
             "reference",
             1.0,
-            "off",
-        )
+            spell(rules),
+        )["samples"]
+
+    for index in range(len(conditionings)):
+        calibrator.start()
+        calibrator.finish(run(index, (), watched))
 
     comfy.model_management.load_models_gpu([model])
     bar = comfy.utils.ProgressBar(1)
@@ -66,9 +72,10 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
 
     model.pre_run()  # as the host's samplers do around the steps of a run
     try:
-        rules, error, errors = calibrator.measure(on_progress)
+        errors = calibrator.measure(on_progress)
     finally:
         model.cleanup()
+    rules, error = calibrator.choose(errors, run)  # the sampler shows how far each run is
     return Calibration(
         rules=rules,
         error=error,

@@ -138,7 +138,7 @@ with torch.inference_mode():
     assert KV_COMPRESSION not in model.model_options["transformer_options"] and not model.wrappers
 
     # the engine measures the same
-    from pack.pixart_sigma.calibration import calibrate as by_the_engine
+    from pack.pixart_sigma.calibrator import calibrate as by_the_engine
     from pack.pixart_sigma.transformer import load_transformer
     from pack.nodes.text import encode
     import comfy.sample
