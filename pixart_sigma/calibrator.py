@@ -162,7 +162,7 @@ class Calibrator:
         """The largest choice, in each window a ratio for some layers, whose error is within the budget, and
         that error.
         """
-        prices = sorted({price for alone in windows for price in self._prices(alone)})
+        prices = sorted(set().union(*map(self._prices, windows)))
 
         def choose(price):
             return [self._choose(alone, price) for alone in windows]
@@ -211,15 +211,15 @@ class Calibrator:
         named = {ratio: tuple(layer for layer in ratios if ratios[layer] == ratio) for ratio in RATIOS}
         return tuple(KVCompression(self.operator, ratio, named[ratio]) for ratio in RATIOS if named[ratio])
 
-    def _prices(self, alone: dict[int, list[float]]) -> list[float]:
-        """The squared errors per multiply-add at which some layer takes a further ratio, ascending."""
+    def _prices(self, alone: dict[int, list[float]]) -> set[float]:
+        """The squared errors per multiply-add at which some layer takes a further ratio."""
         prices = set()
         for layer in range(self.config.num_layers):
             steps = [(0, 0.0), *((self._gain(ratio), alone[ratio][layer] ** 2) for ratio in RATIOS)]
             for (gain, error), (further, worse) in itertools.combinations(steps, 2):
                 if worse < math.inf:
                     prices.add(max(0.0, worse - error) / (further - gain))
-        return sorted(prices)
+        return prices
 
     def _choose(self, alone: dict[int, list[float]], price: float) -> dict[int, int]:
         """The ratio that saves most where a multiply-add may cost `price`, for each layer that has one."""
