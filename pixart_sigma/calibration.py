@@ -24,9 +24,9 @@ SAMPLED_WEIGHTS = 8
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured. Shares and errors are of 1, relative L2 of clean latents: `error` is that of the
-    latents which whole runs end with, `errors[ratio][layer][window]` that of one layer by itself, in what a
-    step predicts.
+    """What was measured. Shares and errors are of 1, relative L2 of clean latents: `error` is the largest of
+    the latents that whole runs end with, `errors[ratio][layer][window]` that of one layer by itself, in what
+    a step predicts.
 
     `windows` of equal length divide the noise schedule, from pure noise to the clean picture. `fingerprint`
     are some of the checkpoint's weights, see `fingerprint_of`.

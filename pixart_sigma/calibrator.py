@@ -5,7 +5,7 @@ predicts is compared with the uncompressed one: after guidance, which multiplies
 an error at the end differs from part to part of a run, so each part is measured once by whole runs, with one
 layer compressed. The errors are nearly independent, so that their squares add: of all choices with the same
 sum, the one that saves most is the one in which every further layer costs the same per multiply-add saved.
-The largest such choice is taken with which whole runs end within the budget.
+The largest such choice is taken with which all whole runs end within the budget.
 """
 
 import bisect
@@ -133,7 +133,7 @@ class Calibrator:
                 found.append(_relative(run(index, rules).float(), latents))
                 done += self.steps // len(self.ended)
                 on_progress(done, self.total)
-            return sum(found) / len(found)
+            return max(found)
 
         windows = [
             self._at_the_end(
