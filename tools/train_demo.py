@@ -9,8 +9,10 @@
     python tools/train_demo.py kv           the same with KV compression: it imitates the dense one
     python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
-Each stage resumes from its own checkpoint in --work and may be stopped at any time. The last three train on
-as many pictures more as there are processes: torchrun --nproc-per-node 2 tools/train_demo.py refine
+Each stage resumes from its own checkpoint in --work and may be stopped at any time. refine, guidance and kv
+train on as many pictures more as there are processes: torchrun --nproc-per-node 2 tools/train_demo.py refine.
+On Linux MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which
+made kv twice as fast.
 """
 
 import argparse
@@ -575,7 +577,7 @@ def fine_tune(arguments, stage: str, transformer, loss):
 
 
 def parameter_groups(transformer) -> list[dict]:
-    """KV weights learn faster, `times` the rate: each starts as one of four in an average, and has far to go."""
+    """KV weights learn `times` as fast: each starts as one of four in an average and has far to go."""
     kv, others = [], []
     for name, parameter in transformer.named_parameters():
         (kv if ".attn1.sr." in name or ".attn1.norm." in name else others).append(parameter)
