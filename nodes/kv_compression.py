@@ -72,8 +72,8 @@ class CalibrateKVCompression(io.ComfyNode):
                     min=0.1,
                     max=50.0,
                     step=0.1,
-                    tooltip="How far the finished latents may be from the uncompressed ones, in percent. More "
-                    "is faster, and pictures change more.",
+                    tooltip="How far the finished latents may be from the uncompressed ones, in percent. "
+                    "More is faster, and pictures change more.",
                 ),
                 io.Int.Input(
                     "seed",
