@@ -25,7 +25,7 @@ class LoadTransformer(io.ComfyNode):
                     options=choices("transformer"),
                     default=DEMO_CHOICE,
                     tooltip="A file from models/diffusion_models or models/checkpoints, or a folder from "
-                    "models/diffusers. The demo needs no download.",
+                    "models/diffusers. The demos need no download; one was trained with KV compression.",
                 ),
                 io.Combo.Input(
                     "variant",

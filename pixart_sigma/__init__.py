@@ -9,8 +9,9 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The folder of the model that comes with the pack.
+# The folder of the model that comes with the pack, and that of its transformer trained with KV compression.
 DEMO = Path(__file__).parent / "demo"
+DEMO_KV = Path(__file__).parent / "demo_kv"
 
 _MODULE_OF = {
     "SigmaError": "errors",
@@ -24,7 +25,7 @@ _MODULE_OF = {
     "pick_size": "aspect_ratio",
 }
 
-__all__ = ["DEMO", "__version__", *_MODULE_OF]
+__all__ = ["DEMO", "DEMO_KV", "__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):

@@ -159,7 +159,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     """What says which models run, and where."""
     _add_text_encoder(command, t5_precision)
-    command.add_argument("--transformer", help="transformer file or folder, instead of the model's")
+    command.add_argument(
+        "--transformer",
+        help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
+    )
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
         "--transformer-device",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import DEMO
+from . import DEMO, DEMO_KV
 from .checkpoint import Checkpoint, find_components, inspect
 from .errors import CheckpointError, SigmaError
 
@@ -36,10 +36,12 @@ class Components:
         variant: str | None = None,
         needs_text_encoder: bool = True,
     ) -> "Components":
-        """The components of a pipeline folder; one given by itself goes first.
+        """The components of a pipeline folder; one given by itself goes first. A transformer "demo-kv" is the
+        demo's, trained with KV compression.
 
         Raises CheckpointError where a component is missing or is something else.
         """
+        transformer = DEMO_KV if str(transformer) == "demo-kv" else transformer
         checkpoint = inspect(transformer or folder, variant=variant)
         found = find_components(folder)
         needed = [("text_encoder", text_encoder)] if needs_text_encoder else []

@@ -64,7 +64,8 @@ class SigmaPipeline:
         measure: bool = False,
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
-        """Find the components of "demo" or of a pipeline folder; a component given by itself goes first.
+        """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
+        transformer "demo-kv" is the demo's, trained with KV compression.
 
         Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
         for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else

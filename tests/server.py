@@ -71,7 +71,13 @@ def with_the_demo(prompt: dict):
     """Puts the demo in place of the files that a prompt would need, at the demo's size."""
     for node in prompt.values():
         inputs = node["inputs"]
-        inputs.update({name: DEMO for name in MODELS & set(inputs) if isinstance(inputs[name], str)})
+        inputs.update(
+            {
+                name: DEMO
+                for name in MODELS & set(inputs)
+                if isinstance(inputs[name], str) and not inputs[name].endswith("(built in)")
+            }
+        )
         inputs.update({name: value for name, value in DEMO_SETTINGS.items() if name in inputs})
         if inputs.get("kv_compression") == "mean:2:14-27":
             inputs["kv_compression"] = "mean:2:deep"

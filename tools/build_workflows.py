@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 DEMO = "demo (built in)"
+DEMO_KV = "demo with KV compression (built in)"
 PROMPT = "a red circle on a blue background"
 REPOSITORY = Path(__file__).parents[1]
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -358,6 +359,19 @@ def compare_t5_precisions() -> Graph:
     return graph
 
 
+def demo_kv_compression() -> Graph:
+    graph = Graph(
+        "A checkpoint that was trained with KV compression: auto uses it, with no setting. Set "
+        "kv_compression to off and run again: these weights need it."
+    )
+    loaders(graph, transformer=DEMO_KV)
+    encode(graph, "a large yellow triangle on a purple background")
+    bucket(graph)
+    sample(graph)
+    show(graph)
+    return graph
+
+
 def reuse_prompt_embeddings() -> Graph:
     graph = Graph(
         "Encode once, draw often: Save Prompt Embeddings keeps what T5 made of two prompts, and Load Prompt "
@@ -599,6 +613,7 @@ def aspect_ratio_tour() -> Graph:
 
 WORKFLOWS = (
     demo_text_to_image,
+    demo_kv_compression,
     reuse_prompt_embeddings,
     native_ksampler,
     native_custom_sampler,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ...pixart_sigma import DEMO
+from ...pixart_sigma import DEMO, DEMO_KV
 
 DEMO_CHOICE = "demo (built in)"
+DEMO_KV_CHOICE = "demo with KV compression (built in)"
 # Loader -> the folders of ComfyUI it reads, the first one without its name in front.
 CATEGORIES = {
     "transformer": ("diffusion_models", "checkpoints", "diffusers"),
@@ -21,14 +22,12 @@ CATEGORIES = {
 
 def choices(kind: str) -> list[str]:
     """What the loader of "transformer", "text_encoder" or "vae" offers, the demo last."""
-    return [*_offered(kind), DEMO_CHOICE]
+    return [*_offered(kind), *_built_in(kind)]
 
 
 def find(kind: str, choice: str) -> Path:
     """The file or folder of a choice; ValueError for one that is not offered (any more)."""
-    if choice == DEMO_CHOICE:
-        return DEMO
-    path = _offered(kind).get(choice)
+    path = (_offered(kind) | _built_in(kind)).get(choice)
     if path is None:
         folders = ", ".join(f"models/{category}" for category in CATEGORIES[kind])
         raise ValueError(
@@ -36,6 +35,10 @@ def find(kind: str, choice: str) -> Path:
             "and choose it again."
         )
     return path
+
+
+def _built_in(kind: str) -> dict[str, Path]:
+    return {DEMO_CHOICE: DEMO} | ({DEMO_KV_CHOICE: DEMO_KV} if kind == "transformer" else {})
 
 
 def _offered(kind: str) -> dict[str, Path]:

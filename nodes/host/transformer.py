@@ -10,7 +10,7 @@ import comfy.ops
 import comfy.supported_models
 import torch
 
-from ...pixart_sigma import DEMO
+from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
 from .lora import EMPTY, PREFIX, original_names
 from .patcher import make_patcher
@@ -38,7 +38,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     checkpoint = inspect(path, variant)
     state_dict = load_transformer_state_dict(checkpoint)
     config = _host_config(checkpoint, sum(tensor.numel() for tensor in state_dict.values()), dtype)
-    if Path(path) == DEMO:
+    if Path(path) in (DEMO, DEMO_KV):
         config.latent_format = DemoLatents()
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from pixart_sigma.checkpoint import inspect
-from pixart_sigma.pipeline import DEMO, SigmaPipeline
+from pixart_sigma import DEMO, DEMO_KV
+from pixart_sigma.checkpoint import KVWeights, inspect
+from pixart_sigma.kv_compression import AUTO_PIXELS, resolve
+from pixart_sigma.pipeline import SigmaPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from demo_judge import look  # noqa: E402
@@ -23,9 +25,10 @@ def test_it_is_a_whole_pipeline_in_the_published_layout():
     assert set(inspect(DEMO).components) == {"tokenizer", "text_encoder", "transformer", "vae", "scheduler"}
 
 
-def test_it_is_small_and_stored_in_half_precision():
-    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) <= 12_000_000
-    for file in DEMO.rglob("*.safetensors"):
+@pytest.mark.parametrize("folder", [DEMO, DEMO_KV])
+def test_it_is_small_and_stored_in_half_precision(folder):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 12_000_000
+    for file in folder.rglob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}
 
@@ -69,3 +72,19 @@ def test_it_places_two_objects(demo):
     first, second = sorted(seen[:2], key=lambda one: one.x)
     assert (ground, first.color, second.color) == ("brown", "pink", "cyan")
     assert first.shape == "square"
+
+
+def test_the_one_trained_with_kv_compression_needs_no_setting():
+    trained = inspect(DEMO_KV).config
+    assert trained.kv_compression == KVWeights(2, (2, 3, 4))
+    assert 256 * 256 < AUTO_PIXELS  # where weights that were not trained so are left as they are
+    (rule,) = resolve("auto", trained, 256, 256)
+    assert (rule.operator, rule.ratio, rule.layers) == ("conv", 2, (2, 3, 4))
+
+    pipeline = SigmaPipeline.from_path("demo", transformer="demo-kv", device="cpu", release="keep")
+    for prompt, ground, color, shape in (
+        ("a large yellow triangle on a purple background", "purple", "yellow", "triangle"),
+        ("a red circle on a blue background", "blue", "red", "circle"),
+    ):
+        seen_ground, seen = look(np.asarray(pipeline.generate(prompt, seed=0).images[0]))
+        assert (seen_ground, [(one.color, one.shape) for one in seen]) == (ground, [(color, shape)])
