@@ -46,8 +46,8 @@ class Calibration:
     def describe(self) -> str:
         return (
             f"{spell(self.rules)}\n"
-            f"{self.error:.1%} error of {self.budget:.1%} allowed, saves {self.saved:.1%} of the "
-            f"multiply-adds at {self.width}x{self.height}"
+            f"finished latents {self.error:.1%} off, of {self.budget:.1%} allowed; saves {self.saved:.1%} "
+            f"of the multiply-adds at {self.width}x{self.height}"
         )
 
     def save(self, path: Path) -> None:

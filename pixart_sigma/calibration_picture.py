@@ -21,10 +21,10 @@ def draw(calibration: Calibration) -> Image.Image:
     picture = Image.new("RGB", (width, TOP + len(calibration.errors) * grid), BACKGROUND)
     pen = ImageDraw.Draw(picture)
     large, normal, small = (ImageFont.load_default(size) for size in (22, 15, 11))
-    pen.text((20, 14), "KV compression: error of each layer by itself", TEXT, large)
+    pen.text((20, 14), "KV compression: error of each layer by itself, in what a step predicts", TEXT, large)
     pen.text(
         (20, 48),
-        f"Chosen: {calibration.error:.1%} error of {calibration.budget:.1%} allowed, saves "
+        f"Chosen: finished latents {calibration.error:.1%} off, of {calibration.budget:.1%} allowed; saves "
         f"{calibration.saved:.1%} of the multiply-adds at {calibration.width}x{calibration.height}.",
         TEXT,
         normal,
