@@ -23,6 +23,8 @@ from .transformer_config import TransformerConfig
 
 Progress = Callable[[int, int], None]
 
+# The one for weights that were not trained with compression.
+OPERATOR = "mean"
 # Of choices that whole runs are made with; each comes several times nearer to the budget.
 SEARCHES = 6
 PROMPT_TOKENS = 300
@@ -40,7 +42,7 @@ class Calibrator:
     `measure` the layers and `choose` among them.
     """
 
-    def __init__(self, config: TransformerConfig, height: int, width: int, budget: float, operator="mean"):
+    def __init__(self, config: TransformerConfig, height: int, width: int, budget: float):
         """height, width: of the pictures, in pixels. budget: the relative L2 error that is allowed."""
         if not 0 < budget < 1:
             raise SigmaError(f"The error budget is {budget}; give a share between 0 and 1, such as 0.05.")
@@ -49,7 +51,7 @@ class Calibrator:
                 "This checkpoint was trained with KV compression; there is nothing to calibrate."
             )
         self.config, self.height, self.width = config, height, width
-        self.budget, self.operator = budget, operator
+        self.budget = budget
         self.points: list[tuple[int, Callable, torch.Tensor]] = []
         self.finished = 0  # how many of them are of earlier runs
         self.nearest: dict[int, float] = {}  # of this run: the timestep in each window
@@ -209,7 +211,7 @@ class Calibrator:
     def _rules(self, ratios: dict[int, int]) -> tuple[KVCompression, ...]:
         """The rules that compress each of these layers by its ratio."""
         named = {ratio: tuple(layer for layer in ratios if ratios[layer] == ratio) for ratio in RATIOS}
-        return tuple(KVCompression(self.operator, ratio, named[ratio]) for ratio in RATIOS if named[ratio])
+        return tuple(KVCompression(OPERATOR, ratio, named[ratio]) for ratio in RATIOS if named[ratio])
 
     def _prices(self, alone: dict[int, list[float]]) -> set[float]:
         """The squared errors per multiply-add at which some layer takes a further ratio."""
@@ -244,7 +246,7 @@ class Calibrator:
                     layers.setdefault((ratio, window, end), []).append(layer)
                 window = end
         return tuple(
-            KVCompression(self.operator, ratio, tuple(named), start / WINDOWS, end / WINDOWS)
+            KVCompression(OPERATOR, ratio, tuple(named), start / WINDOWS, end / WINDOWS)
             for (ratio, start, end), named in sorted(layers.items())
         )
 

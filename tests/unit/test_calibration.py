@@ -44,8 +44,8 @@ CONFIG = TransformerConfig(
 MIDDLES = [LAST_TIMESTEP * (1 - (window + 0.5) / WINDOWS) for window in range(WINDOWS)]
 # Of each layer, at ratio 2 and 4, in the first window; later windows have more.
 ALONE = {2: [0.010, 0.030, 0.002], 4: [0.040, 0.035, 0.030]}
-# What is left of an error in each window at the end of the run.
-LEFT = [0.1, 0.5, 2.0, 1.0]
+# What is left of an error in each window at the end of the run: not in the order of the errors.
+LEFT = [2.0, 0.5, 0.1, 1.0]
 
 
 def step_error(ratio, layer, window):
@@ -128,6 +128,8 @@ def test_the_choice_saves_the_most_for_its_error(budget):
         for share in (0.2, 0.5, 0.8) * 300
     ]
     others += [chosen | {at: ratio} for at in places for ratio in RATIOS]
+    for gone, at, ratio in itertools.product(chosen, places, RATIOS):
+        others.append({place: chosen[place] for place in chosen if place != gone} | {at: ratio})
     for other in others:
         if true_error(other) < true_error(chosen) * (1 - 1e-6):
             assert saved(other) <= saved(chosen)
@@ -156,6 +158,24 @@ def test_a_run_that_ends_worse_than_its_parts_say_has_less_compression():
     # The squares of the errors of 12 layers would add to less than 0.05.
     assert error == pytest.approx(0.01 * len(choice_of(rules)), rel=1e-3)
     assert 0.03 <= error <= 0.05
+
+
+def test_the_worst_run_keeps_the_budget():
+    """Of two prompts the second bears half of what the first does."""
+    calibrator = Calibrator(CONFIG, SIZE, SIZE, 0.05)
+    for _ in range(2):
+        calibrator.start()
+        for timestep in MIDDLES:
+            calibrator.see(
+                timestep, torch.ones(1), lambda rules: torch.ones(1) + 0.01 + 0.001 * rules[0].layers[0]
+            )
+        calibrator.finish(torch.ones(1))
+    rules, error = calibrator.choose(
+        calibrator.measure(),
+        lambda index, rules: torch.ones(1) + 0.006 * (1 + index) * len(choice_of(rules)) ** 0.5,
+    )
+    assert error == pytest.approx(0.012 * len(choice_of(rules)) ** 0.5, rel=1e-3)
+    assert 0.025 < error <= 0.05
 
 
 def test_of_each_run_the_step_nearest_to_the_middle_is_measured():
