@@ -48,6 +48,8 @@ RELATIONS = {
     "below": ((0.5, 0.73), (0.5, 0.27)),
 }
 PAIR_RADIUS = (0.17, 0.2)
+# From an object to the canvas' edge, at least, as a share of the shorter side.
+MARGIN = 0.015
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,10 @@ def layout(scene: Scene, width: int, height: int, rng: random.Random) -> list[tu
     """Centre x, centre y and radius of each object in pixels; what was not said is left to chance."""
     short = min(width, height)
     placed = []
-    for index, thing in enumerate(scene.objects):
-        if scene.relation:
-            x, y = RELATIONS[scene.relation][index]
-            radius = rng.uniform(*PAIR_RADIUS)
-        else:
-            x, y = POSITIONS[thing.position or "center"]
-            radius = rng.uniform(*SIZES[thing.size or "medium"])
+    for _, (x, y), radii in _expected(scene):
+        radius = rng.uniform(*radii)
         x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
-        margin = (radius + 0.015) * short
+        margin = (radius + MARGIN) * short
         x = min(max(x * width, margin), width - margin)
         y = min(max(y * height, margin), height - margin)
         placed.append((x, y, radius * short))
@@ -164,10 +161,74 @@ def layout(scene: Scene, width: int, height: int, rng: random.Random) -> list[tu
 
 def render(scenes: list[Scene], width: int, height: int, rng: random.Random) -> torch.Tensor:
     """Pictures (B, 3, height, width) in [-1, 1]."""
+    return paint(scenes, [layout(scene, width, height, rng) for scene in scenes], width, height)
+
+
+def redraw(scenes: list[Scene], pictures: torch.Tensor) -> torch.Tensor:
+    """What pictures (B, 3, height, width) should have been: each scene as it is, where the picture has it."""
+    height, width = pictures.shape[-2:]
+    placed = [measure(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+    return paint(scenes, placed, width, height)
+
+
+def measure(scene: Scene, picture: torch.Tensor) -> list[tuple[float, float, float]]:
+    """Centre x, centre y and radius of each object in a picture (3, height, width), as `layout` gives them.
+
+    Those whose outline agrees best with what has the object's colour, of all that `layout` draws.
+    """
+    height, width = picture.shape[-2:]
+    short, sides = min(width, height), torch.tensor([width, height])
+    ground = _color([scene.background or "white"])[0]
+    # The first one stays where it is, so that of equals it is chosen.
+    moves = torch.cartesian_prod(*[torch.tensor([0.0, -1.0, 1.0])] * 3)
+    placed = []
+    for thing, center, radii in _expected(scene):
+        color = _color([thing.color])[0] - ground
+        share = ((picture - ground[:, None, None]) * color[:, None, None]).sum(0) / color.square().sum()
+        # Half-way values are edges; what is nearly the background is the VAE's noise.
+        seen = (1.5 * share - 0.25).clamp(0, 1)
+        center = torch.tensor(center) * sides
+        # Beyond the middle is the other object.
+        reach = ((center - sides / 2).abs() if scene.relation else center).clone()
+        reach[reach == 0] = short / 2
+        reach = reach.clamp(max=(radii[1] + 0.1) * short)
+        left, top = (center - reach).clamp(min=0).int().tolist()
+        right, bottom = (center + reach).minimum(sides).int().tolist()
+        seen = seen[top:bottom, left:right]
+        low = torch.cat([center - 0.025 * sides, torch.tensor([radii[0] * short])])
+        high = torch.cat([center + 0.025 * sides, torch.tensor([radii[1] * short])])
+        best = (low + high) / 2
+        for step in (4.0, 1.0, 0.25):
+            for _ in range(5):
+                around = (best + step * moves).clamp(low, high)
+                margin = around[:, 2:] + MARGIN * short
+                around[:, :2] = around[:, :2].maximum(margin).minimum(sides - margin)
+                inside = around - torch.tensor([left, top, 0])
+                outlines = coverage([thing.shape] * len(around), inside, right - left, bottom - top)
+                chosen = around[(outlines[:, 0] - seen).abs().sum((1, 2)).argmin()]
+                if torch.equal(chosen, best):
+                    break
+                best = chosen
+        placed.append(tuple(best.tolist()))
+    return placed
+
+
+def _expected(scene: Scene):
+    """Of each object: itself, its centre as shares of the canvas, and the bounds of its radius."""
+    for index, thing in enumerate(scene.objects):
+        if scene.relation:
+            yield thing, RELATIONS[scene.relation][index], PAIR_RADIUS
+        else:
+            yield thing, POSITIONS[thing.position or "center"], SIZES[thing.size or "medium"]
+
+
+def paint(
+    scenes: list[Scene], placed: list[list[tuple[float, float, float]]], width: int, height: int
+) -> torch.Tensor:
+    """Pictures (B, 3, height, width) in [-1, 1] of scenes whose objects are placed as `layout` gives it."""
     count = len(scenes)
     pictures = _color([scene.background or "white" for scene in scenes])[:, :, None, None]
     pictures = pictures.expand(count, 3, height, width)
-    placed = [layout(scene, width, height, rng) for scene in scenes]
     for index in range(2):
         shown = [position for position in range(count) if len(scenes[position].objects) > index]
         if not shown:

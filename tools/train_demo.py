@@ -4,20 +4,13 @@
     python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
     python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
     python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
-    python tools/train_demo.py refine       the exported transformer once more: outlines, small shapes, stars
-    python tools/train_demo.py guidance     the same for guidance 4.5: it imitates itself, mildly guided
-    python tools/train_demo.py kv           the same with KV compression: it imitates the dense one
     python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
 
-Each stage resumes from its own checkpoint in --work and may be stopped at any time. refine, guidance and kv
-train on as many pictures more as there are processes: torchrun --nproc-per-node 2 tools/train_demo.py refine.
-On Linux MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which
-made kv twice as fast.
+Each stage resumes from its own checkpoint in --work and may be stopped at any time. What comes after the
+export, on the transformer alone, is in fine_tune_demo.py.
 """
 
 import argparse
-import copy
-import dataclasses
 import math
 import os
 import random
@@ -55,42 +48,24 @@ PATCHES_PER_STEP = 2048
 VAE_CROP_STEPS = 1000
 LEARNING_RATE = 1e-3
 BUFFER = 6000
-# The trained KV compression: the deeper half of the layers, 2x2 tokens.
-KV_LAYERS, KV_RATIO = (2, 3, 4), 2
-KV_FASTER = 20
-# What is left of the predicted picture's squared error per hundred timesteps, once trained: it is what the
-# noise hides, and its share of the loss.
-ERROR_LEFT = (0.0018, 0.0054, 0.0104, 0.0167, 0.0279, 0.0364, 0.0416, 0.0486, 0.0532, 0.0664)
-# The guidance scale that pictures are sampled with, and the one that it acts as below timestep 600.
-GUIDANCE, MILD_GUIDANCE = 4.5, 2.0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "stage", choices=("vae", "text", "transformer", "export", "refine", "guidance", "kv", "restore")
-    )
+    parser.add_argument("stage", choices=("vae", "text", "transformer", "export", "restore"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--fine-steps", type=int, default=600, help="steps of refine, guidance or kv")
-    parser.add_argument("--fine-rate", type=float, default=3e-4, help="learning rate of those steps")
-    parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster where the CPU has it")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if "RANK" in os.environ:  # started by torchrun
-        torch.distributed.init_process_group("gloo")
     {
         "vae": train_vae,
         "text": train_text_encoder,
         "transformer": train_transformer,
         "export": export,
-        "refine": train_refine,
-        "guidance": train_guidance,
-        "kv": train_kv,
         "restore": restore,
     }[arguments.stage](arguments)
 
@@ -532,213 +507,6 @@ def spread_timesteps(count: int) -> torch.Tensor:
     return ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()
 
 
-# -- Fine-tuning ----------------------------------------------------------------------------------
-
-
-def fine_tune(arguments, stage: str, transformer, loss):
-    """The average of the transformer over --fine-steps, with T5 and VAE as exported.
-
-    loss(schedule, latents, texts, encode) is a tensor; encode(texts) the pair of hidden states and mask.
-    """
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    tokenizer = T5Tokenizer.from_pretrained(arguments.out / "tokenizer", extra_ids=0)
-    vae = AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32)
-    vae.requires_grad_(False)
-    text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
-    text_encoder.requires_grad_(False)
-    transformer.requires_grad_(True).train()
-    average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
-    optimizer = torch.optim.AdamW(parameter_groups(transformer), betas=(0.9, 0.98), weight_decay=0.0)
-    path, total = arguments.work / f"{stage}.pt", arguments.fine_steps
-    step = resume(path, transformer=transformer, average=average, optimizer=optimizer)
-    torch.manual_seed(2 * step + rank)
-    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    batches = Batches(vae, random.Random(2 * step + rank), first=48, draw=hard_scene)
-    start, saved, losses = time.time(), time.time(), []
-    while step < total:
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.fine_rate * group["times"] * min((step + 1) / 100, 1 - step / total)
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            size, latents, texts, _ = batches.next(LARGE[:2] + LARGE)
-            error = loss(schedule, latents, texts, lambda texts: encode_texts(tokenizer, text_encoder, texts))
-        apply(error, optimizer, transformer.parameters())
-        average.update_parameters(transformer)
-        step += 1
-        losses.append(error.item())
-        if rank == 0 and step % 50 == 0:
-            minutes = (time.time() - start) / 60
-            log(f"{stage} {step} {size}: loss {sum(losses[-50:]) / 50:.5f}, {minutes:.1f} min")
-        if rank == 0 and (time.time() - saved > 90 or step == total):
-            save(path, step, transformer=transformer, average=average, optimizer=optimizer)
-            saved = time.time()
-    if rank:
-        raise SystemExit
-    return average.module
-
-
-def parameter_groups(transformer) -> list[dict]:
-    """KV weights learn `times` as fast: each starts as one of four in an average and has far to go."""
-    kv, others = [], []
-    for name, parameter in transformer.named_parameters():
-        (kv if ".attn1.sr." in name or ".attn1.norm." in name else others).append(parameter)
-    groups = [{"params": others, "times": 1}, {"params": kv, "times": KV_FASTER}]
-    return [group for group in groups if group["params"]]
-
-
-def hard_scene(rng: random.Random) -> Scene:
-    """Twice as many scenes with a star or a small shape, which are the last to come out right."""
-    scene = random_scene(rng)
-    hard = any(thing.shape == "star" or thing.size == "small" for thing in scene.objects)
-    return scene if hard or rng.random() < 0.5 else random_scene(rng)
-
-
-def train_refine(arguments):
-    """Go on with the exported transformer alone, all timesteps alike; in its place."""
-    from safetensors.torch import load_file
-
-    folder, transformer = arguments.out / "transformer", new_transformer()
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    transformer.load_state_dict({**transformer.state_dict(), **weights})
-
-    def loss(schedule, latents, texts, encode):
-        return diffusion_loss(transformer, schedule, latents, *encode(texts), error=balanced_error)
-
-    write_transformer(fine_tune(arguments, "refine", transformer, loss), folder)
-
-
-def balanced_error(schedule, timestep, predicted, wanted):
-    """The squared error of the predicted picture over what is left of it at the same timestep, once trained.
-
-    Without it the loss is nearly that of the noisiest timesteps, where no training helps any more; outlines
-    are drawn at the others.
-    """
-    current = schedule.alphas_cumprod[timestep][:, None, None, None]
-    left = torch.tensor(ERROR_LEFT)[timestep // 100][:, None, None, None]
-    weight = ((1 - current) / current).clamp(0.2, 300) * (0.03 / left).clamp(max=4)
-    return (weight * (predicted.float() - wanted).square()).mean()
-
-
-def train_guidance(arguments):
-    """Fine-tune the exported transformer so that guidance acts mildly on it; in its place."""
-    from pixart_sigma.checkpoint import inspect
-    from pixart_sigma.transformer import load_transformer
-
-    folder = arguments.out / "transformer"
-    transformer = load_transformer(inspect(folder), dtype=torch.float32)
-    loss = imitation_loss(transformer, copy.deepcopy(transformer), mild_guidance)
-    write_transformer(fine_tune(arguments, "guidance", transformer, loss), folder)
-
-
-def mild_guidance(timestep: torch.Tensor) -> torch.Tensor:
-    """The guidance scale that `GUIDANCE` is to act as; as it is where the picture is still all noise."""
-    noise = ((timestep - 600) / 200).clamp(0, 1)
-    return MILD_GUIDANCE + (GUIDANCE - MILD_GUIDANCE) * noise
-
-
-def imitation_loss(student, teacher, acts_as):
-    """The student's errors against the teacher, with the caption, without it, and guided.
-
-    Guidance multiplies what the two predictions differ by, their errors too: in so small a model that breaks
-    outlines. So the student learns a captioned prediction that lies nearer to the empty one: guided by
-    `GUIDANCE` it gives what the teacher gives at acts_as(timestep). A teacher's answer has no noise in it, so
-    a few hundred steps do.
-    """
-    teacher.requires_grad_(False).eval()
-
-    def loss(schedule, latents, texts, encode):
-        spoken = [row for row, text in enumerate(texts) if text][: 1 + len(texts) // 2]
-        latents, texts = latents[spoken], [texts[row] for row in spoken]
-        hidden, mask = encode(texts + [""] * len(texts))
-        timestep = spread_timesteps(len(texts))
-        noisy = schedule.add_noise(latents, torch.randn_like(latents), timestep)
-        inputs = torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), hidden, mask
-        with torch.no_grad():
-            captioned, empty = teacher(*inputs).float().chunk(2)
-            scale = acts_as(timestep)[:, None, None, None]
-            guided = empty + scale * (captioned - empty)
-            captioned = empty + scale / GUIDANCE * (captioned - empty)
-        own_captioned, own_empty = student(*inputs).float().chunk(2)
-        own_guided = own_empty + GUIDANCE * (own_captioned - own_empty)
-        return (
-            balanced_error(schedule, timestep, own_captioned, captioned)
-            + 0.5 * balanced_error(schedule, timestep, own_empty, empty)
-            + 0.5 / (GUIDANCE - 1) ** 2 * balanced_error(schedule, timestep, own_guided, guided)
-        )
-
-    return loss
-
-
-def write_transformer(transformer, folder: Path):
-    """The weights in fp16 in a transformer folder, in place of those that it holds."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
-    beside = folder / "diffusion_pytorch_model.part"
-    save_file(weights, beside, {"format": "pt"})
-    beside.chmod(0o644)
-    os.replace(beside, folder / "diffusion_pytorch_model.safetensors")
-    log(f"exported to {folder}")
-
-
-# -- KV compression -------------------------------------------------------------------------------
-
-
-def train_kv(arguments):
-    """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on.
-
-    Where it has been exported already, it goes on from there.
-    """
-    from pixart_sigma.checkpoint import inspect
-    from pixart_sigma.transformer import load_transformer
-
-    dense, exported = arguments.out / "transformer", kv_folder(arguments.out)
-    teacher = load_transformer(inspect(dense), dtype=torch.float32)
-    if exported.exists():
-        student = load_transformer(inspect(exported), dtype=torch.float32)
-    else:
-        student = new_kv_transformer(dense)
-    loss = imitation_loss(student, teacher, lambda timestep: torch.full(timestep.shape, GUIDANCE))
-    export_kv(fine_tune(arguments, "kv", student, loss), arguments.out)
-
-
-def new_kv_transformer(dense: Path):
-    """The engine's transformer with the dense weights, and KV weights that average as `mean` does.
-
-    The network normalises what it has averaged (arXiv 2403.04692, section 2.3). Keys and values are not of
-    unit length, so the norm's scale is set to theirs.
-    """
-    from pixart_sigma.checkpoint import KVWeights, inspect, load_transformer_state_dict
-    from pixart_sigma.transformer import build_transformer
-
-    checkpoint = inspect(dense)
-    config = dataclasses.replace(checkpoint.config, kv_compression=KVWeights(KV_RATIO, KV_LAYERS))
-    transformer = build_transformer(config)
-    weights = {name: tensor.float() for name, tensor in load_transformer_state_dict(checkpoint).items()}
-    width = config.cross_attention_dim
-    for layer in KV_LAYERS:
-        attention = f"transformer_blocks.{layer}.attn1"
-        # Tokens come in with unit variance, so a projection's rows say how long keys and values are.
-        rows = torch.cat([weights[f"{attention}.to_{name}.weight"] for name in "kv"])
-        weights[f"{attention}.sr.weight"] = torch.full((width, 1, KV_RATIO, KV_RATIO), KV_RATIO**-2.0)
-        weights[f"{attention}.sr.bias"] = torch.zeros(width)
-        weights[f"{attention}.norm.weight"] = torch.full((width,), float(rows.square().sum(1).mean().sqrt()))
-        weights[f"{attention}.norm.bias"] = torch.zeros(width)
-    transformer.load_state_dict(weights, assign=True)
-    return transformer
-
-
-def kv_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}_kv")
-
-
-def export_kv(transformer, out: Path):
-    """A transformer folder beside the demo's."""
-    folder = kv_folder(out)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text((out / "transformer" / "config.json").read_text())
-    write_transformer(transformer, folder)
-
-
 # -- Export ---------------------------------------------------------------------------------------
 
 
@@ -819,20 +587,8 @@ def apply(loss, optimizer, parameters):
     parameters = list(parameters)
     optimizer.zero_grad()
     loss.backward()
-    if torch.distributed.is_initialized():
-        share_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-
-
-def share_gradients(parameters):
-    """Every process goes on with the mean of all their gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def save(path: Path, step: int, **parts):

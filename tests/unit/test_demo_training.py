@@ -1,0 +1,103 @@
+"""The tools that train the demo: every fine-tuning stage runs, and redrawn pictures are what was asked."""
+
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import demo_pictures  # noqa: E402
+import evaluate_demo  # noqa: E402
+import fine_tune_demo  # noqa: E402
+
+from pixart_sigma.checkpoint import inspect  # noqa: E402
+
+SIZES = [(256, 256), (336, 192), (192, 336)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_was_drawn_is_measured(size):
+    rng = random.Random(3)
+    scenes = [demo_pictures.random_scene(rng) for _ in range(40)]
+    placed = [demo_pictures.layout(scene, *size, rng) for scene in scenes]
+    pictures = demo_pictures.paint(scenes, placed, *size)
+    pictures = pictures + 0.03 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    for scene, drawn, picture in zip(scenes, placed, pictures, strict=True):
+        for expected, measured in zip(drawn, demo_pictures.measure(scene, picture), strict=True):
+            assert measured == pytest.approx(expected, abs=0.5), scene
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_wrong_picture_is_redrawn_as_it_was_asked(size):
+    rng = random.Random(5)
+    scenes = [demo_pictures.random_scene(rng) for _ in range(40)]
+    width, height = size
+    # Nothing of it is right: other shapes, elsewhere, in other colours.
+    pictures = demo_pictures.render([demo_pictures.random_scene(rng) for _ in scenes], *size, rng)
+    pixels = evaluate_demo.as_pixels(demo_pictures.redraw(scenes, pictures))
+    assert pixels.shape == (len(scenes), height, width, 3)
+    for scene, picture in zip(scenes, pixels, strict=True):
+        assert all(evaluate_demo.judge(scene, picture).values()), scene
+
+
+def test_a_redrawn_circle_has_no_tail_and_stays_in_its_place():
+    circle = demo_pictures.Scene((demo_pictures.Object("circle", "red", "small", "left"),), "blue")
+    clean = demo_pictures.paint([circle], [[(65.0, 126.0, 36.0)]], 256, 256)
+    tail = clean.clone()
+    tail[:, :, 160:178, 56:74] = clean[:, :, 126:127, 65:66]
+    assert not evaluate_demo.judge(circle, evaluate_demo.as_pixels(tail)[0])["shape"]
+    redrawn = demo_pictures.redraw([circle], tail)
+    assert evaluate_demo.judge(circle, evaluate_demo.as_pixels(redrawn)[0])["shape"]
+    assert (redrawn - clean).square().mean() < (tail - clean).square().mean()
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Copies of the demo's folders, small pictures and short runs."""
+    for name in ("demo", "demo_kv"):
+        shutil.copytree(ROOT / "pixart_sigma" / name, tmp_path / name)
+    return tmp_path / "demo"
+
+
+@pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "kv", "correct-kv"])
+def test_a_fine_tuning_stage_changes_its_own_transformer_and_resumes(stage, demo, monkeypatch, capsys):
+    monkeypatch.setattr(fine_tune_demo, "LARGE", ((64, 64), (64, 64), (80, 48)))
+    monkeypatch.setattr(fine_tune_demo, "RUN_STEPS", 8)
+    monkeypatch.setattr(fine_tune_demo, "STEPS_PER_RUN", 2)
+    monkeypatch.setattr("train_demo.PATCHES_PER_STEP", 64)
+    folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv")}
+    changes, stays = ("kv", "dense") if stage.endswith("kv") else ("dense", "kv")
+
+    def weights(which):
+        return load_file(folders[which] / "diffusion_pytorch_model.safetensors")
+
+    def train(steps):
+        command = [stage, "--out", str(demo), "--work", str(demo.with_name("work")), "--steps", str(steps)]
+        monkeypatch.setattr(sys, "argv", ["fine_tune_demo.py", *command])
+        fine_tune_demo.main()
+        return torch.load(demo.with_name("work") / f"{stage}.pt", weights_only=True)["step"]
+
+    before, other = weights(changes), weights(stays)
+    assert train(3) == 3
+    first = weights(changes)
+    assert first.keys() == before.keys()
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+    assert all(math.isfinite(float(tensor.float().sum())) for tensor in first.values())
+    assert bool(inspect(folders[changes]).config.kv_compression) == (changes == "kv")
+    assert train(5) == 5
+    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(stays).items())
+    assert "exported to" in capsys.readouterr().out
+
+
+def test_fine_tuning_runs_as_a_command():
+    tool = ROOT / "tools" / "fine_tune_demo.py"
+    result = subprocess.run([sys.executable, tool, "-h"], capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: fine_tune_demo.py" in result.stdout

@@ -1,0 +1,396 @@
+"""Fine-tune the exported demo transformer, and make the one with KV compression; T5 and VAE stay as they are.
+
+    python tools/fine_tune_demo.py refine      once more: outlines, small shapes, stars
+    python tools/fine_tune_demo.py guidance    for guidance 4.5: it imitates itself, mildly guided
+    python tools/fine_tune_demo.py correct     on its own mistakes: its pictures as they should have been
+    python tools/fine_tune_demo.py kv          with KV compression in the deeper half: it imitates the other
+    python tools/fine_tune_demo.py correct-kv  the compressed one on its own mistakes
+
+Each replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own checkpoint in
+--work and may be stopped at any time. With more processes a step has as many times the pictures:
+torchrun --nproc-per-node 2 tools/fine_tune_demo.py refine. On Linux MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which made kv twice as fast.
+"""
+
+import argparse
+import copy
+import dataclasses
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+from demo_pictures import Scene, caption, random_scene, redraw
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+from train_demo import (
+    LARGE,
+    SCALING_FACTOR,
+    Batches,
+    diffusion_loss,
+    ema,
+    encode_texts,
+    log,
+    new_transformer,
+    resume,
+    save,
+    spread_timesteps,
+)
+from transformers import T5EncoderModel, T5Tokenizer
+
+from pixart_sigma.checkpoint import KVWeights, inspect, load_transformer_state_dict
+from pixart_sigma.transformer import build_transformer, load_transformer
+
+# The trained KV compression: the deeper half of the layers, 2x2 tokens.
+KV_LAYERS, KV_RATIO = (2, 3, 4), 2
+KV_FASTER = 20
+# What is left of the predicted picture's squared error per hundred timesteps, once trained: it is what the
+# noise hides, and its share of the loss.
+ERROR_LEFT = (0.0018, 0.0054, 0.0104, 0.0167, 0.0279, 0.0364, 0.0416, 0.0486, 0.0532, 0.0664)
+# The guidance scale that pictures are sampled with, and the one that it acts as below timestep 600.
+GUIDANCE, MILD_GUIDANCE = 4.5, 2.0
+# The own runs that the correction learns from: steps of each, how many together, how many wait per size.
+RUN_STEPS, RUNS_TOGETHER, RUNS_KEPT = 20, 8, 64
+# Steps of training on the runs of a size before there are new ones.
+STEPS_PER_RUN = 16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=("refine", "guidance", "correct", "kv", "correct-kv"))
+    parser.add_argument("--work", type=Path, default=Path("demo_training"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rate", type=float, default=3e-4, help="the learning rate it starts from")
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:  # started by torchrun
+        torch.distributed.init_process_group("gloo")
+    {
+        "refine": train_refine,
+        "guidance": train_guidance,
+        "correct": train_correct,
+        "kv": train_kv,
+        "correct-kv": train_correct_kv,
+    }[arguments.stage](arguments)
+
+
+def fine_tune(arguments, transformer, loss, make_batches=None):
+    """The average of the transformer over --steps.
+
+    make_batches(vae, rng, encode) has a method next(sizes), which gives (size, batch, texts, scenes): drawn
+    pictures by default, hard ones twice as often. loss(schedule, batch, texts, encode) is a tensor;
+    encode(texts) the pair of T5's hidden states and mask.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    tokenizer = T5Tokenizer.from_pretrained(arguments.out / "tokenizer", extra_ids=0)
+    vae = AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False)
+    text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
+    text_encoder.requires_grad_(False)
+    transformer.requires_grad_(True).train()
+    average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
+    optimizer = torch.optim.AdamW(parameter_groups(transformer), betas=(0.9, 0.98), weight_decay=0.0)
+    path, total = arguments.work / f"{arguments.stage}.pt", arguments.steps
+    step = resume(path, transformer=transformer, average=average, optimizer=optimizer)
+    torch.manual_seed(2 * step + rank)
+    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+    def encode(texts):
+        return encode_texts(tokenizer, text_encoder, texts)
+
+    make_batches = make_batches or (lambda vae, rng, _: Batches(vae, rng, first=48, draw=hard_scene))
+    batches = make_batches(vae, random.Random(2 * step + rank), encode)
+    start, saved, losses = time.time(), time.time(), []
+    while step < total:
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.rate * group["times"] * min((step + 1) / 100, 1 - step / total)
+        size, batch, texts, _ = batches.next(LARGE[:2] + LARGE)
+        error = loss(schedule, batch, texts, encode)
+        optimizer.zero_grad()
+        error.backward()
+        share_gradients(transformer)
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(transformer)
+        step += 1
+        losses.append(error.item())
+        if rank == 0 and step % 50 == 0:
+            minutes, mean = (time.time() - start) / 60, sum(losses[-50:]) / len(losses[-50:])
+            log(f"{arguments.stage} {step} {size}: loss {mean:.5f}, {minutes:.1f} min")
+        if rank == 0 and (time.time() - saved > 90 or step == total):
+            save(path, step, transformer=transformer, average=average, optimizer=optimizer)
+            saved = time.time()
+    if rank:
+        raise SystemExit
+    return average.module
+
+
+def share_gradients(transformer):
+    """Every process goes on with the mean of all their gradients."""
+    if not torch.distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in transformer.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def parameter_groups(transformer) -> list[dict]:
+    """KV weights learn `times` as fast: each starts as one of four in an average and has far to go."""
+    kv, others = [], []
+    for name, parameter in transformer.named_parameters():
+        (kv if ".attn1.sr." in name or ".attn1.norm." in name else others).append(parameter)
+    groups = [{"params": others, "times": 1}, {"params": kv, "times": KV_FASTER}]
+    return [group for group in groups if group["params"]]
+
+
+def hard_scene(rng: random.Random) -> Scene:
+    """Twice as many scenes with a star or a small shape, which are the last to come out right."""
+    scene = random_scene(rng)
+    hard = any(thing.shape == "star" or thing.size == "small" for thing in scene.objects)
+    return scene if hard or rng.random() < 0.5 else random_scene(rng)
+
+
+def train_refine(arguments):
+    """Go on with the exported transformer alone, all timesteps alike; in its place."""
+    folder, transformer = arguments.out / "transformer", new_transformer()
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    transformer.load_state_dict({**transformer.state_dict(), **weights})
+
+    def loss(schedule, latents, texts, encode):
+        return diffusion_loss(transformer, schedule, latents, *encode(texts), error=balanced_error)
+
+    write_transformer(fine_tune(arguments, transformer, loss), folder)
+
+
+def balanced_error(schedule, timestep, predicted, wanted):
+    """The squared error of the predicted picture over what is left of it at the same timestep, once trained.
+
+    Without it the loss is nearly that of the noisiest timesteps, where no training helps any more; outlines
+    are drawn at the others.
+    """
+    current = schedule.alphas_cumprod[timestep][:, None, None, None]
+    left = torch.tensor(ERROR_LEFT)[timestep // 100][:, None, None, None]
+    weight = ((1 - current) / current).clamp(0.2, 300) * (0.03 / left).clamp(max=4)
+    return (weight * (predicted.float() - wanted).square()).mean()
+
+
+def train_guidance(arguments):
+    """Fine-tune the exported transformer so that guidance acts mildly on it; in its place."""
+    folder = arguments.out / "transformer"
+    transformer = load_transformer(inspect(folder), dtype=torch.float32)
+    loss = imitation_loss(transformer, copy.deepcopy(transformer), mild_guidance)
+    write_transformer(fine_tune(arguments, transformer, loss), folder)
+
+
+def mild_guidance(timestep: torch.Tensor) -> torch.Tensor:
+    """The guidance scale that `GUIDANCE` is to act as; as it is where the picture is still all noise."""
+    noise = ((timestep - 600) / 200).clamp(0, 1)
+    return MILD_GUIDANCE + (GUIDANCE - MILD_GUIDANCE) * noise
+
+
+def imitation_loss(student, teacher, acts_as):
+    """The student's errors against the teacher, with the caption, without it, and guided.
+
+    Guidance multiplies what the two predictions differ by, their errors too: in so small a model that breaks
+    outlines. So the student learns a captioned prediction that lies nearer to the empty one: guided by
+    `GUIDANCE` it gives what the teacher gives at acts_as(timestep). A teacher's answer has no noise in it, so
+    a few hundred steps do.
+    """
+    teacher.requires_grad_(False).eval()
+
+    def loss(schedule, latents, texts, encode):
+        spoken = [row for row, text in enumerate(texts) if text][: 1 + len(texts) // 2]
+        latents, texts = latents[spoken], [texts[row] for row in spoken]
+        hidden, mask = encode(texts + [""] * len(texts))
+        timestep = spread_timesteps(len(texts))
+        noisy = schedule.add_noise(latents, torch.randn_like(latents), timestep)
+        inputs = torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), hidden, mask
+        with torch.no_grad():
+            captioned, empty = teacher(*inputs).float().chunk(2)
+            scale = acts_as(timestep)[:, None, None, None]
+            guided = empty + scale * (captioned - empty)
+            captioned = empty + scale / GUIDANCE * (captioned - empty)
+        own_captioned, own_empty = student(*inputs).float().chunk(2)
+        own_guided = own_empty + GUIDANCE * (own_captioned - own_empty)
+        return (
+            balanced_error(schedule, timestep, own_captioned, captioned)
+            + 0.5 * balanced_error(schedule, timestep, own_empty, empty)
+            + 0.5 / (GUIDANCE - 1) ** 2 * balanced_error(schedule, timestep, own_guided, guided)
+        )
+
+    return loss
+
+
+# -- Correction -----------------------------------------------------------------------------------
+
+
+def train_correct(arguments):
+    """Fine-tune the exported transformer on its own mistakes; in its place."""
+    dense = arguments.out / "transformer"
+    correct(arguments, load_transformer(inspect(dense), dtype=torch.float32), dense)
+
+
+def train_correct_kv(arguments):
+    """The same for the exported transformer with KV compression."""
+    folder = kv_folder(arguments.out)
+    correct(arguments, load_transformer(inspect(folder), dtype=torch.float32), folder)
+
+
+def correct(arguments, student, folder: Path):
+    teacher = load_transformer(inspect(arguments.out / "transformer"), dtype=torch.float32)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(arguments.out / "scheduler")
+
+    def runs(vae, rng, encode):
+        return Runs(student, scheduler, vae, rng, encode)
+
+    write_transformer(fine_tune(arguments, student, correction_loss(student, teacher), runs), folder)
+
+
+class Runs:
+    """States of the student's own runs, each with the latents that it should have led to.
+
+    Training meets noise on drawn pictures, a run meets what the transformer drew before: a corner that came
+    in early is kept, as any part of a picture would be. So each run's picture is drawn again as it should be,
+    and the states that led to it are learned from (dataset aggregation, arXiv 1011.0686).
+    """
+
+    def __init__(self, student, scheduler, vae, rng: random.Random, encode):
+        self.student, self.scheduler, self.vae, self.rng, self.encode = student, scheduler, vae, rng, encode
+        self.buffers = {}
+
+    def next(self, sizes):
+        """(size, (states, timestep, wanted), texts, scenes); each row is of another run."""
+        size = self.rng.choice(sizes)
+        runs, used = self.buffers.get(size, ([], STEPS_PER_RUN))
+        if used == STEPS_PER_RUN:
+            runs, used = (runs + self.run(size))[-RUNS_KEPT:], 0
+        self.buffers[size] = runs, used + 1
+        chosen = self.rng.sample(runs, RUNS_TOGETHER)
+        # One step in each of as many equal parts of the schedule, as in spread_timesteps.
+        steps = [int((part + self.rng.random()) * RUN_STEPS / RUNS_TOGETHER) for part in range(RUNS_TOGETHER)]
+        states = torch.stack([states[step] for (_, _, states, _), step in zip(chosen, steps, strict=True)])
+        scenes, texts, _, wanted = zip(*chosen, strict=True)
+        return size, (states, self.scheduler.timesteps[steps], torch.stack(wanted)), texts, scenes
+
+    @torch.no_grad()
+    def run(self, size: tuple[int, int]) -> list[tuple]:
+        """(scene, text, states, wanted) of new runs: latents before each step, and the redrawn picture's."""
+        scenes = [hard_scene(self.rng) for _ in range(RUNS_TOGETHER)]
+        texts = [caption(scene, self.rng) for scene in scenes]
+        hidden, mask = self.encode(texts + [""] * len(texts))
+        self.scheduler.set_timesteps(RUN_STEPS)
+        latents, states = torch.randn(len(scenes), 4, size[1] // 8, size[0] // 8), []
+        for timestep in self.scheduler.timesteps:
+            states.append(latents)
+            both = torch.cat([latents, latents])
+            captioned, empty = self.student(both, timestep.expand(len(both)), hidden, mask).float().chunk(2)
+            guided = empty + GUIDANCE * (captioned - empty)
+            latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
+        redrawn = redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample)
+        wanted = self.vae.encode(redrawn).latent_dist.mean * SCALING_FACTOR
+        return list(zip(scenes, texts, torch.stack(states, dim=1), wanted, strict=True))
+
+
+def correction_loss(student, teacher):
+    """The squared error of the student's picture, guided and without a caption.
+
+    Guided it should be the redrawn one, or the guided teacher's while there is only noise and the redrawn one
+    is but one of many pictures; without a caption the teacher's.
+    """
+    teacher.requires_grad_(False).eval()
+
+    def loss(schedule, batch, texts, encode):
+        states, timestep, wanted = batch
+        hidden, mask = encode([*texts, *[""] * len(texts)])
+        inputs = torch.cat([states, states]), torch.cat([timestep, timestep]), hidden, mask
+        signal = schedule.alphas_cumprod[timestep][:, None, None, None]
+
+        def picture(noise):
+            return (states - (1 - signal).sqrt() * noise) / signal.sqrt()
+
+        with torch.no_grad():
+            captioned, empty = teacher(*inputs).float().chunk(2)
+            guided = picture(empty + GUIDANCE * (captioned - empty))
+        decided = ((700 - timestep) / 100).clamp(0, 1)[:, None, None, None]
+        wanted = torch.lerp(guided, wanted, decided)
+        own_captioned, own_empty = student(*inputs).float().chunk(2)
+        # The empty prediction does not make up for the captioned one: it would drift away from the teacher's.
+        own_guided = own_empty.detach() + GUIDANCE * (own_captioned - own_empty.detach())
+        error = (picture(own_guided) - wanted).square() + (picture(own_empty) - picture(empty)).square()
+        left = torch.tensor(ERROR_LEFT)[timestep // 100][:, None, None, None]
+        return ((0.03 / left).clamp(max=4) * error).mean()
+
+    return loss
+
+
+def write_transformer(transformer, folder: Path):
+    """The weights in fp16 in a transformer folder, in place of those that it holds."""
+    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
+    beside = folder / "diffusion_pytorch_model.part"
+    save_file(weights, beside, {"format": "pt"})
+    beside.chmod(0o644)
+    os.replace(beside, folder / "diffusion_pytorch_model.safetensors")
+    log(f"exported to {folder}")
+
+
+# -- KV compression -------------------------------------------------------------------------------
+
+
+def train_kv(arguments):
+    """Fine-tune the exported transformer with KV compression in its deeper half, from plain averages on.
+
+    Where it has been exported already, it goes on from there.
+    """
+    dense, exported = arguments.out / "transformer", kv_folder(arguments.out)
+    teacher = load_transformer(inspect(dense), dtype=torch.float32)
+    if exported.exists():
+        student = load_transformer(inspect(exported), dtype=torch.float32)
+    else:
+        student = new_kv_transformer(dense)
+    loss = imitation_loss(student, teacher, lambda timestep: torch.full(timestep.shape, GUIDANCE))
+    export_kv(fine_tune(arguments, student, loss), arguments.out)
+
+
+def new_kv_transformer(dense: Path):
+    """The engine's transformer with the dense weights, and KV weights that average as `mean` does.
+
+    The network normalises what it has averaged (arXiv 2403.04692, section 2.3). Keys and values are not of
+    unit length, so the norm's scale is set to theirs.
+    """
+    checkpoint = inspect(dense)
+    config = dataclasses.replace(checkpoint.config, kv_compression=KVWeights(KV_RATIO, KV_LAYERS))
+    transformer = build_transformer(config)
+    weights = {name: tensor.float() for name, tensor in load_transformer_state_dict(checkpoint).items()}
+    width = config.cross_attention_dim
+    for layer in KV_LAYERS:
+        attention = f"transformer_blocks.{layer}.attn1"
+        # Tokens come in with unit variance, so a projection's rows say how long keys and values are.
+        rows = torch.cat([weights[f"{attention}.to_{name}.weight"] for name in "kv"])
+        weights[f"{attention}.sr.weight"] = torch.full((width, 1, KV_RATIO, KV_RATIO), KV_RATIO**-2.0)
+        weights[f"{attention}.sr.bias"] = torch.zeros(width)
+        weights[f"{attention}.norm.weight"] = torch.full((width,), float(rows.square().sum(1).mean().sqrt()))
+        weights[f"{attention}.norm.bias"] = torch.zeros(width)
+    transformer.load_state_dict(weights, assign=True)
+    return transformer
+
+
+def kv_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}_kv")
+
+
+def export_kv(transformer, out: Path):
+    """A transformer folder beside the demo's."""
+    folder = kv_folder(out)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text((out / "transformer" / "config.json").read_text())
+    write_transformer(transformer, folder)
+
+
+if __name__ == "__main__":
+    main()
