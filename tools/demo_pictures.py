@@ -7,6 +7,7 @@ A scene is one or two flat shapes on a flat background. `random_scene` draws one
 import hashlib
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +150,7 @@ def layout(scene: Scene, width: int, height: int, rng: random.Random) -> list[tu
     """Centre x, centre y and radius of each object in pixels; what was not said is left to chance."""
     short = min(width, height)
     placed = []
-    for _, (x, y), radii in _expected(scene):
+    for _, (x, y), radii in expected(scene):
         radius = rng.uniform(*radii)
         x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
         margin = (radius + MARGIN) * short
@@ -164,13 +165,6 @@ def render(scenes: list[Scene], width: int, height: int, rng: random.Random) -> 
     return paint(scenes, [layout(scene, width, height, rng) for scene in scenes], width, height)
 
 
-def redraw(scenes: list[Scene], pictures: torch.Tensor) -> torch.Tensor:
-    """What pictures (B, 3, height, width) should have been: each scene as it is, where the picture has it."""
-    height, width = pictures.shape[-2:]
-    placed = [measure(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
-    return paint(scenes, placed, width, height)
-
-
 def measure(scene: Scene, picture: torch.Tensor) -> list[tuple[float, float, float]]:
     """Centre x, centre y and radius of each object in a picture (3, height, width), as `layout` gives them.
 
@@ -182,7 +176,7 @@ def measure(scene: Scene, picture: torch.Tensor) -> list[tuple[float, float, flo
     # The first one stays where it is, so that of equals it is chosen.
     moves = torch.cartesian_prod(*[torch.tensor([0.0, -1.0, 1.0])] * 3)
     placed = []
-    for thing, center, radii in _expected(scene):
+    for thing, center, radii in expected(scene):
         color = _color([thing.color])[0] - ground
         share = ((picture - ground[:, None, None]) * color[:, None, None]).sum(0) / color.square().sum()
         # Half-way values are edges; what is nearly the background is the VAE's noise.
@@ -213,7 +207,7 @@ def measure(scene: Scene, picture: torch.Tensor) -> list[tuple[float, float, flo
     return placed
 
 
-def _expected(scene: Scene):
+def expected(scene: Scene) -> Iterator[tuple[Object, tuple[float, float], tuple[float, float]]]:
     """Of each object: itself, its centre as shares of the canvas, and the bounds of its radius."""
     for index, thing in enumerate(scene.objects):
         if scene.relation:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from demo_pictures import Scene, caption, random_scene, redraw
+from demo_pictures import SHAPES, Scene, caption, expected, measure, paint, random_scene
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from train_demo import (
@@ -54,6 +54,8 @@ GUIDANCE, MILD_GUIDANCE = 4.5, 2.0
 RUN_STEPS, RUNS_TOGETHER, RUNS_KEPT = 20, 8, 64
 # Steps of training on the runs of a size before there are new ones.
 STEPS_PER_RUN = 16
+# Of each shape, how many measured sizes have a say in how they are moved.
+SIZES_KEPT = 60
 
 
 def main():
@@ -258,11 +260,15 @@ class Runs:
     Training meets noise on drawn pictures, a run meets what the transformer drew before: a corner that came
     in early is kept, as any part of a picture would be. So each run's picture is drawn again as it should be,
     and the states that led to it are learned from (dataset aggregation, arXiv 1011.0686).
+
+    What is soft at its edges is measured too small, and the next runs would be smaller for it, and so on; so
+    the sizes are moved to where they are in the middle of what is drawn.
     """
 
     def __init__(self, student, scheduler, vae, rng: random.Random, encode):
         self.student, self.scheduler, self.vae, self.rng, self.encode = student, scheduler, vae, rng, encode
         self.buffers = {}
+        self.sizes = {shape: [] for shape in SHAPES}
 
     def next(self, sizes):
         """(size, (states, timestep, wanted), texts, scenes); each row is of another run."""
@@ -272,8 +278,11 @@ class Runs:
             runs, used = (runs + self.run(size))[-RUNS_KEPT:], 0
         self.buffers[size] = runs, used + 1
         chosen = self.rng.sample(runs, RUNS_TOGETHER)
-        # One step in each of as many equal parts of the schedule, as in spread_timesteps.
-        steps = [int((part + self.rng.random()) * RUN_STEPS / RUNS_TOGETHER) for part in range(RUNS_TOGETHER)]
+        # Spread over the schedule, and more of the later ones, in which outlines are drawn.
+        steps = [
+            int(RUN_STEPS * ((part + self.rng.random()) / RUNS_TOGETHER) ** 0.7)
+            for part in range(RUNS_TOGETHER)
+        ]
         states = torch.stack([states[step] for (_, _, states, _), step in zip(chosen, steps, strict=True)])
         scenes, texts, _, wanted = zip(*chosen, strict=True)
         return size, (states, self.scheduler.timesteps[steps], torch.stack(wanted)), texts, scenes
@@ -292,9 +301,28 @@ class Runs:
             captioned, empty = self.student(both, timestep.expand(len(both)), hidden, mask).float().chunk(2)
             guided = empty + GUIDANCE * (captioned - empty)
             latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        redrawn = redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample)
+        redrawn = self.redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample)
         wanted = self.vae.encode(redrawn).latent_dist.mean * SCALING_FACTOR
         return list(zip(scenes, texts, torch.stack(states, dim=1), wanted, strict=True))
+
+    def redraw(self, scenes: list[Scene], pictures: torch.Tensor) -> torch.Tensor:
+        """What pictures (B, 3, height, width) should have been: each scene, placed as the picture has it."""
+        height, width = pictures.shape[-2:]
+        short, redrawn = min(width, height), []
+        for scene, picture in zip(scenes, pictures, strict=True):
+            placed = []
+            for (thing, _, (least, most)), (x, y, radius) in zip(
+                expected(scene), measure(scene, picture), strict=True
+            ):
+                sizes = self.sizes[thing.shape]
+                sizes.append((radius / short - least) / (most - least))
+                del sizes[:-SIZES_KEPT]
+                # As if there had been many of middle size before the first.
+                middle = (sum(sizes) + 0.5 * (SIZES_KEPT - len(sizes))) / SIZES_KEPT
+                size = min(max(sizes[-1] + 0.5 - middle, 0), 1)
+                placed.append((x, y, (least + size * (most - least)) * short))
+            redrawn.append(paint([scene], [placed], width, height))
+        return torch.cat(redrawn)
 
 
 def correction_loss(student, teacher):
@@ -317,7 +345,7 @@ def correction_loss(student, teacher):
         with torch.no_grad():
             captioned, empty = teacher(*inputs).float().chunk(2)
             guided = picture(empty + GUIDANCE * (captioned - empty))
-        decided = ((700 - timestep) / 100).clamp(0, 1)[:, None, None, None]
+        decided = ((550 - timestep) / 150).clamp(0, 1)[:, None, None, None]
         wanted = torch.lerp(guided, wanted, decided)
         own_captioned, own_empty = student(*inputs).float().chunk(2)
         # The empty prediction does not make up for the captioned one: it would drift away from the teacher's.

@@ -35,6 +35,10 @@ def test_what_was_drawn_is_measured(size):
             assert measured == pytest.approx(expected, abs=0.5), scene
 
 
+def new_runs():
+    return fine_tune_demo.Runs(None, None, None, random.Random(0), None)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_wrong_picture_is_redrawn_as_it_was_asked(size):
     rng = random.Random(5)
@@ -42,7 +46,7 @@ def test_a_wrong_picture_is_redrawn_as_it_was_asked(size):
     width, height = size
     # Nothing of it is right: other shapes, elsewhere, in other colours.
     pictures = demo_pictures.render([demo_pictures.random_scene(rng) for _ in scenes], *size, rng)
-    pixels = evaluate_demo.as_pixels(demo_pictures.redraw(scenes, pictures))
+    pixels = evaluate_demo.as_pixels(new_runs().redraw(scenes, pictures))
     assert pixels.shape == (len(scenes), height, width, 3)
     for scene, picture in zip(scenes, pixels, strict=True):
         assert all(evaluate_demo.judge(scene, picture).values()), scene
@@ -54,9 +58,24 @@ def test_a_redrawn_circle_has_no_tail_and_stays_in_its_place():
     tail = clean.clone()
     tail[:, :, 160:178, 56:74] = clean[:, :, 126:127, 65:66]
     assert not evaluate_demo.judge(circle, evaluate_demo.as_pixels(tail)[0])["shape"]
-    redrawn = demo_pictures.redraw([circle], tail)
+    redrawn = new_runs().redraw([circle], tail)
     assert evaluate_demo.judge(circle, evaluate_demo.as_pixels(redrawn)[0])["shape"]
     assert (redrawn - clean).square().mean() < (tail - clean).square().mean()
+
+
+def test_runs_that_draw_too_small_are_redrawn_larger():
+    square = demo_pictures.Scene((demo_pictures.Object("square", "red", "large", "center"),), "blue")
+    least, most = (256 * share for share in demo_pictures.SIZES["large"])
+    runs = new_runs()
+    radii = [least + 0.2 * (most - least) * (index % 2) for index in range(2 * fine_tune_demo.SIZES_KEPT)]
+    small = demo_pictures.paint(
+        [square] * len(radii), [[(128.0, 128.0, radius)] for radius in radii], 256, 256
+    )
+    redrawn = runs.redraw([square] * len(small), small)
+    sizes = [demo_pictures.measure(square, picture)[0][2] for picture in redrawn]
+    assert sizes[0] == pytest.approx(radii[0], abs=0.5)
+    assert sum(sizes[-20:]) / 20 == pytest.approx((least + most) / 2, abs=0.5)
+    assert sizes[-1] - sizes[-2] == pytest.approx(radii[-1] - radii[-2], abs=0.5)
 
 
 @pytest.fixture
