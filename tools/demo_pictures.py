@@ -1,7 +1,8 @@
 """The pictures the demo model learns from: drawn here, captioned here, nothing downloaded.
 
 A scene is one or two flat shapes on a flat background. `random_scene` draws one by chance,
-`captions` says it in words, and `render` paints it with anti-aliased edges at any size.
+`caption` says it in words, `render` paints it with anti-aliased edges at any size, and `measure` finds
+where a picture has its objects.
 """
 
 import hashlib
