@@ -51,9 +51,11 @@ ERROR_LEFT = (0.0018, 0.0054, 0.0104, 0.0167, 0.0279, 0.0364, 0.0416, 0.0486, 0.
 # The guidance scale that pictures are sampled with, and the one that it acts as below timestep 600.
 GUIDANCE, MILD_GUIDANCE = 4.5, 2.0
 # The own runs that the correction learns from: steps of each, how many together, how many wait per size.
-RUN_STEPS, RUNS_TOGETHER, RUNS_KEPT = 20, 8, 64
+RUN_STEPS, RUNS_TOGETHER, RUNS_KEPT = 20, 8, 128
 # Steps of training on the runs of a size before there are new ones.
-STEPS_PER_RUN = 16
+STEPS_PER_RUN = 48
+# The timestep below which a run's picture has been decided, and the weight of the guided error.
+UNDECIDED, GUIDED_SHARE = 550, 0.3
 # Of each shape, how many measured sizes have a say in how they are moved.
 SIZES_KEPT = 60
 
@@ -65,6 +67,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=3e-4, help="the learning rate it starts from")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster where the CPU can")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def main():
 def fine_tune(arguments, transformer, loss, make_batches=None):
     """The average of the transformer over --steps.
 
-    make_batches(vae, rng, encode) has a method next(sizes), which gives (size, batch, texts, scenes): drawn
+    make_batches(vae, rng, encode) has a method next(sizes), which gives (size, batch, texts, ...): drawn
     pictures by default, hard ones twice as often. loss(schedule, batch, texts, encode) is a tensor;
     encode(texts) the pair of T5's hidden states and mask.
     """
@@ -109,8 +112,9 @@ def fine_tune(arguments, transformer, loss, make_batches=None):
     while step < total:
         for group in optimizer.param_groups:
             group["lr"] = arguments.rate * group["times"] * min((step + 1) / 100, 1 - step / total)
-        size, batch, texts, _ = batches.next(LARGE[:2] + LARGE)
-        error = loss(schedule, batch, texts, encode)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            size, batch, texts, *_ = batches.next(LARGE[:2] + LARGE)
+            error = loss(schedule, batch, texts, encode)
         optimizer.zero_grad()
         error.backward()
         share_gradients(transformer)
@@ -263,12 +267,23 @@ def correct(arguments, student, folder: Path):
     write_transformer(corrected, folder)
 
 
+@dataclasses.dataclass
+class Run:
+    """`states` (steps, 4, height, width) led to `latents` (4, height, width), and should have to `wanted`."""
+
+    text: str
+    states: torch.Tensor
+    latents: torch.Tensor
+    wanted: torch.Tensor
+
+
 class Runs:
-    """States of the student's own runs, each with the latents that it should have led to.
+    """The student's own pictures, and each of them as it should have been.
 
     Training meets noise on drawn pictures, a run meets what the transformer drew before: a corner that came
     in early is kept, as any part of a picture would be. So each run's picture is drawn again as it should be,
-    and the states that led to it are learned from (dataset aggregation, arXiv 1011.0686).
+    and the states that led to it are learned from (dataset aggregation, arXiv 1011.0686), as is the picture
+    itself under new noise.
 
     What is soft at its edges is measured too small, and the next runs would be smaller for it, and so on; so
     the sizes are moved to where they are in the middle of what is drawn.
@@ -277,28 +292,36 @@ class Runs:
     def __init__(self, student, scheduler, vae, rng: random.Random, encode):
         self.student, self.scheduler, self.vae, self.rng, self.encode = student, scheduler, vae, rng, encode
         self.buffers = {}
+        # The same in every process, so that none waits for another's runs.
+        self.order = random.Random(0)
         self.sizes = {shape: [] for shape in SHAPES}
 
     def next(self, sizes):
-        """(size, (states, timestep, wanted), texts, scenes); each row is of another run."""
-        size = self.rng.choice(sizes)
-        runs, used = self.buffers.get(size, ([], STEPS_PER_RUN))
-        if used == STEPS_PER_RUN:
+        """(size, (states, timestep, wanted), texts); each row is of another run."""
+        size = self.order.choice(sizes)
+        runs, used = self.buffers.get(size, ([], 0))
+        if used >= min(len(runs), STEPS_PER_RUN):
             runs, used = (runs + self.run(size))[-RUNS_KEPT:], 0
         self.buffers[size] = runs, used + 1
         chosen = self.rng.sample(runs, RUNS_TOGETHER)
-        # Spread over the schedule, and more of the later ones, in which outlines are drawn.
-        steps = [
-            int(RUN_STEPS * ((part + self.rng.random()) / RUNS_TOGETHER) ** 0.7)
-            for part in range(RUNS_TOGETHER)
-        ]
-        states = torch.stack([states[step] for (_, _, states, _), step in zip(chosen, steps, strict=True)])
-        scenes, texts, _, wanted = zip(*chosen, strict=True)
-        return size, (states, self.scheduler.timesteps[steps], torch.stack(wanted)), texts, scenes
+        rows = [self.state(run, (row + self.rng.random()) / RUNS_TOGETHER) for row, run in enumerate(chosen)]
+        states, timestep = zip(*rows, strict=True)
+        wanted = torch.stack([run.wanted for run in chosen])
+        return size, (torch.stack(states), torch.tensor(timestep), wanted), [run.text for run in chosen]
+
+    def state(self, run: Run, part: float) -> tuple[torch.Tensor, int]:
+        """(latents, timestep): of the run itself, or of a picture between its own and the wanted one."""
+        if self.rng.random() < 0.5:
+            # More of the later steps, in which outlines are drawn.
+            step = int(len(run.states) * part**0.6)
+            return run.states[step], int(self.scheduler.timesteps[step])
+        timestep = 10 + int((UNDECIDED - 10) * (1 - part))
+        signal = self.scheduler.alphas_cumprod[timestep]
+        latents = torch.lerp(run.wanted, run.latents, self.rng.random())
+        return signal.sqrt() * latents + (1 - signal).sqrt() * torch.randn_like(latents), timestep
 
     @torch.no_grad()
-    def run(self, size: tuple[int, int]) -> list[tuple]:
-        """(scene, text, states, wanted) of new runs: latents before each step, and the redrawn picture's."""
+    def run(self, size: tuple[int, int]) -> list[Run]:
         scenes = [hard_scene(self.rng) for _ in range(RUNS_TOGETHER)]
         texts = [caption(scene, self.rng) for scene in scenes]
         hidden, mask = self.encode(texts + [""] * len(texts))
@@ -310,9 +333,9 @@ class Runs:
             captioned, empty = self.student(both, timestep.expand(len(both)), hidden, mask).float().chunk(2)
             guided = empty + GUIDANCE * (captioned - empty)
             latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        redrawn = self.redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample)
-        wanted = self.vae.encode(redrawn).latent_dist.mean * SCALING_FACTOR
-        return list(zip(scenes, texts, torch.stack(states, dim=1), wanted, strict=True))
+        redrawn = self.redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample.float())
+        wanted = self.vae.encode(redrawn).latent_dist.mean.float() * SCALING_FACTOR
+        return list(map(Run, texts, torch.stack(states, dim=1), latents, wanted))
 
     def redraw(self, scenes: list[Scene], pictures: torch.Tensor) -> torch.Tensor:
         """What pictures (B, 3, height, width) should have been: each scene, placed as the picture has it."""
@@ -335,36 +358,31 @@ class Runs:
 
 
 def correction_loss(student, teacher):
-    """The squared error of the student's picture, guided and without a caption.
+    """The squared error of the student's picture: with the caption, without it, and guided.
 
-    Guided it should be the redrawn one, or the guided teacher's while the noise still hides outlines and the
-    redrawn one is but one of many pictures; without a caption the teacher's. Pictures with a star are the
-    teacher's throughout: its points are as thin as what the VAE keeps, and learning the redrawn ones blunts
-    them, which guidance does not.
+    All should be the redrawn one, or the teacher's while the noise still hides outlines and the redrawn one
+    is but one of many pictures. Learned one by one, the two predictions err each in its own way at the edges,
+    and guidance multiplies what they differ by.
     """
     teacher.requires_grad_(False).eval()
 
     def loss(schedule, batch, texts, encode):
         states, timestep, wanted = batch
         hidden, mask = encode([*texts, *[""] * len(texts)])
-        inputs = torch.cat([states, states]), torch.cat([timestep, timestep]), hidden, mask
         signal = schedule.alphas_cumprod[timestep][:, None, None, None]
-
-        def picture(noise):
-            return (states - (1 - signal).sqrt() * noise) / signal.sqrt()
-
+        decided = ((UNDECIDED - timestep) / 150).clamp(0, 1)[:, None, None, None]
+        noise = ((states - signal.sqrt() * wanted) / (1 - signal).sqrt()).repeat(2, 1, 1, 1)
+        inputs = states.repeat(2, 1, 1, 1), timestep.repeat(2), hidden, mask
+        early = (timestep > UNDECIDED - 150).repeat(2)
         with torch.no_grad():
-            captioned, empty = teacher(*inputs).float().chunk(2)
-            guided = picture(empty + GUIDANCE * (captioned - empty))
-        decided = ((500 - timestep) / 150).clamp(0, 1)
-        decided = decided * torch.tensor(["star" not in text for text in texts])
-        wanted = torch.lerp(guided, wanted, decided[:, None, None, None])
-        own_captioned, own_empty = student(*inputs).float().chunk(2)
-        # The empty prediction does not make up for the captioned one: it would drift away from the teacher's.
-        own_guided = own_empty.detach() + GUIDANCE * (own_captioned - own_empty.detach())
-        error = (picture(own_guided) - wanted).square() + (picture(own_empty) - picture(empty)).square()
+            taught = teacher(*(part[early] for part in inputs)).float()
+        noise[early] = torch.lerp(taught, noise[early], decided.repeat(2, 1, 1, 1)[early])
+        captioned, empty = (student(*inputs).float() - noise).chunk(2)
+        guided = empty + GUIDANCE * (captioned - empty)
+        error = captioned.square() + 0.5 * empty.square() + GUIDED_SHARE * guided.square()
         left = torch.tensor(ERROR_LEFT)[timestep // 100][:, None, None, None]
-        return ((0.03 / left).clamp(max=4) * error).mean()
+        weight = ((1 - signal) / signal).clamp(max=300) * (0.03 / left).clamp(max=4)
+        return (weight * error).mean()
 
     return loss
 

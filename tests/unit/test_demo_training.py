@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,41 @@ def test_runs_that_draw_too_small_are_redrawn_larger():
     assert sizes[0] == pytest.approx(radii[0], abs=0.5)
     assert sum(sizes[-20:]) / 20 == pytest.approx((least + most) / 2, abs=0.5)
     assert sizes[-1] - sizes[-2] == pytest.approx(radii[-1] - radii[-2], abs=0.5)
+
+
+def correction(timestep, captioned, empty, taught):
+    """The correction's loss on one state of zeros, whose redrawn picture is known, for constant predictions.
+
+    Constants are in units of the noise that leads to the redrawn picture.
+    """
+    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    signal = schedule.alphas_cumprod[timestep]
+    wanted = torch.full((1, 4, 8, 8), -1.0)
+    noise = (signal / (1 - signal)).sqrt()
+    values = torch.tensor([captioned, empty]).view(2, 1, 1, 1) * noise
+
+    def student(states, *_):
+        return values.expand_as(states)
+
+    teacher = torch.nn.Module()
+    teacher.forward = lambda states, *_: torch.full_like(states, float(taught * noise))
+    batch = torch.zeros_like(wanted), torch.tensor([timestep]), wanted
+    encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
+    return float(fine_tune_demo.correction_loss(student, teacher)(schedule, batch, ["a star"], encode))
+
+
+def test_the_correction_wants_the_redrawn_picture_late_and_the_teachers_early():
+    assert correction(200, 1.0, 1.0, taught=5.0) == pytest.approx(0, abs=1e-6)
+    assert correction(200, 5.0, 5.0, taught=5.0) > 1
+    assert correction(700, 5.0, 5.0, taught=5.0) == pytest.approx(0, abs=1e-6)
+    assert correction(700, 1.0, 1.0, taught=5.0) > 1
+    half = fine_tune_demo.UNDECIDED - 75
+    assert correction(half, 3.0, 3.0, taught=5.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_correction_minds_what_guidance_makes_of_two_errors():
+    together, apart = correction(200, 1.1, 1.1, taught=1.0), correction(200, 1.1, 0.9, taught=1.0)
+    assert apart > 3 * together
 
 
 @pytest.fixture
