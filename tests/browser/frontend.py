@@ -66,7 +66,7 @@ class Frontend:
         self.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
         return self.page.locator("body").inner_text()
 
-    def run(self, seconds: int = 240):
+    def run(self, seconds: int = 480):
         """Presses Run and waits until Save Image shows a picture, whose (width, height) it gives."""
         self.page.get_by_test_id("queue-button").click()
         shown = self.page.wait_for_function(
