@@ -114,6 +114,18 @@ def test_the_correction_minds_what_guidance_makes_of_two_errors():
     assert apart > 3 * together
 
 
+def test_each_parameter_has_one_optimizer():
+    transformer = fine_tune_demo.new_kv_transformer(ROOT / "pixart_sigma" / "demo" / "transformer")
+    names = {parameter: name for name, parameter in transformer.named_parameters()}
+    adamw, muon = fine_tune_demo.optimizers(transformer)
+    groups = adamw.param_groups + muon.param_groups
+    trained = [parameter for group in groups for parameter in group["params"]]
+    assert len(trained) == len(names) and set(trained) == set(names)
+    faster = {names[one] for group in groups if group["times"] > 1 for one in group["params"]}
+    assert faster == {name for name in names.values() if ".attn1.sr." in name or ".attn1.norm." in name}
+    assert all(one.ndim == 2 for group in muon.param_groups for one in group["params"])
+
+
 @pytest.fixture
 def demo(tmp_path):
     """Copies of the demo's folders, small pictures and short runs."""
