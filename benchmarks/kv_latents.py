@@ -11,13 +11,8 @@ compression against the dense one, of other weights. Reported only: what it does
 import argparse
 
 from pixart_sigma import SigmaPipeline
+from pixart_sigma.calibrator import DEMO_PROMPTS
 
-PROMPTS = (
-    "a large yellow star on a blue background",
-    "a small red circle in the top left on a green background",
-    "a pink square above a cyan triangle on white",
-    "a medium black circle on an orange background",
-)
 SETTINGS = ("uniform:2:deep", "mean:2:deep", "mean:2:all", "mean:4:all")
 TRAINED = "demo-kv"
 
@@ -28,11 +23,11 @@ def main():
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 384, 512])
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
-    parser.add_argument("--prompts", type=int, default=4, choices=range(1, 1 + len(PROMPTS)))
+    parser.add_argument("--prompts", type=int, default=4, choices=range(1, 1 + len(DEMO_PROMPTS)))
     arguments = parser.parse_args()
     dense = SigmaPipeline.from_path("demo", release="keep")
     trained = SigmaPipeline.from_path("demo", transformer=TRAINED, release="keep")
-    prompts = PROMPTS[: arguments.prompts]
+    prompts = DEMO_PROMPTS[: arguments.prompts]
 
     def latents(pipeline, size, setting=None):
         made = (

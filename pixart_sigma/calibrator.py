@@ -35,6 +35,13 @@ PROMPTS = (
     "a red circle on a blue background",
     "a snowy mountain valley with a winding river, seen from above",
 )
+# Words that the demo model knows.
+DEMO_PROMPTS = (
+    "a large yellow star on a blue background",
+    "a small red circle in the top left on a green background",
+    "a pink square above a cyan triangle on white",
+    "a medium black circle on an orange background",
+)
 
 
 class Calibrator:

@@ -222,7 +222,7 @@ def _calibrate(arguments) -> int:
     from .aspect_ratio import parse_size
     from .calibration import calibration_path
     from .calibration_picture import draw
-    from .calibrator import PROMPTS
+    from .calibrator import DEMO_PROMPTS, PROMPTS
     from .pipeline import SigmaPipeline
 
     pipeline = SigmaPipeline.from_path(
@@ -247,7 +247,7 @@ def _calibrate(arguments) -> int:
             bar.update(done - bar.n)
 
         calibration = pipeline.calibrate(
-            prompts or PROMPTS,
+            prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS),
             width=width,
             height=height,
             budget=budget,
@@ -263,6 +263,10 @@ def _calibrate(arguments) -> int:
     say(calibration.describe())
     say(out)
     return 0
+
+
+def _is_demo(arguments) -> bool:
+    return arguments.model == "demo" and arguments.text_encoder is None
 
 
 def _compare(arguments) -> int:
@@ -290,7 +294,6 @@ def _compare(arguments) -> int:
         t5_device=arguments.t5_device,
         transformer_device=arguments.transformer_device,
     )
-    is_demo = arguments.model == "demo" and arguments.text_encoder is None
     width, height = parse_size(arguments.size) if arguments.size else (None, None)
 
     with tqdm(total=None, leave=False, disable=None) as bar:
@@ -301,7 +304,7 @@ def _compare(arguments) -> int:
 
         comparison = compare_t5(
             pipeline,
-            tuple(arguments.prompts or (DEMO_PROMPTS if is_demo else PROMPTS)),
+            tuple(arguments.prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS)),
             precisions,
             negative=arguments.negative,
             pictures=not arguments.no_pictures,

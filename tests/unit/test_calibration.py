@@ -18,7 +18,7 @@ from pixart_sigma.calibration import (
     fingerprint_of,
 )
 from pixart_sigma.calibration_picture import draw
-from pixart_sigma.calibrator import SEARCHES, Calibrator, calibrate
+from pixart_sigma.calibrator import DEMO_PROMPTS, SEARCHES, Calibrator, calibrate
 from pixart_sigma.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.kv_compression import LAST_TIMESTEP, KVCompression, acting, multiply_adds, parse
@@ -353,6 +353,12 @@ def test_in_the_terminal(pipeline_folder, tmp_path, capsys):
     replace(calibration, fingerprint=tuple(-weight for weight in calibration.fingerprint)).save(out)
     assert cli.main(drawn) == 2
     assert "another checkpoint" in capsys.readouterr().err
+
+
+def test_the_demo_is_calibrated_with_words_that_it_knows(tmp_path):
+    out = tmp_path / "kv.json"
+    assert cli.main(["calibrate", "--size", "64x64", "--steps", "4", "--out", str(out)]) == 0
+    assert Calibration.read(out).prompts == DEMO_PROMPTS
 
 
 @pytest.mark.parametrize(
