@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,8 @@ def correction(timestep, captioned, empty, taught):
     teacher.forward = lambda states, *_: torch.full_like(states, float(taught * noise))
     batch = torch.zeros_like(wanted), torch.tensor([timestep]), wanted
     encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
-    return float(fine_tune_demo.correction_loss(student, teacher)(schedule, batch, ["a star"], encode))
+    loss = fine_tune_demo.correction_loss(student, teacher, torch.eye(4))
+    return float(loss(schedule, batch, ["a star"], encode))
 
 
 def test_the_correction_wants_the_redrawn_picture_late_and_the_teachers_early():
@@ -112,6 +113,42 @@ def test_the_correction_wants_the_redrawn_picture_late_and_the_teachers_early():
 def test_the_correction_minds_what_guidance_makes_of_two_errors():
     together, apart = correction(200, 1.1, 1.1, taught=1.0), correction(200, 1.1, 0.9, taught=1.0)
     assert apart > 3 * together
+
+
+def test_the_correction_minds_a_crooked_outline_on_gray_as_on_black():
+    schedule = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    teacher = torch.nn.Module()
+    teacher.forward = lambda states, *_: states
+    outline = torch.where(torch.arange(8) < 4, 1.0, -1.0).expand(1, 4, 8, 8)
+    encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
+
+    def error(contrast):
+        loss = fine_tune_demo.correction_loss(lambda states, *_: states, teacher, torch.eye(4))
+        batch = torch.zeros_like(outline), torch.tensor([200]), contrast * outline
+        return float(loss(schedule, batch, ["a star"], encode))
+
+    assert error(0.5) == pytest.approx(error(0.7))
+    # What is nearly the background is learned too, but not at any price.
+    assert 0 < error(0.1) < 0.5 * error(0.5)
+
+
+def test_what_the_correction_minds_is_what_the_picture_shows():
+    vae = AutoencoderKL.from_pretrained(ROOT / "pixart_sigma" / "demo" / "vae", torch_dtype=torch.float32)
+    visible = fine_tune_demo.visibility(vae)
+    generator, rng = torch.Generator().manual_seed(1), random.Random(1)
+    # Errors of the same size in the latents, from the least to the most visible.
+    directions = torch.linalg.svd(visible).Vh.flip(0)
+    errors = 0.1 * directions[:, :, None, None] * torch.randn(4, 1, 16, 16, generator=generator)
+    counted = torch.einsum("ij,bjhw->bihw", visible, errors).square().mean((1, 2, 3))
+    with torch.no_grad():
+        latents = vae.encode(demo_pictures.render([demo_pictures.random_scene(rng)], 128, 128, rng))
+        latents = latents.latent_dist.mean
+        moved = latents + errors / fine_tune_demo.SCALING_FACTOR
+        shown = vae.decode(moved).sample - vae.decode(latents).sample
+    shown = shown.square().mean((1, 2, 3))
+    assert shown[3] > 20 * shown[0]
+    ratio = (counted - 0.1 * errors.square().mean((1, 2, 3))) / shown
+    assert ratio.max() < 2 * ratio.min()
 
 
 def test_each_parameter_has_one_optimizer():
