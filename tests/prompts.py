@@ -36,12 +36,17 @@ def run_with_the_demo(server: Server, workflow: Path, object_info: dict):
     """Fails unless the workflow runs, with the demo for its models, and saves a picture with content."""
     prompt = quick(to_prompt(workflow, object_info))
     with_the_demo(prompt)
+    for entry in prompt.values():
+        # Of words that it does not know, the demo may make an empty canvas.
+        if entry["class_type"] == "PixArtSigmaTextEncode":
+            entry["inputs"]["positive"] = "a large green circle on a yellow background"
     run = server.run(prompt)
     assert run.status == "success", run.error
     for key, entry in prompt.items():
         if entry["class_type"] == "SaveImage":
             (picture,) = server.pictures(run, key)
-            assert picture.std() > 5
+            # Of each channel: a canvas in one colour has no content.
+            assert picture.std((0, 1)).max() > 20
 
 
 def contract(object_info: dict) -> dict:
