@@ -370,10 +370,10 @@ class Runs:
 
 @torch.no_grad()
 def visibility(vae) -> torch.Tensor:
-    """(4, 4) over the channels of latents: times an error, it is as long as the error looks in the picture.
+    """(4, 4) over the latents' channels: `visibility(vae) @ error` is as long as the error looks in pixels.
 
-    In one direction an error changes the pixels a hundred times less than in another, and took as much of
-    the training. A tenth of the squared error counts however it looks, as every direction leads to others.
+    In one direction of the channels an error is seen in the pixels a hundred times less, in squares, than in
+    another, and took as much of the training. A tenth counts in every direction, as each informs the others.
     """
     rng, noise = random.Random(0), torch.Generator().manual_seed(0)
     latents = vae.encode(render([random_scene(rng) for _ in range(4)], 128, 128, rng)).latent_dist.mean
@@ -393,8 +393,8 @@ def correction_loss(student, teacher, visible):
 
     All should be the redrawn one, or the teacher's while the noise still hides outlines and the redrawn one
     is but one of many pictures. Learned one by one, the two predictions err each in its own way at the edges,
-    and guidance multiplies what they differ by. An error counts in proportion to the contrast of its picture,
-    as an outline is as crooked on gray as on black.
+    and guidance multiplies what they differ by. An error counts relative to the contrast of its picture, as
+    an outline is as crooked on gray as on black.
     """
     teacher.requires_grad_(False).eval()
 
