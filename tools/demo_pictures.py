@@ -263,13 +263,15 @@ def _polygon_distance(shape, x, y, radius):
         inner = 0.56 * radius
         slope = (x.abs() * math.cos(math.pi / 6) - y * 0.5) - inner
         return torch.maximum(slope, y - inner)
-    # A five-pointed star: fold the plane to one half point, then measure to its edge.
+    # A five-pointed star: fold the plane to one half point, then measure to its edge. It is the regular one,
+    # whose edges go on straight across the notches: the VAE blunts the tips of a thicker one too much.
     angle = torch.atan2(x, -y)
     sector = 2 * math.pi / 5
     folded = (torch.remainder(angle + sector / 2, sector) - sector / 2).abs()
     length = torch.hypot(x, y)
     fx, fy = length * torch.sin(folded), length * torch.cos(folded)
-    outer, inner = 1.08 * radius, 0.46 * radius
+    outer = 1.08 * radius
+    inner = outer * math.sin(math.pi / 10) / math.cos(math.pi / 5)
     notch_x, notch_y = inner * math.sin(sector / 2), inner * math.cos(sector / 2)
     edge_x, edge_y = notch_x, notch_y - outer
     return ((fy - outer) * edge_x - fx * edge_y) / torch.hypot(edge_x, edge_y)

@@ -1,8 +1,9 @@
-"""Fine-tune the exported demo transformer, and make the one with KV compression; T5 and VAE stay as they are.
+"""Fine-tune the exported demo, and make the transformer with KV compression; T5 and the encoder stay.
 
     python tools/fine_tune_demo.py refine      once more: outlines, small shapes, stars
     python tools/fine_tune_demo.py guidance    for guidance 4.5: it imitates itself, mildly guided
     python tools/fine_tune_demo.py correct     on its own mistakes: its pictures as they should have been
+    python tools/fine_tune_demo.py decoder     the VAE's decoder, on its pictures as they should have been
     python tools/fine_tune_demo.py kv          with KV compression in the deeper half: it imitates the other
     python tools/fine_tune_demo.py correct-kv  the compressed one on its own mistakes
 
@@ -24,6 +25,7 @@ import torch
 from demo_pictures import SHAPES, Scene, caption, expected, measure, paint, random_scene, render
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from train_demo import (
     LARGE,
     SCALING_FACTOR,
@@ -31,6 +33,7 @@ from train_demo import (
     diffusion_loss,
     ema,
     encode_texts,
+    freeze_ends,
     log,
     new_transformer,
     resume,
@@ -58,13 +61,15 @@ STEPS_PER_RUN = 10
 UNDECIDED, GUIDED_SHARE = 550, 0.3
 # The latents' variance within a picture, on average.
 MEAN_CONTRAST = 0.35
+# The decoder's windows, in latents, and how many of them together; a drawn picture's noise, the posterior's.
+WINDOW, WINDOWS_TOGETHER, LATENT_NOISE = 16, 3, 0.05 / SCALING_FACTOR
 # Of each shape, how many measured sizes have a say in how they are moved.
 SIZES_KEPT = 60
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("refine", "guidance", "correct", "kv", "correct-kv"))
+    parser.add_argument("stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
     parser.add_argument("--steps", type=int, default=600)
@@ -79,13 +84,14 @@ def main():
         "refine": train_refine,
         "guidance": train_guidance,
         "correct": train_correct,
+        "decoder": train_decoder,
         "kv": train_kv,
         "correct-kv": train_correct_kv,
     }[arguments.stage](arguments)
 
 
-def fine_tune(arguments, transformer, loss, make_batches=None):
-    """The average of the transformer over --steps.
+def fine_tune(arguments, network, loss, make_batches=None):
+    """The average over --steps of a network whose trained parameters require gradients.
 
     make_batches(vae, rng, encode) has a method next(sizes), which gives (size, batch, texts, ...): drawn
     pictures by default, hard ones twice as often. loss(schedule, batch, texts, encode) is a tensor;
@@ -97,10 +103,10 @@ def fine_tune(arguments, transformer, loss, make_batches=None):
     vae.requires_grad_(False)
     text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
     text_encoder.requires_grad_(False)
-    transformer.requires_grad_(True).train()
-    average = torch.optim.swa_utils.AveragedModel(transformer, avg_fn=ema)
-    adamw, muon = optimizers(transformer)
-    parts = {"transformer": transformer, "average": average, "adamw": adamw, "muon": muon}
+    network.train()
+    average = torch.optim.swa_utils.AveragedModel(network, avg_fn=ema)
+    adamw, muon = optimizers(network)
+    parts = {"network": network, "average": average, "adamw": adamw, "muon": muon}
     path, total = arguments.work / f"{arguments.stage}.pt", arguments.steps
     step = resume(path, **parts)
     torch.manual_seed(2 * step + rank)
@@ -118,13 +124,13 @@ def fine_tune(arguments, transformer, loss, make_batches=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             size, batch, texts, *_ = batches.next(LARGE[:2] + LARGE)
             error = loss(schedule, batch, texts, encode)
-        transformer.zero_grad()
+        network.zero_grad()
         error.backward()
-        share_gradients(transformer)
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        share_gradients(network)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         adamw.step()
         muon.step()
-        average.update_parameters(transformer)
+        average.update_parameters(network)
         step += 1
         losses.append(error.item())
         if rank == 0 and step % 50 == 0:
@@ -138,11 +144,11 @@ def fine_tune(arguments, transformer, loss, make_batches=None):
     return average.module
 
 
-def share_gradients(transformer):
+def share_gradients(network):
     """Every process goes on with the mean of all their gradients."""
     if not torch.distributed.is_initialized():
         return
-    gradients = [parameter.grad for parameter in transformer.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
@@ -150,14 +156,14 @@ def share_gradients(transformer):
         gradient.copy_(mean.view_as(gradient))
 
 
-def optimizers(transformer) -> tuple[torch.optim.AdamW, torch.optim.Muon]:
-    """Muon for the matrices of the layers, at AdamW's rates (arXiv 2502.16982), and AdamW for all else.
+def optimizers(network) -> tuple[torch.optim.AdamW, torch.optim.Muon]:
+    """Muon for the matrices of a transformer's layers, at AdamW's rates (arXiv 2502.16982), else AdamW.
 
     After 200 steps of `correct` the loss was 11 % below that of AdamW alone, from the same weights. The KV
     weights learn `KV_FASTER` times as fast: each starts as one of four in an average and has far to go.
     """
     kv, matrices, others = [], [], []
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in network.named_parameters():
         if ".attn1.sr." in name or ".attn1.norm." in name:
             kv.append(parameter)
         elif name.startswith("transformer_blocks.") and name.endswith(".weight"):
@@ -189,7 +195,7 @@ def train_refine(arguments):
     def loss(schedule, latents, texts, encode):
         return diffusion_loss(transformer, schedule, latents, *encode(texts), error=balanced_error)
 
-    write_transformer(fine_tune(arguments, transformer, loss), folder)
+    write_weights(fine_tune(arguments, transformer, loss), folder)
 
 
 def balanced_error(schedule, timestep, predicted, wanted):
@@ -207,9 +213,9 @@ def balanced_error(schedule, timestep, predicted, wanted):
 def train_guidance(arguments):
     """Fine-tune the exported transformer so that guidance acts mildly on it; in its place."""
     folder = arguments.out / "transformer"
-    transformer = load_transformer(inspect(folder), dtype=torch.float32)
+    transformer = load_trainable(folder)
     loss = imitation_loss(transformer, copy.deepcopy(transformer), mild_guidance)
-    write_transformer(fine_tune(arguments, transformer, loss), folder)
+    write_weights(fine_tune(arguments, transformer, loss), folder)
 
 
 def mild_guidance(timestep: torch.Tensor) -> torch.Tensor:
@@ -257,13 +263,13 @@ def imitation_loss(student, teacher, acts_as):
 def train_correct(arguments):
     """Fine-tune the exported transformer on its own mistakes; in its place."""
     dense = arguments.out / "transformer"
-    correct(arguments, load_transformer(inspect(dense), dtype=torch.float32), dense)
+    correct(arguments, load_trainable(dense), dense)
 
 
 def train_correct_kv(arguments):
     """The same for the exported transformer with KV compression."""
     folder = kv_folder(arguments.out)
-    correct(arguments, load_transformer(inspect(folder), dtype=torch.float32), folder)
+    correct(arguments, load_trainable(folder), folder)
 
 
 def correct(arguments, student, folder: Path):
@@ -275,7 +281,7 @@ def correct(arguments, student, folder: Path):
     def runs(vae, rng, encode):
         return Runs(student, scheduler, vae, rng, encode)
 
-    write_transformer(fine_tune(arguments, student, loss, runs), folder)
+    write_weights(fine_tune(arguments, student, loss, runs), folder)
 
 
 @dataclasses.dataclass
@@ -335,18 +341,10 @@ class Runs:
     def run(self, size: tuple[int, int]) -> list[Run]:
         scenes = [hard_scene(self.rng) for _ in range(RUNS_TOGETHER)]
         texts = [caption(scene, self.rng) for scene in scenes]
-        hidden, mask = self.encode(texts + [""] * len(texts))
-        self.scheduler.set_timesteps(RUN_STEPS)
-        latents, states = torch.randn(len(scenes), 4, size[1] // 8, size[0] // 8), []
-        for timestep in self.scheduler.timesteps:
-            states.append(latents)
-            both = torch.cat([latents, latents])
-            captioned, empty = self.student(both, timestep.expand(len(both)), hidden, mask).float().chunk(2)
-            guided = empty + GUIDANCE * (captioned - empty)
-            latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
+        states, latents = sample(self.student, self.scheduler, self.encode, texts, size)
         redrawn = self.redraw(scenes, self.vae.decode(latents / SCALING_FACTOR).sample.float())
         wanted = self.vae.encode(redrawn).latent_dist.mean.float() * SCALING_FACTOR
-        return list(map(Run, texts, torch.stack(states, dim=1), latents, wanted))
+        return list(map(Run, texts, states, latents, wanted))
 
     def redraw(self, scenes: list[Scene], pictures: torch.Tensor) -> torch.Tensor:
         """What pictures (B, 3, height, width) should have been: each scene, placed as the picture has it."""
@@ -369,6 +367,21 @@ class Runs:
 
 
 @torch.no_grad()
+def sample(transformer, scheduler, encode, texts: list[str], size: tuple[int, int]):
+    """The states (B, steps, 4, height, width) of a run for each caption, and the latents after it."""
+    hidden, mask = encode(texts + [""] * len(texts))
+    scheduler.set_timesteps(RUN_STEPS)
+    latents, states = torch.randn(len(texts), 4, size[1] // 8, size[0] // 8), []
+    for timestep in scheduler.timesteps:
+        states.append(latents)
+        both = torch.cat([latents, latents])
+        captioned, empty = transformer(both, timestep.expand(len(both)), hidden, mask).float().chunk(2)
+        guided = empty + GUIDANCE * (captioned - empty)
+        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    return torch.stack(states, dim=1), latents
+
+
+@torch.no_grad()
 def visibility(vae) -> torch.Tensor:
     """(4, 4) over the latents' channels: `visibility(vae) @ error` is as long as the error looks in pixels.
 
@@ -377,7 +390,7 @@ def visibility(vae) -> torch.Tensor:
     """
     rng, noise = random.Random(0), torch.Generator().manual_seed(0)
     latents = vae.encode(render([random_scene(rng) for _ in range(4)], 128, 128, rng)).latent_dist.mean
-    error = 0.05 / SCALING_FACTOR * torch.randn(latents[:, 0].shape, generator=noise)
+    error = LATENT_NOISE * torch.randn(latents[:, 0].shape, generator=noise)
     drawn, changes = vae.decode(latents).sample, []
     for channel in range(4):
         moved = latents.clone()
@@ -421,9 +434,115 @@ def correction_loss(student, teacher, visible):
     return loss
 
 
-def write_transformer(transformer, folder: Path):
-    """The weights in fp16 in a transformer folder, in place of those that it holds."""
-    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
+# -- Decoder --------------------------------------------------------------------------------------
+
+
+def train_decoder(arguments):
+    """Fine-tune the exported VAE's decoder on the transformer's pictures, and on drawn ones; in its place.
+
+    The latents stay what they are. The tips of small stars and the edges between latents come out sharper,
+    of the latents that the transformer gives too.
+    """
+    folder = arguments.out / "vae"
+    transformer = load_transformer(inspect(arguments.out / "transformer"), dtype=torch.float32)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(arguments.out / "scheduler")
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    freeze_ends(vae)
+
+    def pictures(before, rng, encode):
+        return OwnPictures(transformer, scheduler, before, rng, encode)
+
+    def loss(schedule, batch, texts, encode):
+        latents, wanted = batch
+        return decoding_loss(vae.decode(latents).sample.float(), wanted)
+
+    vae.decoder = fine_tune(arguments, vae.decoder, loss, pictures)
+    write_weights(vae, folder)
+
+
+def decoding_loss(pictures: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Errors of the colours and of their differences to the neighbours, squared where they are small.
+
+    Nearly all of a picture is flat and nearly right. Were its errors not squared, they would pull every
+    weight at each step, and outlines would be learned by none.
+    """
+    error = 2 * functional.smooth_l1_loss(pictures, wanted, beta=0.2)
+    for dimension in (2, 3):
+        difference = pictures.diff(dim=dimension), wanted.diff(dim=dimension)
+        error = error + functional.smooth_l1_loss(*difference, beta=0.1)
+    return error
+
+
+class OwnPictures:
+    """What the transformer draws, as latents, with the same picture in clean outlines; and drawn ones."""
+
+    def __init__(self, transformer, scheduler, vae, rng: random.Random, encode):
+        self.transformer, self.scheduler, self.vae = transformer, scheduler, vae
+        self.rng, self.encode = rng, encode
+        self.buffers = {}
+
+    def next(self, sizes):
+        """(size, (latents, wanted pictures), no texts): windows of own pictures, one whole, or drawn ones."""
+        size = self.rng.choice(sizes)
+        chance = self.rng.random()
+        if chance < 0.3:
+            return size, self.drawn(), []
+        kept, used = self.buffers.get(size, ([], 0))
+        if used >= min(len(kept), STEPS_PER_RUN):
+            kept, used = (kept + self.run(size))[-RUNS_KEPT:], 0
+        self.buffers[size] = kept, used + 1
+        if chance < 0.45:
+            pairs = [self.rng.choice(kept)]
+        else:
+            pairs = [self.window(*self.rng.choice(kept)) for _ in range(WINDOWS_TOGETHER)]
+        return size, tuple(map(torch.stack, zip(*pairs, strict=True))), []
+
+    @torch.no_grad()
+    def drawn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = render([hard_scene(self.rng) for _ in range(4)], 8 * WINDOW, 8 * WINDOW, self.rng)
+        latents = self.vae.encode(wanted).latent_dist.mean.float()
+        return latents + LATENT_NOISE * torch.randn_like(latents), wanted
+
+    def window(self, latents: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A part of a picture, if possible with an outline in it."""
+        height, width = latents.shape[-2:]
+        for _ in range(4):
+            y, x = (self.rng.randrange(max(side - WINDOW, 0) + 1) for side in (height, width))
+            part = wanted[:, 8 * y : 8 * (y + WINDOW), 8 * x : 8 * (x + WINDOW)]
+            if part.std() > 0.05:
+                break
+        return latents[:, y : y + WINDOW, x : x + WINDOW], part
+
+    @torch.no_grad()
+    def run(self, size: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """New pictures without the worst quarter, which has more wrong with it than outlines."""
+        scenes = [hard_scene(self.rng) for _ in range(RUNS_TOGETHER)]
+        texts = [caption(scene, self.rng) for scene in scenes]
+        _, latents = sample(self.transformer, self.scheduler, self.encode, texts, size)
+        latents = latents / SCALING_FACTOR
+        pictures = self.vae.decode(latents).sample.float()
+        wanted = torch.cat(
+            [
+                paint([scene], [measure(scene, picture)], *size)
+                for scene, picture in zip(scenes, pictures, strict=True)
+            ]
+        )
+        nearest = (pictures - wanted).abs().mean((1, 2, 3)).argsort()[: 3 * RUNS_TOGETHER // 4]
+        return [(latents[row], wanted[row]) for row in nearest.tolist()]
+
+
+# -- Files ----------------------------------------------------------------------------------------
+
+
+def load_trainable(folder: Path):
+    return load_transformer(inspect(folder), dtype=torch.float32).requires_grad_(True)
+
+
+def write_weights(network, folder: Path):
+    """The weights in fp16 in a component's folder, in place of those that it holds."""
+    weights = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
     beside = folder / "diffusion_pytorch_model.part"
     save_file(weights, beside, {"format": "pt"})
     beside.chmod(0o644)
@@ -442,7 +561,7 @@ def train_kv(arguments):
     dense, exported = arguments.out / "transformer", kv_folder(arguments.out)
     teacher = load_transformer(inspect(dense), dtype=torch.float32)
     if exported.exists():
-        student = load_transformer(inspect(exported), dtype=torch.float32)
+        student = load_trainable(exported)
     else:
         student = new_kv_transformer(dense)
     loss = imitation_loss(student, teacher, lambda timestep: torch.full(timestep.shape, GUIDANCE))
@@ -481,7 +600,7 @@ def export_kv(transformer, out: Path):
     folder = kv_folder(out)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text((out / "transformer" / "config.json").read_text())
-    write_transformer(transformer, folder)
+    write_weights(transformer, folder)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,45 @@ def test_what_the_correction_minds_is_what_the_picture_shows():
     assert ratio.max() < 2 * ratio.min()
 
 
+def test_a_small_star_is_still_a_star_after_the_vae():
+    vae = AutoencoderKL.from_pretrained(ROOT / "pixart_sigma" / "demo" / "vae", torch_dtype=torch.float32)
+    rng = random.Random(4)
+    scenes = [
+        demo_pictures.Scene((demo_pictures.Object("star", rng.choice(("red", "black", "white"))),), ground)
+        for ground in ("blue", "green", "cyan", "purple") * 4
+    ]
+    least, most = (256 * share for share in demo_pictures.SIZES["small"])
+    placed = [
+        [(rng.uniform(50, 78), rng.uniform(50, 78), rng.uniform(least, most))] for _ in range(len(scenes))
+    ]
+    pictures = demo_pictures.paint(scenes, placed, 128, 128)
+    with torch.no_grad():
+        seen = evaluate_demo.as_pixels(vae.decode(vae.encode(pictures).latent_dist.mean).sample)
+    shapes = [
+        evaluate_demo.judge(scene, picture)["shape"] for scene, picture in zip(scenes, seen, strict=True)
+    ]
+    assert sum(shapes) >= 15, shapes
+
+
+def test_the_decoder_minds_an_outline_more_than_a_shade():
+    wanted = torch.where(torch.arange(64) < 30, 1.0, -1.0).expand(1, 3, 64, 64)
+    outline = torch.where(torch.arange(64) < 31, 1.0, -1.0).expand(1, 3, 64, 64)
+    shade = wanted + (outline - wanted).abs().mean()
+    costs = [float(fine_tune_demo.decoding_loss(picture, wanted)) for picture in (outline, shade)]
+    assert costs[0] > 5 * costs[1] > 0
+
+
+def test_the_decoders_windows_have_the_latents_of_their_pictures():
+    pictures = fine_tune_demo.OwnPictures(None, None, None, random.Random(0), None)
+    wanted = torch.rand(3, 192, 336, generator=torch.Generator().manual_seed(0))
+    latents = torch.nn.functional.avg_pool2d(wanted, 8)
+    windows = [pictures.window(latents, wanted) for _ in range(20)]
+    for part, picture in windows:
+        assert part.shape[1:] == (16, 16)
+        assert torch.equal(torch.nn.functional.avg_pool2d(picture, 8), part)
+    assert len({float(part[0, 0, 0]) for part, _ in windows}) > 10
+
+
 def test_each_parameter_has_one_optimizer():
     transformer = fine_tune_demo.new_kv_transformer(ROOT / "pixart_sigma" / "demo" / "transformer")
     names = {parameter: name for name, parameter in transformer.named_parameters()}
@@ -171,14 +210,14 @@ def demo(tmp_path):
     return tmp_path / "demo"
 
 
-@pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "kv", "correct-kv"])
-def test_a_fine_tuning_stage_changes_its_own_transformer_and_resumes(stage, demo, monkeypatch, capsys):
+@pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "decoder", "kv", "correct-kv"])
+def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, monkeypatch, capsys):
     monkeypatch.setattr(fine_tune_demo, "LARGE", ((64, 64), (64, 64), (80, 48)))
     monkeypatch.setattr(fine_tune_demo, "RUN_STEPS", 8)
     monkeypatch.setattr(fine_tune_demo, "STEPS_PER_RUN", 2)
     monkeypatch.setattr("train_demo.PATCHES_PER_STEP", 64)
-    folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv")}
-    changes, stays = ("kv", "dense") if stage.endswith("kv") else ("dense", "kv")
+    folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv"), "vae": demo / "vae"}
+    changes = "kv" if stage.endswith("kv") else "vae" if stage == "decoder" else "dense"
 
     def weights(which):
         return load_file(folders[which] / "diffusion_pytorch_model.safetensors")
@@ -189,15 +228,18 @@ def test_a_fine_tuning_stage_changes_its_own_transformer_and_resumes(stage, demo
         fine_tune_demo.main()
         return torch.load(demo.with_name("work") / f"{stage}.pt", weights_only=True)["step"]
 
-    before, other = weights(changes), weights(stays)
+    before = {which: weights(which) for which in folders}
     assert train(3) == 3
     first = weights(changes)
-    assert first.keys() == before.keys()
-    assert any(not torch.equal(first[name], before[name]) for name in first)
+    assert first.keys() == before[changes].keys()
+    changed = {name for name in first if not torch.equal(first[name], before[changes][name])}
+    assert changed and (stage != "decoder" or all(name.startswith("decoder.") for name in changed))
     assert all(math.isfinite(float(tensor.float().sum())) for tensor in first.values())
-    assert bool(inspect(folders[changes]).config.kv_compression) == (changes == "kv")
+    assert bool(inspect(folders["kv"]).config.kv_compression)
+    assert not inspect(folders["dense"]).config.kv_compression
     assert train(5) == 5
-    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(stays).items())
+    for which in folders.keys() - {changes}:
+        assert all(torch.equal(tensor, before[which][name]) for name, tensor in weights(which).items())
     assert "exported to" in capsys.readouterr().out
 
 
