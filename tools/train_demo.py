@@ -602,9 +602,15 @@ def resume(path: Path, **parts) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
+    # `restore` leaves out the optimizers of its stages, which then start anew.
+    missing = parts.keys() - state.keys() - {"optimizer"}
+    if missing:
+        raise SystemExit(
+            f"{path} has no {', '.join(sorted(missing))}: another version of this tool wrote it. "
+            "Move it away to start this stage anew."
+        )
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
     return state["step"]
 
 

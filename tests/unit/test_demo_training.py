@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import demo_pictures  # noqa: E402
 import evaluate_demo  # noqa: E402
 import fine_tune_demo  # noqa: E402
+import train_demo  # noqa: E402
 
 from pixart_sigma.checkpoint import inspect  # noqa: E402
 
@@ -200,6 +201,15 @@ def test_each_parameter_has_one_optimizer():
     faster = {names[one] for group in groups if group["times"] > 1 for one in group["params"]}
     assert faster == {name for name in names.values() if ".attn1.sr." in name or ".attn1.norm." in name}
     assert all(one.ndim == 2 for group in muon.param_groups for one in group["params"])
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    path, network = tmp_path / "correct.pt", torch.nn.Linear(2, 2)
+    train_demo.save(path, 7, network=network)
+    optimizer = torch.optim.AdamW(network.parameters())
+    assert train_demo.resume(path, network=network, optimizer=optimizer) == 7
+    with pytest.raises(SystemExit, match=r"correct.pt has no average, muon: .* Move it away"):
+        train_demo.resume(path, network=network, average=network, muon=optimizer)
 
 
 @pytest.fixture
