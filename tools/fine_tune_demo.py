@@ -451,8 +451,8 @@ def train_decoder(arguments):
     vae.decoder.requires_grad_(True)
     freeze_ends(vae)
 
-    def pictures(before, rng, encode):
-        return OwnPictures(transformer, scheduler, before, rng, encode)
+    def pictures(exported, rng, encode):
+        return OwnPictures(transformer, scheduler, exported, rng, encode)
 
     def loss(schedule, batch, texts, encode):
         latents, wanted = batch
