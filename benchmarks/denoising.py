@@ -18,9 +18,9 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma import transformer as engine
-from pixart_sigma.checkpoint import TransformerConfig
-from pixart_sigma.sampling import denoise, get_noise
+from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.transformer import network as engine
+from pixart_sigma.transformer.checkpoint import TransformerConfig
 
 GATE = 0.93
 GUIDANCE = 4.5

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from pixart_sigma.checkpoint import TransformerConfig
-from pixart_sigma.kv_compression import multiply_adds, parse
-from pixart_sigma.transformer import build_transformer
+from pixart_sigma.transformer.checkpoint import TransformerConfig
+from pixart_sigma.transformer.kv_rules import multiply_adds, parse
+from pixart_sigma.transformer.network import build_transformer
 
 PROMPT_TOKENS = 300
 CONFIG = TransformerConfig(

@@ -11,7 +11,7 @@ compression against the dense one, of other weights. Reported only: what it does
 import argparse
 
 from pixart_sigma import SigmaPipeline
-from pixart_sigma.calibrator import DEMO_PROMPTS
+from pixart_sigma.studies.calibration import DEMO_PROMPTS
 
 SETTINGS = ("uniform:2:deep", "mean:2:deep", "mean:2:all", "mean:4:all")
 TRAINED = "demo-kv"

@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 
 from pixart_sigma import DEMO
-from pixart_sigma.hooks import Hooks
-from pixart_sigma.kv_compression import multiply_adds, parse, spell
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.sampling import denoise, get_noise
-from pixart_sigma.transformer import load_transformer
+from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.transformer.hooks import Hooks
+from pixart_sigma.transformer.kv_rules import multiply_adds, parse, spell
+from pixart_sigma.transformer.network import load_transformer
 
 PROMPTS = (
     "a large yellow star on a blue background",

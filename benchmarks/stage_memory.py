@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 
 from pixart_sigma import DEMO
 from pixart_sigma.aspect_ratio import parse_size
-from pixart_sigma.embeddings import PromptEmbeddings
-from pixart_sigma.memory import peak_bytes, readable
+from pixart_sigma.memory.stages import peak_bytes, readable
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.planner import SDXL_VAE, T5_XXL, published_models
-from pixart_sigma.text_encoder import TextEncoder
-from pixart_sigma.transformer import build_transformer
+from pixart_sigma.text.embeddings import PromptEmbeddings
+from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.transformer.network import build_transformer
 
 PROMPT = "red " * 400  # more than the 300 tokens that are read
 ROOMY = 10**12

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pixart_sigma.t5_model import build_model
-from pixart_sigma.t5_weights import expected_shapes
-from pixart_sigma.text_encoder import read_encoder, stream_model
+from pixart_sigma.text.encoder import read_encoder, stream_model
+from pixart_sigma.text.model import build_model
+from pixart_sigma.text.weights import expected_shapes
 
 WINDOW = {"int8": 0.6e9, "bf16": 0.9e9}
 ROUNDS = 3

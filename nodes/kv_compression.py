@@ -116,9 +116,9 @@ class CalibrateKVCompression(io.ComfyNode):
         import numpy
         import torch
 
-        from ..pixart_sigma.calibration_picture import draw
         from ..pixart_sigma.errors import SigmaError
-        from ..pixart_sigma.kv_compression import spell
+        from ..pixart_sigma.studies.calibration_picture import draw
+        from ..pixart_sigma.transformer.kv_rules import spell
         from .host import calibration as host
         from .host.memory import record
 

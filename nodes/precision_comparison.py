@@ -115,7 +115,7 @@ class CompareT5Precisions(io.ComfyNode):
         import numpy
         import torch
 
-        from ..pixart_sigma.precision_picture import draw
+        from ..pixart_sigma.studies.precision_picture import draw
         from .host.precision_comparison import compare
 
         lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())

@@ -75,8 +75,8 @@ class TextEncode(io.ComfyNode):
 
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning [[(1, n, C), dict]] of a prompt, by our CLIP or by one of the host's for T5."""
-    from ..pixart_sigma.caption_cleaning import prepare_prompt
     from ..pixart_sigma.errors import SigmaError
+    from ..pixart_sigma.text.cleaning import prepare_prompt
     from .host import embeddings
     from .host.text_encoder import SigmaClip
 

@@ -15,12 +15,12 @@ DEMO_KV = Path(__file__).parent / "demo_kv"
 
 _MODULE_OF = {
     "SigmaError": "errors",
-    "inspect": "checkpoint",
-    "load_transformer": "transformer",
-    "TextEncoder": "text_encoder",
-    "load_vae": "vae",
-    "decode": "vae",
-    "denoise": "sampling",
+    "inspect": "transformer.checkpoint",
+    "load_transformer": "transformer.network",
+    "TextEncoder": "text.encoder",
+    "load_vae": "vae.coding",
+    "decode": "vae.coding",
+    "denoise": "sampling.denoise",
     "SigmaPipeline": "pipeline",
     "pick_size": "aspect_ratio",
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from . import DEMO, DEMO_KV
-from .checkpoint import Checkpoint, find_components, inspect
 from .errors import CheckpointError, SigmaError
+from .transformer.checkpoint import Checkpoint, find_components, inspect
 
 # Where a model's weights are, in the words of the options; T5's also in those for people.
 T5_PLACES = {"auto": "on the device", "stream": "streamed", "cpu": "on the CPU"}

@@ -9,20 +9,20 @@ from PIL import Image
 
 from . import DEMO
 from .aspect_ratio import BINNING, check_size, crop_back, nearest
-from .calibration import Calibration
-from .checkpoint import Checkpoint
 from .components import T5_PLACES, TRANSFORMER_PLACES, Components, check_place, pick_device, pick_dtype
-from .embeddings import EmbeddingCache, PromptEmbeddings
 from .errors import SigmaError
-from .memory import Stages
+from .memory.stages import Stages
 from .planner import Plan, read_models
 from .planner import plan as make_plan
-from .sampling import Step, check_settings, get_noise
-from .schedulers import default_guidance
-from .text_encoder import Encoded
-from .text_stage import TextStage
-from .transformer_stage import TransformerStage
-from .vae import decode, encode, load_vae
+from .sampling.denoise import Step, check_settings, get_noise
+from .sampling.schedulers import default_guidance
+from .text.embeddings import EmbeddingCache, PromptEmbeddings
+from .text.encoder import Encoded
+from .text.stage import TextStage
+from .transformer.checkpoint import Checkpoint
+from .transformer.kv_calibration import Calibration
+from .transformer.stage import TransformerStage
+from .vae.coding import decode, encode, load_vae
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, TransformerConfig
-from .decode_memory import decode_memory, least_budget, whole_decode_bytes
-from .decoder_layers import read_decoder
 from .errors import SigmaError
-from .memory import peak_bytes, readable
-from .t5_model import PLAIN
-from .t5_weights import expected_nbytes
-from .text_encoder import MAX_TOKENS, read_encoder
-from .text_streaming import STREAMED, StreamedT5
-from .transformer import activation_bytes, build_transformer
-from .transformer_streaming import parked_nbytes, window_nbytes
-from .vae import read_config
+from .memory.stages import peak_bytes, readable
+from .text.encoder import MAX_TOKENS, read_encoder
+from .text.model import PLAIN
+from .text.streaming import STREAMED, StreamedT5
+from .text.weights import expected_nbytes
+from .transformer.checkpoint import Checkpoint, TransformerConfig
+from .transformer.network import activation_bytes, build_transformer
+from .transformer.streaming import parked_nbytes, window_nbytes
+from .vae.coding import read_config
+from .vae.layers import read_decoder
+from .vae.memory import decode_memory, least_budget, whole_decode_bytes
 
 META = torch.device("meta")
 # The published shapes: XL/2 of the 1024 files, T5-XXL's encoder, the SDXL VAE.

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from demo_pictures import random_scene, render  # noqa: E402
 
 from pixart_sigma import DEMO, load_vae  # noqa: E402
-from pixart_sigma.vae import encode  # noqa: E402
+from pixart_sigma.vae.coding import encode  # noqa: E402
 
 PICTURES, SIZE = 64, 128
 

@@ -14,9 +14,9 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
 
     Raises SigmaError for a MODEL that is not from our loader.
     """
-    from ...pixart_sigma.calibration import Calibration
-    from ...pixart_sigma.calibrator import Calibrator
-    from ...pixart_sigma.kv_compression import spell
+    from ...pixart_sigma.studies.calibration import Calibrator
+    from ...pixart_sigma.transformer.kv_calibration import Calibration
+    from ...pixart_sigma.transformer.kv_rules import spell
 
     if not is_ours(model):
         raise SigmaError(
@@ -92,7 +92,7 @@ def calibrate(model, conditionings: list, negative, latent: dict, prompts, seed,
 
 def save(calibration, model) -> None:
     """Beside the checkpoint, where auto finds it. Raises SigmaError where that cannot be written."""
-    from ...pixart_sigma.calibration import calibration_path
+    from ...pixart_sigma.transformer.kv_calibration import calibration_path
 
     path = calibration_path(model.model.checkpoint_path)
     try:

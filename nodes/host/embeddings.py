@@ -33,8 +33,8 @@ class Source:
 
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning of a prompt by our CLIP, which loads T5 only for a prompt not seen before."""
-    from ...pixart_sigma.embeddings import cache_key
-    from ...pixart_sigma.text_encoder import Encoded
+    from ...pixart_sigma.text.embeddings import cache_key
+    from ...pixart_sigma.text.encoder import Encoded
 
     tokens = clip.tokenize(text, clean_caption=clean_caption)
     encoder = clip.cond_stage_model.identify()
@@ -72,7 +72,7 @@ def to_file(positive: list, negative: list, filename_prefix: str) -> str:
     Raises SigmaError for a prefix that leads elsewhere, and for a conditioning that is more than one prompt's
     embeddings, since the rest would be lost.
     """
-    from ...pixart_sigma.embeddings import PromptEmbeddings
+    from ...pixart_sigma.text.embeddings import PromptEmbeddings
 
     sources = {"positive": _source_of("positive", positive), "negative": _source_of("negative", negative)}
     shown, unwanted = sources["positive"], sources["negative"]
@@ -120,7 +120,7 @@ def find(choice: str) -> Path:
 
 def from_file(path: Path) -> tuple[list, list]:
     """The positive and negative conditioning of a file. Raises CheckpointError for a damaged one."""
-    from ...pixart_sigma.embeddings import PromptEmbeddings
+    from ...pixart_sigma.text.embeddings import PromptEmbeddings
 
     loaded = PromptEmbeddings.load(path)
     device = comfy.model_management.intermediate_device()
@@ -184,6 +184,6 @@ def _cache_folder() -> Path:
 
 @functools.cache
 def _cache(folder: Path):
-    from ...pixart_sigma.embeddings import EmbeddingCache
+    from ...pixart_sigma.text.embeddings import EmbeddingCache
 
     return EmbeddingCache(folder)

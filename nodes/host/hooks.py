@@ -6,7 +6,7 @@ ldm/modules/attention.py, replaced blocks as in its ldm/flux/model.py, where our
 
 import comfy.ldm.modules.attention
 
-from ...pixart_sigma.hooks import Hooks
+from ...pixart_sigma.transformer.hooks import Hooks
 
 
 def attention(query, key, value, attn_mask=None, transformer_options=None):

@@ -58,8 +58,8 @@ def set_kv_compression(model, setting: str):
 
 def _rules(setting: str, config, network, height: int, width: int):
     """Asked at each call of the network: a calibration may be written after the node has run."""
-    from ...pixart_sigma.calibration import find_calibrated
-    from ...pixart_sigma.kv_compression import resolve
+    from ...pixart_sigma.transformer.kv_calibration import find_calibrated
+    from ...pixart_sigma.transformer.kv_rules import resolve
 
     calibrated = None
     if setting.strip().lower() == "auto" and hasattr(network, "checkpoint_path"):
@@ -74,7 +74,7 @@ def _is_hosts_sigma(model) -> bool:
 
 def _config(network):
     """What of the host's PixArt KV compression looks at. It is said nothing of the size it is made for."""
-    from ...pixart_sigma.transformer_config import TransformerConfig
+    from ...pixart_sigma.transformer.config import TransformerConfig
 
     return TransformerConfig(
         sample_size=128,
@@ -123,7 +123,7 @@ def _attend(attn, layer: int, call: CurrentCall, x, mask=None, HW=None, block_id
     Keys and values are merged once projected. For these operators that is the same as merging before, which
     saves a part of the projection, but their weights are one matrix here, which may be quantised.
     """
-    from ...pixart_sigma.kv_compression import acting, reduce_tokens
+    from ...pixart_sigma.transformer.kv_rules import acting, reduce_tokens
 
     rule = acting(call.rules, layer, call.timestep)
     if rule is None or HW is None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...pixart_sigma.original_keys import BLOCK_MODULES, FUSED, MODULES, to_diffusers_keys
+from ...pixart_sigma.transformer.keys import BLOCK_MODULES, FUSED, MODULES, to_diffusers_keys
 
 PREFIX = "diffusion_model."
 EMPTY = torch.empty(0)  # stands in the state dict for the weights that have another name with us

@@ -6,7 +6,7 @@ Importing this imports diffusers, so nodes do it when they run.
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from ...pixart_sigma.transformer import SigmaTransformer, layer_classes
+from ...pixart_sigma.transformer.network import SigmaTransformer, layer_classes
 from .hooks import HostHooks, attention
 from .kv_compression import KV_COMPRESSION
 

@@ -24,7 +24,7 @@ def compare(
     device: as for `load_clip`. latent: a LATENT of the pictures' size, or None for the MODEL's base size.
     Raises SigmaError, before anything is loaded, for what can not be compared or drawn.
     """
-    from ...pixart_sigma.precision_comparison import PrecisionComparison, check_comparison, compare_prompt
+    from ...pixart_sigma.studies.precision import PrecisionComparison, check_comparison, compare_prompt
 
     _check_connections(model, vae, latent)
     clips = [load_clip(path, precision, device) for precision in precisions]

@@ -14,8 +14,8 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ...pixart_sigma.caption_cleaning import prepare_prompt
 from ...pixart_sigma.errors import CheckpointError, SigmaError
+from ...pixart_sigma.text.cleaning import prepare_prompt
 
 SECTION = "t5xxl"  # the host's name for T5's tokens
 PAD = 0
@@ -80,7 +80,7 @@ class SigmaTokenizer:
 
         "(word:1.3)" sets weights as the host does, except in a cleaned caption.
         """
-        from ...pixart_sigma.text_encoder import MAX_TOKENS
+        from ...pixart_sigma.text.encoder import MAX_TOKENS
 
         tokens, cut = self._tokenize(text, clean_caption, kwargs.get("disable_weights", False))
         if cut:
@@ -99,7 +99,7 @@ class SigmaTokenizer:
 
     def _tokenize(self, text: str, clean_caption: bool, disable_weights: bool) -> tuple[list[tuple], str]:
         """(token, weight, word id) of a prompt and its end token, and the words that did not fit."""
-        from ...pixart_sigma.text_encoder import MAX_TOKENS
+        from ...pixart_sigma.text.encoder import MAX_TOKENS
 
         text = prepare_prompt(text, clean_caption)
         if clean_caption or disable_weights:
@@ -150,7 +150,7 @@ class SigmaTextModel(torch.nn.Module):
 
     def load(self, device: torch.device):
         """Bring the weights to the device, from where they are or from the file."""
-        from ...pixart_sigma.text_encoder import TextEncoder
+        from ...pixart_sigma.text.encoder import TextEncoder
 
         if self.encoder is not None and self.encoder.device != device:
             self.move(device)
@@ -168,7 +168,7 @@ class SigmaTextModel(torch.nn.Module):
     def identify(self):
         """The `EncoderIdentity` of the weights that encode next: the loaded ones, whatever their files are by
         now. None where the files are unusable, which loading them says better."""
-        from ...pixart_sigma.embeddings import identify
+        from ...pixart_sigma.text.embeddings import identify
 
         if self.encoder is not None:
             return self.identity
@@ -179,7 +179,7 @@ class SigmaTextModel(torch.nn.Module):
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
-        from ...pixart_sigma.t5_model import QUANTIZED
+        from ...pixart_sigma.text.model import QUANTIZED
 
         if self.encoder is None or self.encoder.device == device:
             return
@@ -299,7 +299,7 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
 
     def _description(self) -> tuple:
         """(tokenizer, bytes expected); read from the file once, kept after the weights are dropped."""
-        from ...pixart_sigma.text_encoder import describe_encoder
+        from ...pixart_sigma.text.encoder import describe_encoder
 
         if self.model.description is None:
             self.model.description = describe_encoder(

@@ -31,8 +31,8 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     "fp32", a torch dtype, or None for what the host picks. Raises CheckpointError for anything but a whole
     PixArt-Sigma transformer.
     """
-    from ...pixart_sigma.calibration import fingerprint_of
-    from ...pixart_sigma.checkpoint import inspect, load_transformer_state_dict
+    from ...pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
+    from ...pixart_sigma.transformer.kv_calibration import fingerprint_of
     from .network import build_network
 
     checkpoint = inspect(path, variant)
@@ -122,7 +122,7 @@ class SigmaModel(comfy.model_base.PixArt):
 
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that a forward pass needs for what it computes, and for weights while they are cast."""
-        from ...pixart_sigma.transformer import activation_bytes
+        from ...pixart_sigma.transformer.network import activation_bytes
 
         config = self.diffusion_model.sigma_config
         batch, _, height, width = input_shape

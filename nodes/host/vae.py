@@ -23,7 +23,7 @@ class _Share(Fraction):
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """The host's VAE from a file or a diffusers folder; CheckpointError for anything but a VAE for Sigma."""
-    from ...pixart_sigma.vae import read_vae
+    from ...pixart_sigma.vae.coding import read_vae
 
     if (path / "vae").is_dir():
         path = path / "vae"
@@ -39,9 +39,9 @@ def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | N
     and else in strips. A VAE that is built differently, such as a preview decoder, is decoded whole.
     Raises SigmaError where the VAE has to be in strips and can not, and for a budget that is too small.
     """
-    from ...pixart_sigma.decode_memory import least_budget, whole_decode_bytes
-    from ...pixart_sigma.decoder_layers import read_decoder
-    from ...pixart_sigma.strip_decode import decode_within
+    from ...pixart_sigma.vae.layers import read_decoder
+    from ...pixart_sigma.vae.memory import least_budget, whole_decode_bytes
+    from ...pixart_sigma.vae.strips import decode_within
 
     decoder = read_decoder(vae.first_stage_model)
     if decoder is None and how == "strips":

@@ -10,8 +10,8 @@ from pack.nodes.decode import VAEDecode
 from pack.nodes.host.vae import decode, load_vae
 from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
-from pack.pixart_sigma.decode_memory import least_budget, whole_decode_bytes
-from pack.pixart_sigma.decoder_layers import read_decoder
+from pack.pixart_sigma.vae.memory import least_budget, whole_decode_bytes
+from pack.pixart_sigma.vae.layers import read_decoder
 
 def raises(kind, message, act):
     try:

@@ -165,7 +165,7 @@ from pack.nodes.host.embeddings import choices, find
 from pack.nodes.host.text_encoder import load_clip
 from pack.nodes.text import TextEncode
 from pack.pixart_sigma import DEMO, TextEncoder
-from pack.pixart_sigma.embeddings import PromptEmbeddings, identify
+from pack.pixart_sigma.text.embeddings import PromptEmbeddings, identify
 
 def saved(positive, negative):
     (choice,) = SaveEmbeddings.execute(positive, negative, "x").ui.as_dict()["text"]

@@ -103,9 +103,9 @@ from pack.nodes.host.transformer import load_model
 from pack.nodes.kv_compression import CalibrateKVCompression
 from pack.nodes.sampling import Sampler
 from pack.pixart_sigma import DEMO
-from pack.pixart_sigma.calibration import Calibration, calibration_path
+from pack.pixart_sigma.transformer.kv_calibration import Calibration, calibration_path
 from pack.pixart_sigma.errors import SigmaError
-from pack.pixart_sigma.kv_compression import parse, spell
+from pack.pixart_sigma.transformer.kv_rules import parse, spell
 
 folder = Path(shutil.copytree(DEMO, Path(os.environ["ARGUMENT_0"]) / "demo"))
 settings = dict(error_percent=8.0, seed=3, steps=4, cfg=4.5)
@@ -138,8 +138,8 @@ with torch.inference_mode():
     assert KV_COMPRESSION not in model.model_options["transformer_options"] and not model.wrappers
 
     # the engine measures the same
-    from pack.pixart_sigma.calibrator import calibrate as by_the_engine
-    from pack.pixart_sigma.transformer import load_transformer
+    from pack.pixart_sigma.studies.calibration import calibrate as by_the_engine
+    from pack.pixart_sigma.transformer.network import load_transformer
     from pack.nodes.text import encode
     import comfy.sample
     zeros = torch.zeros(1, 4, 16, 24)

@@ -14,8 +14,8 @@ from pack.nodes.precision_comparison import CompareT5Precisions
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.errors import SigmaError
 from pack.pixart_sigma.pipeline import SigmaPipeline
-from pack.pixart_sigma.precision_comparison import compare_t5
-from pack.pixart_sigma.text_encoder import quantize_t5
+from pack.pixart_sigma.studies.precision import compare_t5
+from pack.pixart_sigma.text.encoder import quantize_t5
 
 folder = Path(os.environ["ARGUMENT_0"])
 PROMPTS = "a red circle on a blue background\\n\\n  a large yellow star  \\n"

@@ -9,7 +9,7 @@ import comfy.sd, comfy.sampler_helpers, comfy.text_encoders.pixart_t5 as pixart_
 import nodes as host_nodes
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
-from pack.pixart_sigma.weight_files import read_state_dict
+from pack.pixart_sigma.files.weight_files import read_state_dict
 
 logged = []
 class Keep(logging.Handler):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.memory import Stages
+from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.transformer_stage import TransformerStage
+from pixart_sigma.transformer.stage import TransformerStage
 
 STEPS = 3
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pixart_sigma import planner
-from pixart_sigma.cli import main
+from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.planner import plan, published_models
-from pixart_sigma.sampling import denoise
+from pixart_sigma.sampling.denoise import denoise
 
 GB = 10**9
 

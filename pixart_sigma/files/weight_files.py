@@ -1,0 +1,318 @@
+"""Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
+
+import json
+import os
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from ..errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
+# Under which key a training checkpoint keeps its weights, the first that is there.
+TOP_LEVELS = ("state_dict", "state_dict_ema", "model")
+CANONICAL_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+DAMAGED = "It is damaged or was not downloaded to its end: download it again."
+
+
+def check_file(path: str | Path) -> None:
+    """Raise CheckpointError unless `path` is a whole safetensors file or a PyTorch pickle, by its contents.
+
+    Named are a missing or unreadable file, an empty one, a saved web page, a git-lfs pointer, GGUF, a file
+    that was cut off, and anything else that holds no weights. Reads no tensor data.
+    """
+    _format(Path(path))
+
+
+def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a file, an index or a folder (see `find_weight_files`).
+
+    Reads no tensor data. Raises CheckpointError as `check_file` does, and for a pickle with code in it.
+    """
+    return _merge(Path(path), _file_header)
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, an index or a folder (see `find_weight_files`), in the dtypes of the file.
+
+    They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part
+    under `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
+    """
+    return _merge(Path(path), _file_tensors)
+
+
+def find_weight_files(path: str | Path) -> tuple[Path, ...]:
+    """The files that make up a file, an index (`*.index.json`) or a folder of weights, without opening them.
+
+    In a folder the usual names go first, safetensors before pickles. Raises CheckpointError for a folder
+    without weights or with several to choose from, a missing shard and an index that can not be used.
+    """
+    located = _locate(Path(path))
+    return tuple(located.parent / name for name in _shards(located)) if _is_index(located) else (located,)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError when it can not be read."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can not be read as JSON: {error}. Download it again.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings. Download it again.")
+    return settings
+
+
+def _locate(path: Path) -> Path:
+    """The weight file or index that a path stands for."""
+    if not os.path.isdir(path):
+        return path
+    for extension in EXTENSIONS:
+        for name in CANONICAL_NAMES:
+            for file in (path / (name + extension), path / (name + extension + ".index.json")):
+                if os.path.lexists(file):
+                    return file
+    return _only_weights(path)
+
+
+def _only_weights(folder: Path) -> Path:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"The folder {folder} can not be read: {error.strerror}.") from error
+    indexes = [name for name in names if name.endswith(".index.json")]
+    if len(indexes) == 1:
+        return folder / indexes[0]
+    for extension in EXTENSIONS:
+        found = [name for name in names if name.endswith(extension)]
+        whole = [name for name in found if not SHARD.search(name)]
+        if found and not whole:
+            raise CheckpointError(
+                f"{folder} has shards ({found[0]}) but no index: get *.index.json beside them."
+            )
+        if len(whole) > 1:
+            raise CheckpointError(
+                f"{folder} has several weight files ({', '.join(whole)}): choose one of them."
+            )
+        if whole:
+            return folder / whole[0]
+    held = ", ".join(names[:5]) if names else "nothing"
+    raise CheckpointError(f"{folder} has no model in it, only {held}. Choose a folder or file with weights.")
+
+
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(".index.json")
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """The keys that each shard should have, by its file name."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(
+            f"{index} has no weight_map, so it is not an index of shards. Download it again."
+        )
+    shards = {}
+    for key, name in sorted(weight_map.items(), key=lambda item: item[1]):
+        shards.setdefault(name, []).append(key)
+    for name in shards:
+        # An index from the net may not reach outside its own folder.
+        if name != Path(name).name or "\\" in name or not name.endswith(EXTENSIONS):
+            raise CheckpointError(f"{index} names {name!r}, which is not a weight file beside it.")
+        if not os.path.isfile(index.parent / name):
+            raise CheckpointError(
+                f"The shard {index.parent / name} is missing: download it, {index.name} lists it."
+            )
+    if not shards:
+        raise CheckpointError(f"{index} lists no shards. Download it again.")
+    return shards
+
+
+def _merge(path: Path, read) -> dict:
+    located = _locate(path)
+    if not _is_index(located):
+        return read(located)
+    merged = {}
+    for name, keys in _shards(located).items():
+        shard = read(located.parent / name)
+        for key in keys:
+            if key not in shard:
+                raise CheckpointError(
+                    f"{located.parent / name} lacks {key}, which {located.name} lists. {DAMAGED}"
+                )
+        twice = sorted(merged.keys() & shard.keys())
+        if twice:
+            raise CheckpointError(f"{twice[0]} is in two shards of {located}. Download them again.")
+        merged |= shard
+    return merged
+
+
+def _format(path: Path) -> str:
+    """What a file's first bytes make it: "safetensors", "zip" or "pickle" (PyTorch's before 1.6)."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+            size = file.seek(0, 2)
+    except FileNotFoundError as error:
+        link = " (it is a link to a file that is gone)" if path.is_symlink() else ""
+        raise CheckpointError(f"There is no file {path}{link}.") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path} is a folder, and a file is needed.") from error
+    except PermissionError as error:
+        raise CheckpointError(f"No permission to read {path}. Allow your user to read it.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can not be read: {error}.") from error
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise CheckpointError(f"{path} is empty. Download it again.")
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise CheckpointError(
+            f"{path} is a web page saved under the name of a model. Download the file itself "
+            "(a gated model needs you to be logged in)."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the model. Run `git lfs pull` beside it.")
+    if head.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{path} is a GGUF file, which is not read here. Use a safetensors or .pth file."
+        )
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path, size)
+        return "zip"
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        _check_safetensors(path, head, size)
+        return "safetensors"
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return "pickle"
+    raise CheckpointError(f"{path} is not a model file: it is neither safetensors nor a PyTorch checkpoint.")
+
+
+def _check_zip(path: Path, size: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is cut off or damaged ({size} bytes are there). Download it again."
+        ) from error
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{path} is a zip archive without a PyTorch checkpoint in it. Unpack it first.")
+
+
+def _check_safetensors(path: Path, head: bytes, size: int) -> None:
+    length = int.from_bytes(head[:8], "little")
+    if size > 8 and (head[8:9] != b"{" or length > MAX_SAFETENSORS_HEADER):
+        raise CheckpointError(
+            f"{path} is not a safetensors file, though it may be named so. Download it again."
+        )
+    needed = 8 + length
+    if size >= needed:
+        try:
+            with open(path, "rb") as file:
+                file.seek(8)
+                header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            needed += max(ends, default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"The header of {path} can not be read. {DAMAGED}") from error
+    if size < needed:
+        raise CheckpointError(f"{path} is cut off: {size} of {needed} bytes are there. Download it again.")
+
+
+def _file_header(path: Path) -> dict:
+    if _format(path) != "safetensors":
+        return {
+            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in _load_pickle(path, "meta").items()
+        }
+    header = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():
+                tensor = file.get_slice(key)
+                dtype = SAFETENSORS_DTYPES.get(str(tensor.get_dtype()))
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{path} stores {key} as {tensor.get_dtype()}, which is not read here."
+                    )
+                header[key] = (tuple(tensor.get_shape()), dtype)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} can not be read: {error}. {DAMAGED}") from error
+    return header
+
+
+def _file_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if _format(path) != "safetensors":
+        return _load_pickle(path, "cpu")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} can not be read: {error}. {DAMAGED}") from error
+
+
+def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
+    mapped = _format(path) == "zip"
+    if not mapped:
+        warnings.warn(
+            f"{path} is in PyTorch's format from before 1.6 and has to be read as a whole. "
+            "Save it as safetensors to load it faster.",
+            stacklevel=2,
+        )
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path} was refused: it holds {refused[1]}, which is code to run and not weights. "
+                "Use a safetensors file from a source that you trust."
+            ) from error
+        raise CheckpointError(f"{path} holds no weights that can be read safely. {DAMAGED}") from error
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        struct.error,
+    ) as error:
+        raise CheckpointError(f"{path} can not be read as a PyTorch checkpoint. {DAMAGED}") from error
+    return _weights_of(content, path)
+
+
+def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
+    for name in TOP_LEVELS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            return _weights_of(content[name], path)
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights by name.")
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{path} holds a {type(tensor).__name__} under {key!r} where a weight belongs."
+            )
+    return content

@@ -1,0 +1,97 @@
+"""Transformers' T5 encoder in a precision, from weights that were checked."""
+
+import logging
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, SigmaError
+
+PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+QUANTIZED = ("int8", "nf4", "fp4")
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_model(config, weights: dict, precision: str, device: torch.device, path: Path):
+    """Build transformers' T5EncoderModel from weights that were checked, quantising layer by layer."""
+    from transformers import T5EncoderModel
+
+    dtype = PLAIN.get(precision) or compute_dtype(device)
+    quantization = None
+    if precision in QUANTIZED:
+        check_packages(precision)
+        quantization = quantization_config(config, precision, dtype)
+        if precision != "int8":
+            check_4bit_widths(config, precision)
+        quiet_int8_casts()
+    try:
+        model, info = T5EncoderModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path} could not be loaded as a T5 encoder in {precision}: {error}"
+        ) from error
+    # transformers fills what it misses with random numbers
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise CheckpointError(f"{path}: the weight {absent[0]} was not loaded. The file is incomplete.")
+    return model.eval().requires_grad_(False)
+
+
+def check_packages(precision: str) -> None:
+    """Raise SigmaError for a quantised precision without its libraries."""
+    for package in ("bitsandbytes", "accelerate") if precision in QUANTIZED else ():
+        if find_spec(package) is None:
+            raise SigmaError(f"Precision {precision} needs {package}: pip install {package}, or choose bf16.")
+
+
+def quantization_config(config, precision: str, dtype: torch.dtype):
+    """BitsAndBytesConfig of a precision; None for a folder that carries its own, which then computes in
+    dtype."""
+    from transformers import BitsAndBytesConfig
+
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        saved["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        return None
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=dtype)
+
+
+def check_4bit_widths(config, precision: str) -> None:
+    """Raise SigmaError for widths that bitsandbytes' 4-bit kernels do not take (in % 64, out % 32)."""
+    inner = config.num_heads * config.d_kv
+    for name, width in (("d_model", config.d_model), ("d_ff", config.d_ff), ("heads x d_kv", inner)):
+        if math.gcd(width, 64) != 64:
+            raise SigmaError(
+                f"Precision {precision} needs widths that are multiples of 64, and this encoder has "
+                f"{name} = {width}. Use int8 or bf16."
+            )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on the CPU and on GPUs that compute in it, fp16 on the others."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.float16 if device.type == "mps" else torch.bfloat16
+
+
+def _without_int8_casts(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in record.getMessage()
+
+
+def quiet_int8_casts() -> None:
+    """bitsandbytes logs the intended cast to fp16 at every layer of every call."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_without_int8_casts)

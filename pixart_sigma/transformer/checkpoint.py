@@ -1,0 +1,283 @@
+"""What a file or folder is, from headers alone, and its transformer's state dict in diffusers' keys.
+
+The published PixArt-Sigma weights come in two spellings: the authors' (`blocks.0.attn.qkv.weight`) and
+diffusers' (`transformer_blocks.0.attn1.to_q.weight`). Which size they were trained for is not in the weights.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..files.weight_files import check_file, find_weight_files, read_header, read_json, read_state_dict
+from .config import (
+    KVWeights,
+    TransformerConfig,
+    check_keys,
+    left_over_key,
+    read_config,
+)
+from .keys import DROPPED, MODULES, to_diffusers_keys
+from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
+
+__all__ = [
+    "Checkpoint",
+    "KVWeights",
+    "TransformerConfig",
+    "check_file",
+    "find_components",
+    "inspect",
+    "load_transformer_state_dict",
+    "read_header",
+    "read_state_dict",
+]
+
+# variant: (sample_size, interpolation_scale); the positions then span 0 to 32 for every one of them.
+VARIANTS = {"256": (32, 0.5), "512": (64, 1.0), "1024": (128, 2.0), "2K": (256, 4.0)}
+COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+# What a training run, a wrapper or a user interface may have put in front of every key.
+PREFIX = re.compile(
+    r"(?:(?:state_dict|state_dict_ema|model|module|net|diffusion_model|transformer|_orig_mod)\.)*"
+)
+STORAGE_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `inspect` found. `dtype` is the one that most of the weights are stored in."""
+
+    path: Path
+    kind: str
+    key_style: str
+    dtype: torch.dtype
+    variant: str
+    variant_source: str
+    components: dict[str, Path]
+    config: TransformerConfig
+    files: tuple[Path, ...]
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        config = self.config
+        names = ", ".join(file.name for file in self.files)
+        width = config.num_attention_heads * config.attention_head_dim
+        stored = str(self.dtype).removeprefix("torch.")
+        kv = config.kv_compression
+        compressed = (
+            f"trained, ratio {kv.ratio} on layers {', '.join(map(str, kv.layers))}"
+            if kv
+            else "no trained weights"
+        )
+        source = {"default": "assumed, nothing says so", "user": "as you chose"}.get(
+            self.variant_source, f"from {self.variant_source}"
+        )
+        return "\n".join(
+            [
+                f"{self.path}: PixArt-Sigma {self.kind}",
+                f"variant         {self.variant} ({source}): {config.sample_size * 8} pixels, "
+                f"interpolation {config.interpolation_scale:g}",
+                f"transformer     {config.num_layers} layers, width {width} in "
+                f"{config.num_attention_heads} heads, prompt width {config.caption_channels}"
+                + (", qk-norm" if config.qk_norm else ""),
+                f"KV compression  {compressed}",
+                f"weights         {self.key_style} keys, {stored}, {names}",
+                f"components      {', '.join(self.components)}",
+            ]
+        )
+
+
+def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
+    """Say what a pipeline folder, a transformer folder, a weight file or an index is, from headers only.
+
+    The variant is the caller's, else that of config.json, of `pos_embed`'s shape, of the file's name, else
+    1024. Raises CheckpointError, naming what is wrong, for anything but a whole PixArt-Sigma transformer.
+    """
+    path = Path(path)
+    if variant is not None and variant not in VARIANTS:
+        raise CheckpointError(f"Unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
+    components = find_components(path)
+    kind = "pipeline" if components else "transformer"
+    source = path
+    if components:
+        if "transformer" not in components:
+            raise CheckpointError(
+                f"{path} has no transformer, only {', '.join(components)}. Choose a transformer beside it."
+            )
+        source = components["transformer"]
+        refuse_alpha_pipeline(path)
+    else:
+        components = {"transformer": path}
+    files = find_weight_files(source)
+    settings = _read_settings(source, files[0])
+    refuse_alpha(settings, source)
+
+    original_header = read_header(source)
+    prefix, key_style = _find_spelling(original_header, source)
+    refuse_alpha_prompt(original_header.get(prefix + "y_embedder.y_embedding"), source)
+    header = _rename(original_header, prefix, key_style, source, _split_shape)
+    positions = original_header.get(prefix + "pos_embed")
+    chosen, variant_source = _find_variant(variant, settings, positions, source, files[0])
+    config = read_config(header, settings, source)
+    config = _set_variant(config, chosen, {} if variant_source == "user" else settings, source)
+    check_keys(header, config, source)
+    return Checkpoint(
+        path,
+        kind,
+        key_style,
+        _storage_dtype(header, source),
+        chosen,
+        variant_source,
+        components,
+        config,
+        files,
+    )
+
+
+def find_components(path: str | Path) -> dict[str, Path]:
+    """The component folders of a pipeline folder, by name; empty when `path` is not one."""
+    path = Path(path)
+    # os.path answers False where there is no permission; opening the weights then says so.
+    found = {name: path / name for name in COMPONENTS if os.path.isdir(path / name)}
+    if not os.path.isfile(path / "model_index.json") and "transformer" not in found:
+        return {}
+    return found
+
+
+def load_transformer_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The transformer's weights in diffusers' keys and the file's dtype, memory-mapped where possible.
+
+    KV weights are `transformer_blocks.N.attn1.sr.*` (C, 1, r, r) and `attn1.norm.*` (C,), qk-norm is
+    `attn1.norm_q.*` and `attn1.norm_k.*` (C,). Raises CheckpointError when the file is no longer what it was.
+    """
+    source = checkpoint.components["transformer"]
+    state_dict = read_state_dict(source)
+    prefix, key_style = _find_spelling(state_dict, source)
+    state_dict = _rename(state_dict, prefix, key_style, source, torch.chunk)
+    check_keys(
+        {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state_dict.items()},
+        checkpoint.config,
+        source,
+    )
+    return state_dict
+
+
+def _read_settings(source: Path, file: Path) -> dict:
+    """The transformer's config.json; beside a single file only where diffusers itself names it so."""
+    if os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model"):
+        config = file.parent / "config.json"
+        if os.path.isfile(config):
+            return read_json(config)
+    return {}
+
+
+def _find_spelling(keys, source: Path) -> tuple[str, str]:
+    """What stands in front of the transformer's keys, and whose names they are."""
+    fixed = {
+        "original": [f"{name}.weight" for name in MODULES],
+        "diffusers": [f"{name}.weight" for name in MODULES.values()],
+    }
+    prefixes = dict.fromkeys(PREFIX.match(key)[0] for key in keys)
+    best, spelling = 0, None
+    for prefix in sorted(prefixes, key=len):
+        for key_style, names in fixed.items():
+            found = sum(prefix + name in keys for name in names)
+            if found > best:
+                best, spelling = found, (prefix, key_style)
+    # A damaged PixArt-Sigma should be told which key it lacks, and another model what it is.
+    if best < len(MODULES) // 2:
+        refuse_other_model(keys, source)
+    return spelling
+
+
+def _split_shape(value, parts: int):
+    (rows, *rest), dtype = value
+    return [((rows // parts, *rest), dtype)] * parts
+
+
+def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> dict:
+    """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
+    renamed = {}
+    for full_key, value in values.items():
+        if not full_key.startswith(prefix):
+            raise left_over_key(full_key, source)
+        key = full_key[len(prefix) :]
+        refuse_alpha(key, source)
+        if key_style == "diffusers":
+            # The names that diffusers' own converter writes for qk-norm.
+            names = (re.sub(r"\.attn1\.([qk])_norm\.", r".attn1.norm_\1.", key),)
+        elif key in DROPPED:
+            continue
+        else:
+            names = to_diffusers_keys(key)
+            if not names:
+                raise left_over_key(full_key, source)
+        rows = value[0][0] if isinstance(value, tuple) else value.shape[0]
+        if rows % len(names):
+            raise CheckpointError(
+                f"{source}: {full_key} has {rows} rows, which is not {len(names)} equal parts."
+            )
+        renamed.update(zip(names, split(value, len(names)) if len(names) > 1 else [value], strict=True))
+    return renamed
+
+
+def _find_variant(variant, settings, positions, source, file) -> tuple[str, str]:
+    if variant is not None:
+        return variant, "user"
+    if settings.get("sample_size") is not None:
+        for name, (sample_size, _) in VARIANTS.items():
+            if settings["sample_size"] == sample_size:
+                return name, "config"
+        known = ", ".join(str(sample_size) for sample_size, _ in VARIANTS.values())
+        raise CheckpointError(
+            f"The config.json of {source} says sample_size {settings['sample_size']!r}; "
+            f"PixArt-Sigma has {known}. Choose the variant ({', '.join(VARIANTS)}) yourself."
+        )
+    if positions is not None:
+        patches = prod(positions[0][:-1])
+        for name, (sample_size, _) in VARIANTS.items():
+            if patches == (sample_size // 2) ** 2:
+                return name, "pos_embed"
+    named = _variant_in_name(file.stem) or _variant_in_name(source.name)
+    if named is None and (os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")):
+        named = _variant_in_name(source.absolute().parent.name)
+    return (named, "file name") if named else ("1024", "default")
+
+
+def _variant_in_name(name: str) -> str | None:
+    """The one variant that a name speaks of; a count of steps or epochs is none."""
+    name = re.sub(r"(step|epoch)s?[-_=]?\d+", "", name.lower())
+    sizes = set(re.findall(r"(?<![a-z0-9])(?:256|512|1024|2048|1k|2k)(?=x|px|ms|[^a-z0-9]|$)", name))
+    found = {{"1k": "1024", "2k": "2K", "2048": "2K"}.get(size, size) for size in sizes}
+    return found.pop() if len(found) == 1 else None
+
+
+def _set_variant(config: TransformerConfig, variant: str, settings: dict, source: Path) -> TransformerConfig:
+    sample_size, interpolation_scale = VARIANTS[variant]
+    explicit = settings.get("interpolation_scale")
+    if explicit is not None:
+        if not isinstance(explicit, int | float) or isinstance(explicit, bool) or not 0 < explicit < 1000:
+            raise CheckpointError(f"The config.json of {source} says interpolation_scale {explicit!r}.")
+        interpolation_scale = float(explicit)
+    return replace(config, sample_size=sample_size, interpolation_scale=interpolation_scale)
+
+
+def _storage_dtype(header: dict, source: Path) -> torch.dtype:
+    counts = Counter()
+    for key, (shape, dtype) in header.items():
+        if dtype not in STORAGE_DTYPES:
+            raise CheckpointError(
+                f"{source} stores {key} as {dtype}; weights in float32, float16, bfloat16 or float8 are read."
+            )
+        counts[dtype] += prod(shape)
+    return counts.most_common(1)[0][0]

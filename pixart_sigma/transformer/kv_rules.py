@@ -1,0 +1,341 @@
+"""Token compression of keys and values in self-attention (PixArt-Sigma, arXiv 2403.04692, section 2.3).
+
+Queries keep every token; keys and values of the chosen layers are merged over windows of ratio x ratio
+tokens, so that attention over N tokens costs N * N / ratio**2. Operators:
+
+- `conv`: the paper's. Projected keys and values pass a depthwise convolution and a LayerNorm, both trained.
+- `mean`: the window's average, taken before the projections. Needs no trained weights; an approximation.
+- `uniform`: the window's first token.
+- `uniform_every`: each ratio-th token of the flat sequence, so that N / ratio are left.
+- `ave`: the authors' name for nearest-neighbour resizing, which is not an average: it is `uniform`, but an
+  edge that does not fill a window is left out.
+
+Where the grid is not a multiple of the ratio, `mean` averages the tokens that an edge window has, `uniform`
+takes its first, and `conv` and `ave` leave the edge out. Those two do not compress a grid narrower than one
+window.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import SigmaError
+from .hooks import NO_HOOKS
+
+if TYPE_CHECKING:
+    from .checkpoint import TransformerConfig
+
+OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")
+RATIOS = (2, 3, 4)
+SPELLING = "off, auto or OPERATOR:RATIO:LAYERS[:START-END%], such as mean:2:14-27 or mean:2:deep:20-80%"
+LAST_TIMESTEP = 999
+AUTO_PIXELS = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class KVCompression:
+    """One rule of how keys and values are compressed; a run's setting is a tuple of such rules.
+
+    `layers` are block numbers from 0. `start` and `end` bound the part of the noise schedule in which the
+    rule acts: 0 is pure noise (timestep 999), 1 the clean picture (timestep 0). Of several rules for one
+    layer the first that acts counts; with no rule nothing is compressed.
+    Raises SigmaError for an unknown operator, a ratio below 2, a negative layer or bounds out of order.
+    """
+
+    operator: str
+    ratio: int
+    layers: tuple[int, ...]
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        if self.operator not in OPERATORS:
+            known = ", ".join(OPERATORS)
+            raise SigmaError(f"Unknown KV compression operator {self.operator!r}. Use one of {known}.")
+        if not isinstance(self.ratio, int) or isinstance(self.ratio, bool) or self.ratio < 2:
+            raise SigmaError(f"KV compression ratio must be a whole number from 2, not {self.ratio!r}.")
+        if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+            raise SigmaError(f"KV compression layers must be block numbers from 0, not {self.layers!r}.")
+        if not 0 <= self.start < self.end <= 1:
+            raise SigmaError(
+                f"KV compression must start before it ends, within 0 and 1, not {self.start} to {self.end}."
+            )
+
+    def __str__(self) -> str:
+        """The spelling that `parse` reads."""
+        text = f"{self.operator}:{self.ratio}:{_spell_layers(self.layers)}"
+        if self.windowed:
+            text += f":{self.start * 100:g}-{self.end * 100:g}%"
+        return text
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises SigmaError if this config lacks a layer, or `conv` its trained weights."""
+        beyond = [layer for layer in self.layers if layer >= config.num_layers]
+        if beyond:
+            raise SigmaError(
+                f"KV compression names layer {beyond[0]}, "
+                f"but this transformer has layers 0 to {config.num_layers - 1}."
+            )
+        if self.operator != "conv":
+            return
+        trained = config.kv_compression
+        if trained is None:
+            raise SigmaError(
+                "KV compression by conv needs trained weights and this checkpoint has none. Use mean instead."
+            )
+        if self.ratio != trained.ratio or not set(self.layers) <= set(trained.layers):
+            raise SigmaError(
+                f"This checkpoint's KV weights are trained as {spell(as_trained(config))}, so {self} cannot "
+                "run. Use auto, or another operator such as mean."
+            )
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it acts in a part of the noise schedule only."""
+        return (self.start, self.end) != (0, 1)
+
+    def acts_at(self, timestep: float) -> bool:
+        """Whether `timestep` (0 to 999) lies from `start` up to `end`, which is left out unless it is 1."""
+        if not self.windowed:
+            return True
+        progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
+        return self.start <= progress < self.end or (self.end == 1 and progress >= 1)
+
+
+OFF = ()
+
+
+def parse(text: str, num_layers: int) -> tuple[KVCompression, ...]:
+    """Read OPERATOR:RATIO:LAYERS[:START-END%] for a transformer of `num_layers` blocks; "off" is no rule.
+
+    LAYERS is `all`, `deep` (the deeper half), or block numbers and ranges from 0 such as `3,14-27`;
+    START-END% is the part of the noise schedule. Several rules are joined by `+`. Raises SigmaError, with the
+    value seen, for anything else, `auto` included: that depends on the picture's size, see `resolve`.
+    """
+    text = text.strip().lower()
+    if text == "off":
+        return OFF
+    return tuple(_parse_rule(rule.strip(), num_layers) for rule in text.split("+"))
+
+
+def spell(rules: tuple[KVCompression, ...]) -> str:
+    """The spelling of a setting that `parse` reads."""
+    return "+".join(map(str, rules)) or "off"
+
+
+def resolve(
+    setting: str | tuple[KVCompression, ...] | None,
+    config: TransformerConfig,
+    height: int,
+    width: int,
+    calibrated: tuple[KVCompression, ...] | None = None,
+) -> tuple[KVCompression, ...]:
+    """The rules that a run of height x width pixels uses on a transformer of this config.
+
+    None: as the checkpoint was trained. "auto": that, or for a checkpoint without KV weights nothing up to
+    1024x1024 pixels, and above what `calibrated` says, without which it is mean:2 on the deeper half of the
+    layers. Otherwise as `parse`. Raises SigmaError if the setting does not fit the transformer.
+    """
+    if setting is None:
+        return as_trained(config)
+    if isinstance(setting, str) and setting.strip().lower() == "auto":
+        trained = as_trained(config)
+        if trained or height * width <= AUTO_PIXELS:
+            return trained
+        setting = calibrated
+        if setting is None:
+            setting = parse("mean:2:deep", config.num_layers)
+            _say_not_measured(spell(setting))
+    if isinstance(setting, str):
+        setting = parse(setting, config.num_layers)
+    for rule in setting:
+        rule.check(config)
+    return setting
+
+
+@functools.cache
+def _say_not_measured(spelling: str) -> None:
+    logging.getLogger(__name__).warning(
+        f"KV compression is {spelling}, which was not measured on this checkpoint; calibrate measures it."
+    )
+
+
+def as_trained(config: TransformerConfig) -> tuple[KVCompression, ...]:
+    """The compression that a checkpoint's KV weights were trained with; without them no rule."""
+    trained = config.kv_compression
+    return () if trained is None else (KVCompression(trained.sampling, trained.ratio, tuple(trained.layers)),)
+
+
+def acting(rules: tuple[KVCompression, ...], layer: int, timestep: float) -> KVCompression | None:
+    """The rule that compresses block `layer` at `timestep` (0 to 999), or None."""
+    return next((rule for rule in rules if layer in rule.layers and rule.acts_at(timestep)), None)
+
+
+def multiply_adds(
+    config: TransformerConfig,
+    height: int,
+    width: int,
+    prompt_tokens: int,
+    rules: tuple[KVCompression, ...] = (),
+    timestep: float = 0,
+) -> int:
+    """Multiply-adds of one forward pass of one picture of height x width pixels, attention included.
+
+    Matrix products and convolutions only; norms, activations and sums of tensors are left out.
+    """
+    patch, channels = config.patch_size, config.cross_attention_dim
+    rows, columns = -(-height // (8 * patch)), -(-width // (8 * patch))
+    tokens = rows * columns
+    square = channels**2
+    total = tokens * channels * patch**2 * (config.in_channels + config.out_channels)
+    total += prompt_tokens * (config.caption_channels * channels + square) + 7 * square + 256 * channels
+    for layer in range(config.num_layers):
+        rule = acting(rules, layer, timestep)
+        kept = tokens if rule is None else count_tokens(rule, (rows, columns))
+        projected = tokens if rule is None or rule.operator == "conv" else kept
+        total += 12 * tokens * square + 2 * projected * square + 2 * prompt_tokens * square
+        total += 2 * tokens * (kept + prompt_tokens) * channels
+        if kept < tokens == projected:
+            total += 2 * kept * rule.ratio**2 * channels
+    return total
+
+
+def count_tokens(rule: KVCompression, grid: tuple[int, int]) -> int:
+    """How many of a grid's tokens are left of keys and values."""
+    rows, columns = grid
+    if rule.operator == "uniform_every":
+        return -(-rows * columns // rule.ratio)
+    if rule.operator not in ("conv", "ave"):
+        return -(-rows // rule.ratio) * -(-columns // rule.ratio)
+    return (rows // rule.ratio) * (columns // rule.ratio) if min(grid) >= rule.ratio else rows * columns
+
+
+class SigmaAttnProcessor:
+    """Attention of one diffusers `Attention` module, with KV compression of self-attention.
+
+    `attention(q, k, v, attn_mask=None)` works on (B, heads, tokens, head_dim) and returns that shape.
+    """
+
+    def __init__(self, attention=F.scaled_dot_product_attention):
+        self.attention = attention
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        grid=None,
+        kv_compression=None,
+        hooks=NO_HOOKS,
+    ):
+        """hidden_states (B, N, C), N = rows * columns of `grid` -> (B, N, C); additive mask (B, 1, 1, L)."""
+        name = "attn1" if encoder_hidden_states is None else "attn2"
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        queries, keys, values = hooks.before_attention(name, hidden_states, keys, keys)
+        # A hook that merged tokens has left no grid to compress.
+        if kv_compression is not None and keys.shape[1] != grid[0] * grid[1]:
+            kv_compression = None
+        trained = kv_compression is not None and kv_compression.operator == "conv"
+        if kv_compression is not None and not trained:
+            reduced = reduce_tokens(keys, grid, kv_compression)
+            values = reduced if values is keys else reduce_tokens(values, grid, kv_compression)
+            keys = reduced
+        query, key, value = attn.to_q(queries), attn.to_k(keys), attn.to_v(values)
+        # The authors normalise over all channels and before compression, diffusers' processors per head.
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if trained:
+            key, value = _convolve(attn, key, grid), _convolve(attn, value, grid)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = hooks.attend(self.attention, query, key, value, attention_mask)
+        del query, key, value  # the most tensors of tokens are alive here
+        return hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+def reduce_tokens(tokens: torch.Tensor, grid: tuple[int, int], kv_compression: KVCompression) -> torch.Tensor:
+    """Tokens (B, N, C) on a grid of N = rows * columns -> the tokens (B, N', C) of keys and values.
+
+    For every operator but `conv`. Each acts on tokens alone, so that it may come before the projections,
+    which is the same as the authors' order and cheaper.
+    """
+    rows, columns = grid
+    ratio = kv_compression.ratio
+    if kv_compression.operator == "uniform_every":
+        return tokens[:, ::ratio]
+    picture = tokens.unflatten(1, (rows, columns))
+    if kv_compression.operator == "mean":
+        windows = F.avg_pool2d(picture.permute(0, 3, 1, 2), ratio, ceil_mode=True, count_include_pad=False)
+        return windows.flatten(2).transpose(1, 2)
+    if kv_compression.operator == "ave":
+        if min(grid) < ratio:
+            return tokens
+        picture = picture[:, : rows // ratio * ratio, : columns // ratio * ratio]
+    return picture[:, ::ratio, ::ratio].flatten(1, 2)
+
+
+def _convolve(attn, tokens, grid):
+    if min(grid) < attn.sr.kernel_size[0]:
+        return tokens
+    picture = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    return attn.norm(attn.sr(picture).flatten(2).transpose(1, 2))
+
+
+def _parse_rule(text: str, num_layers: int) -> KVCompression:
+    parts = text.split(":")
+    if len(parts) not in (3, 4):
+        raise SigmaError(f"KV compression {text!r} is not understood. Write {SPELLING}.")
+    operator, ratio, layers = (part.strip() for part in parts[:3])
+    if ratio not in map(str, RATIOS):
+        raise SigmaError(f"KV compression ratio must be 2, 3 or 4, not {ratio!r}.")
+    start, end = _parse_window(parts[3].strip()) if len(parts) == 4 else (0.0, 1.0)
+    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), start, end)
+
+
+def _parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    if text == "all":
+        return tuple(range(num_layers))
+    if text == "deep":
+        return tuple(range(num_layers // 2, num_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None:
+            raise SigmaError(
+                f"KV compression layers {text!r} are not understood. "
+                "Write all, deep, or block numbers such as 14-27."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_layers:
+            raise SigmaError(
+                f"KV compression layers {part.strip()!r} are out of range: this transformer has layers 0 to "
+                f"{num_layers - 1}, and a range is written from the lower to the higher."
+            )
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _parse_window(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)-(\d{1,3}(?:\.\d+)?)%", text)
+    if match is None or not float(match[1]) < float(match[2]) <= 100:
+        raise SigmaError(f"KV compression window {text!r} is not understood. Write one such as 20-80%.")
+    return float(match[1]) / 100, float(match[2]) / 100
+
+
+def _spell_layers(layers: tuple[int, ...]) -> str:
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

@@ -1,0 +1,319 @@
+"""The PixArt-Sigma transformer: diffusers' PixArtTransformer2DModel with its own forward pass.
+
+Modules and state-dict keys are diffusers', so are the results (and the original network's, for original
+keys); on top of that it takes any latent size, embeddings of any length with an optional mask, and KV
+compression per call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+
+from ..errors import SigmaError
+from .hooks import NO_HOOKS, Hooks
+from .kv_rules import KVCompression, SigmaAttnProcessor, acting, as_trained
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, TransformerConfig
+
+LAYER_CLASSES = (
+    "Linear",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose2d",
+    "LayerNorm",
+    "GroupNorm",
+    "Embedding",
+)
+CACHED_SIZES = 8
+# The MLP's hidden state is four times the tokens: 1.2 GB of bf16 for two pictures of 4096x4096.
+MLP_BYTES = 2**27
+_swap_lock = threading.RLock()
+
+
+class SigmaBlock(BasicTransformerBlock):
+    """One transformer block: self-attention, cross-attention and MLP, modulated by the timestep."""
+
+    def forward(
+        self,
+        hidden_states,
+        prompt_embeds,
+        prompt_bias,
+        modulation,
+        grid,
+        kv_compression=None,
+        hooks=NO_HOOKS,
+    ):
+        """hidden_states (B, N, C), prompt_embeds (B, L, C), modulation (B or 1, 6 * C) -> (B, N, C)."""
+        modulation = modulation.unflatten(-1, (6, -1))
+        modulation = self.scale_shift_table.to(modulation)[None] + modulation
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        tokens = modulate(self.norm1(hidden_states), shift_msa, scale_msa)
+        tokens = self.attn1(tokens, grid=grid, kv_compression=kv_compression, hooks=hooks)
+        hidden_states = torch.addcmul(hidden_states, gate_msa, tokens)
+        del tokens  # the MLP's hidden state is the peak: one tensor of tokens is a twelfth of it
+        # PixArt reads the prompt from the tokens as they are, without a norm.
+        hidden_states = hidden_states + self.attn2(
+            hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=prompt_bias, hooks=hooks
+        )
+        fed = feed_forward(self.ff, modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return torch.addcmul(hidden_states, gate_mlp, fed)
+
+
+class SigmaTransformer(PixArtTransformer2DModel):
+    """The denoiser, made by `load_transformer` or `build_transformer`; `sigma_config` says of what shape."""
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["SigmaBlock", "PatchEmbed"]
+
+    def __init__(self, config: TransformerConfig, attention=F.scaled_dot_product_attention):
+        super().__init__(**config.to_diffusers())
+        self.sigma_config = config
+        self._positions: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        # diffusers' table is for one size and lost on the meta device: `embed_positions` replaces it.
+        self.pos_embed.pos_embed = None
+        trained = config.kv_compression
+        for index, block in enumerate(self.transformer_blocks):
+            block.__class__ = SigmaBlock
+            attn, width = block.attn1, self.inner_dim
+            if config.qk_norm:
+                attn.norm_q, attn.norm_k = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+            if trained is not None and index in trained.layers:
+                attn.sr = torch.nn.Conv2d(width, width, trained.ratio, stride=trained.ratio, groups=width)
+                attn.norm = torch.nn.LayerNorm(width)
+        self.set_attn_processor(SigmaAttnProcessor(attention))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor | float,
+        prompt_embeds: torch.Tensor,
+        prompt_mask: torch.Tensor | None = None,
+        kv_compression: tuple[KVCompression, ...] | None = None,
+        hooks: Hooks = NO_HOOKS,
+    ) -> torch.Tensor:
+        """Predict the noise in `latents`.
+
+        latents (B, 4, h, w) of any h and w from 1; sizes off the patch grid are continued at the right and
+        bottom by their last column and row, and cropped back. timestep 0 to 999, one or (B,). prompt_embeds
+        (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
+        which is the fast path. kv_compression: rules, none of them for no compression; None is as the
+        checkpoint was trained (not at all, for all public ones). hooks: what to change on the way. Settings
+        hold for this call alone.
+        Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
+        Raises SigmaError if shapes or the compression do not fit this transformer.
+        """
+        timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
+        self._check(latents, timestep, prompt_embeds, prompt_mask)
+        patch = self.config.patch_size
+        channels = self.config.in_channels
+        height, width = latents.shape[-2:]
+        if height % patch or width % patch:
+            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
+        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
+        rules = as_trained(self.sigma_config) if kv_compression is None else kv_compression
+        for rule in rules:
+            rule.check(self.sigma_config)
+        # Reading the timestep waits for the device.
+        now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
+
+        hidden_states = self.embed_positions(self.pos_embed(latents), grid)
+        modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
+        if self.caption_projection is not None:
+            prompt_embeds = self.caption_projection(prompt_embeds)
+        prompt_bias = None
+        if prompt_mask is not None:
+            prompt_bias = ((1 - prompt_mask.to(hidden_states)) * -10000.0)[:, None, None]
+
+        for index, block in enumerate(self.visit_blocks()):
+            hidden_states, prompt_embeds = hooks.run_block(
+                index,
+                block,
+                hidden_states,
+                prompt_embeds,
+                prompt_bias,
+                modulation,
+                grid,
+                acting(rules, index, now),
+            )
+
+        shift, scale = (
+            self.scale_shift_table.to(embedded_timestep)[None] + embedded_timestep[:, None]
+        ).chunk(2, 1)
+        hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
+        patches = hidden_states.unflatten(-1, (patch, patch, self.out_channels)).unflatten(1, grid)
+        if self.out_channels // 2 == channels:
+            patches = patches[..., :channels]
+        predicted = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return predicted[..., :height, :width]
+
+    def visit_blocks(self) -> Iterable[SigmaBlock]:
+        """The blocks in turn, each with its weights on the device for as long as it is the current one."""
+        return self.transformer_blocks
+
+    def embed_positions(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Add the 2-D sine-cosine positions to tokens (B, N, C), N = rows * columns of the grid.
+
+        One half of the channels depends on the column alone and the other on the row alone, so only the two
+        factors are kept, once per size, and the (N, C) table (300 MB at 4096x4096) is never made. They stay
+        in float32, and the sum is rounded to the tokens' dtype.
+        """
+        key = (*grid, tokens.device)
+        if key not in self._positions:
+            patches = self.pos_embed
+            factors = get_positions(*grid, tokens.shape[-1], patches.base_size, patches.interpolation_scale)
+            self._positions[key] = tuple(factor.to(tokens.device) for factor in factors)
+            if len(self._positions) > CACHED_SIZES:
+                self._positions.popitem(last=False)
+        rows, columns = self._positions[key]
+        by_column, by_row = tokens.unflatten(1, grid).chunk(2, dim=-1)
+        placed = [(by_column + columns).to(tokens.dtype), (by_row + rows[:, None]).to(tokens.dtype)]
+        return torch.cat(placed, dim=-1).flatten(1, 2)
+
+    def _check(self, latents, timestep, prompt_embeds, prompt_mask):
+        if latents.ndim != 4 or latents.shape[1] != self.config.in_channels or 0 in latents.shape:
+            raise SigmaError(
+                f"Latents must be (B, {self.config.in_channels}, height, width), not {tuple(latents.shape)}."
+            )
+        if len(timestep) not in (1, len(latents)):
+            raise SigmaError(f"There are {len(latents)} latents but {len(timestep)} timesteps.")
+        channels = self.config.caption_channels or self.config.cross_attention_dim
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != channels or 0 in prompt_embeds.shape:
+            raise SigmaError(
+                f"Prompt embeddings must be (B, tokens, {channels}) for this transformer, not "
+                f"{tuple(prompt_embeds.shape)}. Encode the prompt with the text encoder that belongs to it."
+            )
+        if len(prompt_embeds) != len(latents):
+            raise SigmaError(f"There are {len(latents)} latents but {len(prompt_embeds)} prompt embeddings.")
+        if prompt_mask is not None and prompt_mask.shape != prompt_embeds.shape[:2]:
+            raise SigmaError(
+                f"The prompt mask must be {tuple(prompt_embeds.shape[:2])} as the embeddings are, "
+                f"not {tuple(prompt_mask.shape)}."
+            )
+
+
+def feed_forward(mlp, tokens: torch.Tensor) -> torch.Tensor:
+    """mlp(tokens), both (B, N, C); in runs of tokens whose fourfold hidden state is at most MLP_BYTES."""
+    batch, count, channels = tokens.shape
+    run = max(1, MLP_BYTES // (batch * 4 * channels * tokens.element_size()))
+    if count <= run:
+        return mlp(tokens)
+    fed = torch.empty_like(tokens)
+    for start in range(0, count, run):
+        fed[:, start : start + run] = mlp(tokens[:, start : start + run])
+    return fed
+
+
+def activation_bytes(
+    config: TransformerConfig, batch: int, height: int, width: int, prompt_tokens: int, itemsize: int
+) -> int:
+    """Bytes that a forward pass needs at its peak for what it computes, the weights apart.
+
+    Of latents (batch, 4, height, width) and embeddings (batch, prompt_tokens, C), all in a dtype of itemsize
+    bytes. The peak is a block's MLP: what came into the block, the block's sum so far, the MLP's input, and
+    its fourfold hidden state before and after the GELU. Of a large picture the MLP takes a part at a time;
+    then its output is another one, and the self-attention may be the peak: what came in, its input, queries,
+    keys, values, and its result. Beside them the prompt, as it came and projected.
+    """
+    patch, channels = config.patch_size, config.cross_attention_dim
+    tokens = batch * -(-height // patch) * -(-width // patch) * channels
+    hidden = MLP_BYTES // itemsize
+    numbers = 11 * tokens if 4 * tokens <= hidden else max(4 * tokens + 2 * hidden, 6 * tokens)
+    return (numbers + batch * prompt_tokens * (config.caption_channels + channels)) * itemsize
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (B, N, C) * (1 + scale) + shift, both (B or 1, 1, C), as in DiT (arXiv 2212.09748)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def get_positions(
+    height: int, width: int, dim: int, base_size: int, interpolation_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sine-cosine positions of a patch grid, float32: per row (height, dim / 2), per column (width, dim / 2).
+
+    Positions span 0 to base_size / interpolation_scale at every size; sines and cosines are taken in
+    float64. Equal to diffusers' `get_2d_sincos_pos_embed`, whose first half of the channels is the
+    column's.
+    """
+    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim / 4))
+
+    def embed(count):
+        # The coordinates are float32 in the network's training code, and so part of its definition.
+        steps = torch.arange(count, dtype=torch.float32, device="cpu") / (count / base_size)
+        angles = torch.outer((steps / interpolation_scale).double(), omega)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+    return embed(height), embed(width)
+
+
+@contextmanager
+def layer_classes(operations):
+    """Within this block torch.nn's layer classes are those of `operations`, as far as it has them."""
+    with _swap_lock:
+        originals = {name: getattr(torch.nn, name) for name in LAYER_CLASSES if hasattr(operations, name)}
+        try:
+            for name in originals:
+                setattr(torch.nn, name, getattr(operations, name))
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch.nn, name, original)
+
+
+def build_transformer(
+    config: TransformerConfig, operations=torch.nn, attention=F.scaled_dot_product_attention
+) -> SigmaTransformer:
+    """The transformer without weights (on the meta device), of the layer classes of `operations`.
+
+    `attention(q, k, v, attn_mask=None)` works on (B, heads, tokens, head_dim). Give it
+    weights with `load_state_dict(..., assign=True)`: nothing can be copied into a tensor on the meta device.
+    """
+    with layer_classes(operations), torch.device("meta"):
+        return SigmaTransformer(config, attention)
+
+
+def load_transformer(
+    source: str | Path | Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    stream: bool = False,
+) -> SigmaTransformer:
+    """Load a transformer from any checkpoint that `inspect` knows, in eval mode and without gradients.
+
+    Weights are cast one by one and each source dropped, so at most the largest tensor is there twice; those
+    that are in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError for a file that is not
+    a whole PixArt-Sigma transformer. `variant` ("256", "512", "1024", "2K") is for files that do not say
+    which they are. With `stream` the blocks stay in RAM and pass through the device two at a time, with the
+    same result, see `transformer_streaming`.
+    """
+    from . import checkpoint as checkpoints
+
+    if not isinstance(source, checkpoints.Checkpoint):
+        source = checkpoints.inspect(source, variant)
+    elif variant is not None and variant != source.variant:
+        source = checkpoints.inspect(source.path, variant)
+    transformer = build_transformer(source.config)
+    state_dict = checkpoints.load_transformer_state_dict(source)
+    for name in state_dict:
+        state_dict[name] = state_dict[name].to(device="cpu" if stream else device, dtype=dtype)
+    transformer.load_state_dict(state_dict, assign=True)
+    transformer.eval().requires_grad_(False)
+    if not stream:
+        return transformer
+    del state_dict  # each block's weights are dropped as it is parked
+    from .streaming import stream_blocks
+
+    return stream_blocks(transformer, device)

@@ -1,0 +1,141 @@
+"""The transformer from outside the device: its blocks pass through it, one copied while another computes.
+
+Diffusers' group offloading does so too, but torch keeps the RAM that it pins, rounded up, after the model is
+gone, and an error between two blocks leaves weights on the device. Here T5's buffers serve the transformer.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
+from ..memory.stages import weight_bytes
+from .network import SigmaTransformer
+
+BLOCKS = "transformer_blocks"
+
+
+class StreamedTransformer(SigmaTransformer):
+    """A SigmaTransformer of which at most two blocks are on its device; what is not a block stays there.
+
+    It computes what the resident one does, bit for bit. On the CPU it is the resident one, since the blocks
+    are in RAM already. `load_transformer(..., stream=True)` or `stream_blocks` makes it.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device while it computes, without activations."""
+        return weight_bytes(self) if self.device.type == "cpu" else window_nbytes(self, self.dtype)
+
+    def to(self, device: str | torch.device) -> "StreamedTransformer":
+        """Compute on this device from now on. The blocks stay in RAM, pinned for CUDA where it can be."""
+        device = torch.device(device)
+        if device.type != "cpu" and not self._parked:
+            self._park(device)
+        for name, child in self.named_children():
+            if name != BLOCKS:
+                child.to(device)
+        self.scale_shift_table.data = self.scale_shift_table.data.to(device)
+        self._positions.clear()
+        return self
+
+    def forward(self, *arguments, **settings) -> torch.Tensor:
+        """See `SigmaTransformer.forward`. Also after an error no block is left on the device."""
+        try:
+            return super().forward(*arguments, **settings)
+        finally:
+            if self._visits is not None:
+                self._visits.close()
+                self._visits = None
+
+    def visit_blocks(self) -> Iterable[torch.nn.Module]:
+        if not self._parked:
+            return self.transformer_blocks
+        self._visits = self._through_buffers()
+        return self._visits
+
+    def _through_buffers(self) -> Iterator[torch.nn.Module]:
+        """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
+        count = len(self._parked)
+        buffers = BlockBuffers(len(self._parked[0]), self.device)
+        views = {}  # of a buffer, by its layout: nearly all blocks have the same
+        try:
+            buffers.fill(0, self._parked[0])
+            for index, block in enumerate(self.transformer_blocks):
+                slot = index % 2
+                if index + 1 < count:
+                    buffers.fill(1 - slot, self._parked[index + 1])
+                buffers.wait_until_filled(slot)
+                layout = self._layouts[index]
+                if (layout, slot) not in views:
+                    views[layout, slot] = [part.of(buffers.bytes[slot]) for part in layout]
+                _bind(block, views[layout, slot])
+                yield block
+                buffers.mark_used(slot)
+        finally:
+            for block, weights in zip(self.transformer_blocks, self._parked_weights, strict=True):
+                _bind(block, weights)
+            buffers.close()
+
+    def _park(self, device: torch.device) -> None:
+        """Move each block's weights to one piece of RAM, from which `device` can copy by itself."""
+        nbytes = block_nbytes(self, self.dtype)
+        # Once, because it takes longer than the GPU has to wait for a block.
+        self._layouts = [_lay_out(block, self.dtype) for block in self.transformer_blocks]
+        self._parked_weights = []
+        parked = []
+        for block, layout in zip(self.transformer_blocks, self._layouts, strict=True):
+            try:
+                block_bytes = self._pinned.allocate(nbytes, device)
+            except RuntimeError:  # the copy then waits, and is as right
+                block_bytes = torch.empty(nbytes, dtype=torch.uint8)
+            views = [part.of(block_bytes) for part in layout]
+            for view, weight in zip(views, block.parameters(), strict=True):
+                view.copy_(weight)
+            _bind(block, views)
+            self._parked_weights.append(views)
+            parked.append(block_bytes)
+        self._parked = parked
+
+
+def stream_blocks(transformer: SigmaTransformer, device: str | torch.device) -> StreamedTransformer:
+    """This transformer, itself, streamed to a device. Its weights must be on the CPU, all in one dtype."""
+    transformer.__class__ = StreamedTransformer
+    transformer._parked = []  # a piece of RAM (uint8) for each block
+    transformer._layouts = []  # where in it each weight lies
+    transformer._parked_weights = []  # the weights there
+    transformer._pinned = PinnedMemory()
+    transformer._visits = None
+    return transformer.to(device)
+
+
+def block_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
+    """Bytes of the largest block in a dtype; each block has as many in RAM, and each buffer on the device."""
+    return max(_lay_out(block, dtype)[-1].end for block in transformer.transformer_blocks)
+
+
+def parked_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
+    """Bytes of RAM in which the blocks wait."""
+    return len(transformer.transformer_blocks) * block_nbytes(transformer, dtype)
+
+
+def window_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
+    """Bytes of weights on the device at once: two blocks, and all that is in no block."""
+    beside = sum(
+        weight.numel() for name, weight in transformer.named_parameters() if not name.startswith(BLOCKS)
+    )
+    return 2 * block_nbytes(transformer, dtype) + beside * dtype.itemsize
+
+
+def _lay_out(block: torch.nn.Module, dtype: torch.dtype) -> tuple[Part, ...]:
+    parts, offset = [], 0
+    for name, weight in block.named_parameters():
+        parts.append(Part(name, dtype, tuple(weight.shape), offset))
+        offset = parts[-1].end
+    return tuple(parts)
+
+
+def _bind(block: torch.nn.Module, weights: list[torch.Tensor]) -> None:
+    """Let the block run on these weights, without a copy."""
+    for weight, parameter in zip(weights, block.parameters(), strict=True):
+        parameter.data = weight

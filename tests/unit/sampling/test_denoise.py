@@ -1,0 +1,642 @@
+"""The denoising loop against diffusers' own pipeline, and against arithmetic that needs no pipeline."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixart_sigma.errors import SigmaError
+from pixart_sigma.sampling import denoise as sampling
+from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.sampling.schedulers import SCHEDULERS, get_timesteps, make_scheduler
+from pixart_sigma.transformer import network as engine
+from pixart_sigma.transformer.checkpoint import TransformerConfig
+from pixart_sigma.transformer.network import build_transformer
+
+# diffusers' schedulers hand tensors to numpy in ways that numpy 2 will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+CAPTION = 12
+REFERENCE_TOKENS = 300
+# What the pipeline's users write for each name, from the published scheduler_config.json.
+PUBLISHED = diffusers.DPMSolverMultistepScheduler(
+    beta_start=1e-4,
+    beta_end=0.02,
+    beta_schedule="linear",
+    prediction_type="epsilon",
+    timestep_spacing="linspace",
+    solver_order=2,
+).config
+REFERENCE = {
+    "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler.from_config(PUBLISHED),
+    "sa_solver": lambda: diffusers.SASolverScheduler.from_config(
+        PUBLISHED,
+        algorithm_type="data_prediction",
+        tau_func=lambda t: 1 if 200 <= t <= 800 else 0,
+        predictor_order=2,
+        corrector_order=2,
+    ),
+    "euler": lambda: diffusers.EulerDiscreteScheduler.from_config(PUBLISHED),
+    "euler_ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler.from_config(PUBLISHED),
+    "ddim": lambda: diffusers.DDIMScheduler.from_config(PUBLISHED, clip_sample=False),
+    "unipc": lambda: diffusers.UniPCMultistepScheduler.from_config(PUBLISHED),
+    "lcm": lambda: diffusers.LCMScheduler.from_config(PUBLISHED),
+    "one_step": lambda: diffusers.DDPMScheduler.from_config(PUBLISHED, clip_sample=False),
+}
+
+
+def make_config(heads=2, head_dim=16, layers=2, sample_size=32, caption=CAPTION):
+    return TransformerConfig(
+        sample_size=sample_size,
+        interpolation_scale=sample_size / 64,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        caption_channels=caption,
+        cross_attention_dim=heads * head_dim,
+        qk_norm=False,
+        kv_compression=None,
+    )
+
+
+def make_pair(scale=0.15):
+    """Our transformer and diffusers' with the same weights."""
+    config = make_config()
+    ours = build_transformer(config)
+    generator = torch.Generator().manual_seed(7)
+    weights = {k: torch.randn(v.shape, generator=generator) * scale for k, v in ours.state_dict().items()}
+    ours.load_state_dict(weights, assign=True)
+    reference = PixArtTransformer2DModel(**config.to_diffusers())
+    reference.load_state_dict(weights)
+    return ours.eval().requires_grad_(False), reference.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair()
+
+
+def embeddings(tokens, seed, count=1, channels=CAPTION):
+    return torch.randn(count, tokens, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(embeds):
+    """As the reference has them: 300 tokens and an int64 mask; what the padding holds must not matter."""
+    count, tokens, channels = embeds.shape
+    filler = embeddings(REFERENCE_TOKENS - tokens, 99, count, channels)
+    mask = (torch.arange(REFERENCE_TOKENS) < tokens).long().expand(count, -1)
+    return torch.cat([embeds, filler], dim=1), mask
+
+
+def run_reference(reference, scheduler, noise, positive, negative=None, **settings):
+    pipe = PixArtSigmaPipeline(None, None, None, reference, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    prompt_embeds, prompt_mask = padded(positive)
+    negative_embeds, negative_mask = (None, None) if negative is None else padded(negative)
+    return pipe(
+        negative_prompt=None,
+        latents=noise,
+        height=noise.shape[2] * 8,
+        width=noise.shape[3] * 8,
+        prompt_embeds=prompt_embeds,
+        prompt_attention_mask=prompt_mask,
+        negative_prompt_embeds=negative_embeds,
+        negative_prompt_attention_mask=negative_mask,
+        output_type="latent",
+        use_resolution_binning=False,
+        **settings,
+    ).images
+
+
+def assert_equal(ours, reference):
+    assert reference.isfinite().all()
+    assert float((ours - reference).norm() / reference.norm()) <= 1e-4
+
+
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+# Parity with the reference pipeline
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (22, 10)], ids=str)
+@pytest.mark.parametrize("guidance_scale, negative_tokens", [(4.5, 1), (4.5, 14), (1.0, None), (0.0, None)])
+def test_published_settings_equal_the_pipeline(pair, size, guidance_scale, negative_tokens):
+    ours, reference = pair
+    noise = torch.randn(1, 4, *size, generator=seeded())
+    positive = embeddings(9, 1)
+    negative = None if negative_tokens is None else embeddings(negative_tokens, 2)
+    settings = {"guidance_scale": guidance_scale}
+    expected = run_reference(
+        reference, REFERENCE["dpmpp_2m"](), noise, positive, negative, num_inference_steps=20, **settings
+    )
+    assert_equal(denoise(ours, noise, positive, negative_embeds=negative, **settings), expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+def test_every_scheduler_equals_the_pipeline(pair, name, guidance_scale):
+    ours, reference = pair
+    noise = torch.randn(2, 4, 8, 12, generator=seeded())
+    positive, negative = embeddings(7, 1, 2), embeddings(3, 2, 2)
+    schedule = {"timesteps": [400]} if name == "one_step" else {"num_inference_steps": 20}
+    eta = 0.5 if name == "ddim" else 0.0
+    expected = run_reference(
+        reference,
+        REFERENCE[name](),
+        noise,
+        positive,
+        negative,
+        guidance_scale=guidance_scale,
+        generator=seeded(),
+        eta=eta,
+        **schedule,
+    )
+    actual = denoise(
+        ours,
+        noise,
+        positive,
+        negative_embeds=negative,
+        scheduler=name,
+        guidance_scale=guidance_scale,
+        generator=seeded(),
+        eta=eta,
+    )
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({scheduler.name for scheduler in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"})
+)
+def test_a_scheduler_object_equals_the_pipeline(pair, name):
+    ours, reference = pair
+    kind = getattr(diffusers, name)
+    settings = {"clip_sample": False} if "DDIM" in name or "DDPM" in name else {}
+    if name == "DPMSolverSDEScheduler":
+        # It draws its own noise, not the generator's.
+        settings = {"noise_sampler_seed": 0}
+    try:
+        scheduler, other = (kind.from_config(PUBLISHED, **settings) for _ in range(2))
+    except ImportError as error:
+        pytest.skip(f"{name} needs a package that is not installed: {error}")
+    noise, positive, negative = (
+        torch.randn(1, 4, 8, 8, generator=seeded()),
+        embeddings(5, 1),
+        embeddings(2, 2),
+    )
+    expected = run_reference(
+        reference, other, noise, positive, negative, num_inference_steps=4, generator=seeded()
+    )
+    actual = denoise(
+        ours,
+        noise,
+        positive,
+        negative_embeds=negative,
+        scheduler=scheduler,
+        steps=4,
+        guidance_scale=4.5,
+        generator=seeded(),
+    )
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "name, schedule",
+    [
+        ("dpmpp_2m", {"timesteps": [999, 800, 500, 420, 100, 3]}),
+        ("euler", {"timesteps": [999, 640, 320, 0]}),
+        ("euler", {"sigmas": [100.0, 20.0, 5.0, 1.0, 0.2, 0.0]}),
+        ("lcm", {"timesteps": [999, 759, 499, 259]}),
+        ("one_step", {"timesteps": [600, 300]}),
+    ],
+)
+def test_own_timesteps_and_sigmas_equal_the_pipeline(pair, name, schedule):
+    ours, reference = pair
+    noise, positive, negative = (
+        torch.randn(1, 4, 8, 8, generator=seeded()),
+        embeddings(5, 1),
+        embeddings(2, 2),
+    )
+    expected = run_reference(
+        reference, REFERENCE[name](), noise, positive, negative, generator=seeded(), **schedule
+    )
+    actual = denoise(
+        ours,
+        noise,
+        positive,
+        negative_embeds=negative,
+        scheduler=name,
+        guidance_scale=4.5,
+        generator=seeded(),
+        **schedule,
+    )
+    assert_equal(actual, expected)
+
+
+def test_a_batch_of_prompts_of_several_lengths(pair):
+    ours, reference = pair
+    noise = torch.randn(2, 4, 8, 8, generator=seeded())
+    rows, lengths = embeddings(9, 1, 2), (4, 9)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    negative = embeddings(1, 2)
+    together = denoise(ours, noise, rows, mask, negative, steps=5)
+    for index, length in enumerate(lengths):
+        alone = noise[index : index + 1], rows[index : index + 1, :length], negative
+        expected = run_reference(reference, REFERENCE["dpmpp_2m"](), *alone, num_inference_steps=5)
+        assert_equal(together[index : index + 1], expected)
+
+
+def test_embeddings_padded_as_the_reference_pads_them_are_trimmed(pair):
+    ours, _ = pair
+    noise, positive, negative = (
+        torch.randn(1, 4, 8, 8, generator=seeded()),
+        embeddings(6, 1),
+        embeddings(2, 2),
+    )
+    seen = []
+
+    def spy(latents, timestep, embeds, mask, kv_compression):
+        seen.append((tuple(embeds.shape), mask is None))
+        return ours(latents, timestep, embeds, mask, kv_compression=kv_compression)
+
+    trimmed = denoise(spy, noise, positive, None, negative, steps=3)
+    full, mask = padded(positive)
+    assert_equal(denoise(spy, noise, full, mask, *padded(negative), steps=3), trimmed)
+    assert set(seen) == {((2, 6, CAPTION), False)}
+    seen.clear()
+    denoise(spy, noise, full, mask, steps=1, guidance_scale=1)
+    assert seen == [((1, 6, CAPTION), True)]
+
+
+# img2img
+
+
+@pytest.mark.parametrize(
+    "name", ["dpmpp_2m", "sa_solver", "euler", "euler_ancestral", "ddim", "unipc", "lcm"]
+)
+@pytest.mark.parametrize("strength", [0.15, 0.6, 1.0])
+def test_image_to_image_equals_a_loop_written_by_hand(pair, name, strength):
+    ours, reference = pair
+    generator = seeded()
+    image, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    positive, steps = embeddings(5, 1, 2), 10
+    scheduler = REFERENCE[name]()
+    scheduler.set_timesteps(steps)
+    start = steps - min(int(steps * strength), steps)
+    timesteps = scheduler.timesteps[start:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(2))
+    stochastic = {} if name in ("dpmpp_2m", "unipc") else {"generator": seeded(5)}
+    for timestep in timesteps:
+        predicted = reference(
+            scheduler.scale_model_input(latents, timestep),
+            encoder_hidden_states=positive,
+            timestep=timestep.expand(2),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample[:, :4]
+        latents = scheduler.step(predicted, timestep, latents, **stochastic).prev_sample
+    actual = denoise(
+        ours,
+        noise,
+        positive,
+        scheduler=name,
+        steps=steps,
+        guidance_scale=1,
+        strength=strength,
+        image_latents=image,
+        generator=seeded(5),
+    )
+    assert_equal(actual, latents)
+
+
+# Arithmetic that needs no other pipeline: for normally distributed latents the best prediction is known.
+
+
+def gaussian_model(deviation=0.8):
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    sigmas = [math.sqrt((1 - a) / a) for a in torch.cumprod(1 - betas, 0).tolist()]
+
+    def predict(latents, timestep, embeds, mask=None, kv_compression=None):
+        low = int(timestep)
+        sigma = sigmas[low] + (float(timestep) - low) * (sigmas[min(low + 1, 999)] - sigmas[low])
+        alpha = 1 / (1 + sigma**2)
+        return latents * math.sqrt(1 - alpha) / (alpha * deviation**2 + 1 - alpha)
+
+    return predict, sigmas
+
+
+@pytest.mark.parametrize(
+    "name, tolerance", [("dpmpp_2m", 0.01), ("unipc", 0.01), ("euler", 0.06), ("ddim", 0.06)]
+)
+def test_deterministic_schedulers_solve_the_probability_flow(name, tolerance):
+    deviation = 0.8
+    model, sigmas = gaussian_model(deviation)
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
+    alpha = 1 / (1 + sigmas[999] ** 2)
+    exact = noise * deviation / math.sqrt(alpha * deviation**2 + 1 - alpha)
+    actual = denoise(model, noise, torch.zeros(1, 1, 4), scheduler=name, steps=50, guidance_scale=1)
+    assert float((actual - exact).norm() / exact.norm()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "name, steps",
+    [(name, steps) for name in SCHEDULERS for steps in (1, 2, 3)] + [("dpmpp_2m", 999), ("lcm", 999)],
+)
+def test_every_step_count_works(name, steps):
+    model, _ = gaussian_model()
+    settings = {"scheduler": name, "steps": steps, "guidance_scale": 1, "generator": seeded()}
+    arguments = (model, torch.randn(1, 4, 2, 2, generator=seeded()), torch.zeros(1, 1, 4))
+    if name == "lcm" and steps > 50:
+        with pytest.raises(SigmaError, match="999"):
+            denoise(*arguments, **settings)
+    else:
+        assert denoise(*arguments, **settings).isfinite().all()
+
+
+def test_one_step_is_the_clean_prediction_at_400_without_guidance():
+    model, sigmas = gaussian_model()
+    noise = torch.randn(1, 4, 4, 4, generator=seeded())
+    alpha = 1 / (1 + sigmas[400] ** 2)
+    predicted = model(noise, 400, None)
+    expected = (noise - math.sqrt(1 - alpha) * predicted) / math.sqrt(alpha)
+    steps = []
+    actual = denoise(model, noise, torch.zeros(1, 1, 4), scheduler="one_step", callback=steps.append)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert [(step.index, step.count, step.timestep) for step in steps] == [(0, 1, 400)]
+
+
+# Callback, dtype, interrupts
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "lcm", "one_step"])
+def test_predicted_latents_are_the_schedulers_own(name):
+    model, _ = gaussian_model()
+    scheduler = make_scheduler(name)
+    expected = []
+    original = scheduler.step
+
+    def step(noise, timestep, sample, eta=0.0, generator=None, return_dict=False):
+        result = original(noise, timestep, sample, generator=generator, return_dict=True)
+        if name == "lcm":
+            c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
+            expected.append((result.denoised - c_skip * sample) / c_out)
+        else:
+            expected.append(result.pred_original_sample)
+        return (result.prev_sample,)
+
+    scheduler.step = (
+        step if name != "euler" else lambda n, t, s, generator=None, return_dict=False: step(n, t, s)
+    )
+    seen = []
+    schedule = {"timesteps": [400]} if name == "one_step" else {"steps": 7}
+    denoise(
+        model,
+        torch.randn(1, 4, 4, 4, generator=seeded()),
+        torch.zeros(1, 1, 4),
+        scheduler=scheduler,
+        guidance_scale=1,
+        callback=lambda step: seen.append(step.predicted),
+        **schedule,
+    )
+    assert len(seen) == len(expected)
+    for actual, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_callback_sees_each_step_and_false_stops(pair):
+    ours, _ = pair
+    noise, positive = torch.randn(1, 4, 8, 8, generator=seeded()), embeddings(5, 1)
+    steps = []
+    whole = denoise(ours, noise, positive, steps=4, guidance_scale=1, callback=steps.append)
+    assert [(step.index, step.count) for step in steps] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [step.timestep for step in steps] == make_steps("dpmpp_2m", 4)
+    assert torch.equal(steps[-1].latents, whole)
+    assert torch.equal(whole, denoise(ours, noise, positive, steps=4, guidance_scale=1))
+
+    def stop(step):
+        return False if step.index == 1 else 0
+
+    stopped = denoise(ours, noise, positive, steps=4, guidance_scale=1, callback=stop)
+    assert torch.equal(stopped, steps[1].latents)
+
+
+def make_steps(name, steps):
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(steps)
+    return [float(timestep) for timestep in scheduler.timesteps]
+
+
+def test_an_interrupt_passes_through(pair):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise(
+            pair[0],
+            torch.randn(1, 4, 8, 8, generator=seeded()),
+            embeddings(5, 1),
+            guidance_scale=1,
+            callback=interrupt,
+        )
+
+
+def test_half_precision_keeps_its_dtype_and_full_precision_between_steps():
+    model, _ = gaussian_model()
+    seen = []
+
+    def half(latents, *arguments, **settings):
+        seen.append(latents.dtype)
+        return model(latents, *arguments, **settings)
+
+    steps = []
+    noise = torch.randn(1, 4, 4, 4, generator=seeded()).bfloat16()
+    embeds = torch.zeros(1, 1, 4, dtype=torch.bfloat16)
+    result = denoise(half, noise, embeds, steps=3, guidance_scale=1, callback=steps.append)
+    assert result.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16}
+    assert steps[-1].latents.dtype == torch.float32
+
+
+# Noise and timesteps
+
+
+@pytest.mark.parametrize("count, height, width", [(1, 256, 256), (3, 208, 304), (2, 16, 16)])
+def test_noise_equals_what_diffusers_draws(count, height, width):
+    expected = randn_tensor((count, 4, height // 8, width // 8), generator=seeded(11), dtype=torch.float32)
+    assert torch.equal(get_noise(count, height, width, 11), expected)
+    assert torch.equal(get_noise(count, height, width, seeded(11)), expected)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (264, 200), (8, 8)])
+def test_the_first_picture_does_not_depend_on_the_count(height, width):
+    assert torch.equal(get_noise(4, height, width, 5)[:1], get_noise(1, height, width, 5))
+
+
+def test_published_timesteps():
+    timesteps = get_timesteps(make_scheduler("dpmpp_2m"), 20).tolist()
+    assert timesteps[:4] == [999, 949, 899, 849] and timesteps[-2:] == [100, 50] and len(timesteps) == 20
+    assert get_timesteps(make_scheduler("dpmpp_2m"), 20, strength=0.3).tolist() == timesteps[14:]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_settings_are_those_of_the_published_noise_schedule(name):
+    ours, reference = make_scheduler(name), REFERENCE[name]()
+    assert torch.equal(ours.alphas_cumprod, reference.alphas_cumprod)
+    internal = {"_use_default_values", "tau_func"}
+    assert {k: v for k, v in ours.config.items() if k not in internal} == {
+        k: v for k, v in reference.config.items() if k in ours.config and k not in internal
+    }
+
+
+# Errors
+
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+EMBEDS = embeddings(5, 1)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -3}, "steps is -3"),
+        ({"steps": 1000}, "steps is 1000"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": True}, "steps is True"),
+        ({"guidance_scale": NAN}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": "4"}, "guidance_scale is 4"),
+        ({"guidance_scale": 4.5}, "negative_embeds"),
+        ({"guidance_scale": None}, "negative_embeds"),
+        ({"strength": 0.0, "image_latents": NOISE}, "strength is 0.0"),
+        ({"strength": 1.2, "image_latents": NOISE}, "strength is 1.2"),
+        ({"strength": NAN, "image_latents": NOISE}, "strength is nan"),
+        ({"strength": 0.01, "image_latents": NOISE}, "strength 0.01 of 20 steps"),
+        ({"strength": 0.5}, "no image_latents"),
+        ({"image_latents": NOISE[..., :4]}, r"\(2, 4, 8, 4\)"),
+        ({"image_latents": NOISE * NAN}, "image_latents hold NaN"),
+        ({"scheduler": "dpm"}, "Unknown scheduler 'dpm'"),
+        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler"),
+        ({"scheduler": diffusers.EDMEulerScheduler()}, "EDMEulerScheduler"),
+        ({"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")}, "DDIMScheduler"),
+        ({"scheduler": "ddim", "timesteps": [999, 500]}, "DDIMScheduler takes no timesteps"),
+        ({"scheduler": "sa_solver", "timesteps": [999, 500]}, "SASolverScheduler takes no timesteps"),
+        ({"sigmas": [10.0, 0.0]}, "DPMSolverMultistepScheduler takes no sigmas"),
+        ({"scheduler": "unipc", "sigmas": [10.0, 0.0]}, "UniPCMultistepScheduler takes no sigmas"),
+        ({"scheduler": "euler", "sigmas": [1.0], "timesteps": [1]}, "Both timesteps and sigmas"),
+        ({"timesteps": []}, r"timesteps are \[\]"),
+        ({"timesteps": [500, 999]}, r"timesteps are \[500, 999\]"),
+        ({"timesteps": [500, 500]}, r"timesteps are \[500, 500\]"),
+        ({"timesteps": [1000, 500]}, r"timesteps are \[1000, 500\]"),
+        ({"timesteps": [500, -1]}, r"timesteps are \[500, -1\]"),
+        ({"timesteps": [500.5]}, r"timesteps are \[500.5\]"),
+        ({"scheduler": "euler", "sigmas": []}, r"sigmas are \[\]"),
+        ({"scheduler": "euler", "sigmas": [NAN, 0]}, r"sigmas are \[nan, 0\]"),
+        ({"scheduler": "euler", "sigmas": [1.0, 2.0]}, r"sigmas are \[1.0, 2.0\]"),
+        ({"eta": 0.5}, "eta is 0.5"),
+        ({"scheduler": "ddim", "eta": 2.0}, "eta is 2.0"),
+        ({"generator": [seeded()]}, "1 generators for 2 pictures"),
+        ({"negative_embeds": embeddings(5, 1, channels=8), "guidance_scale": 2}, "12 channels.*8"),
+        ({"prompt_mask": torch.zeros(1, 5)}, "leaves no token"),
+        ({"prompt_mask": torch.ones(1, 4)}, r"\(1, 5\), not \(1, 4\)"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(pair, settings, message):
+    settings = {"guidance_scale": 1} | settings
+    with pytest.raises(SigmaError, match=message):
+        denoise(pair[0], NOISE, EMBEDS, **settings)
+
+
+@pytest.mark.parametrize(
+    "latents, embeds, message",
+    [
+        (NOISE * NAN, EMBEDS, "latents hold NaN"),
+        (NOISE[0], EMBEDS, r"\(4, 8, 8\)"),
+        (NOISE.long(), EMBEDS, "int64"),
+        (NOISE, EMBEDS[..., :7], "7"),
+        (NOISE, embeddings(5, 1, 3), r"\(3, 5, 12\)"),
+        (NOISE, EMBEDS[:, :0], r"\(1, 0, 12\)"),
+        (NOISE, EMBEDS * NAN, "prompt_embeds hold NaN"),
+        (NOISE[:, :3], EMBEDS, r"\(2, 3, 8, 8\)"),
+    ],
+    ids=str,
+)
+def test_bad_tensors_are_named(pair, latents, embeds, message):
+    with pytest.raises(SigmaError, match=message):
+        denoise(pair[0], latents, embeds, guidance_scale=1)
+
+
+def test_latents_that_blow_up_name_the_step(pair):
+    calls = []
+
+    def breaks(latents, timestep, *arguments, **settings):
+        calls.append(timestep)
+        noise = pair[0](latents, timestep, *arguments, **settings)
+        return noise * NAN if len(calls) == 3 else noise
+
+    with pytest.raises(SigmaError, match="after step 3 of 20, timestep 899.*bf16"):
+        denoise(breaks, NOISE, EMBEDS, guidance_scale=1)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, 64, 64, 0), (1, 0, 64, 0), (1, 64, -8, 0), (1, 64, 64, 2**64), (1, 64, 64, "x")]
+)
+def test_impossible_noise_is_named(arguments):
+    with pytest.raises(SigmaError, match="Noise for|Seed"):
+        get_noise(*arguments)
+
+
+# Cost, in counts
+
+
+def test_positions_are_computed_once_in_a_run(pair, monkeypatch):
+    computed = []
+    original = engine.get_positions
+    monkeypatch.setattr(engine, "get_positions", lambda *grid: computed.append(grid) or original(*grid))
+    noise = torch.randn(1, 4, 14, 18, generator=seeded())
+    denoise(pair[0], noise, EMBEDS, negative_embeds=EMBEDS[:, :1], steps=3)
+    assert len(computed) == 1
+
+
+def test_multiply_adds_of_a_step():
+    """At the real width, 4 layers, 512 px: on the meta device, where nothing is computed, only counted.
+
+    Torch counts the multiply-adds of attention only where it is made of matrix products: the `math` kernel.
+    """
+    with torch.device("meta"):
+        config = make_config(heads=16, head_dim=72, layers=4, sample_size=128, caption=4096)
+        reference = PixArtTransformer2DModel(**config.to_diffusers())
+        latents, timestep = torch.empty(2, 4, 64, 64), torch.empty(2)
+        few, many = torch.empty(2, 20, 4096), torch.empty(2, REFERENCE_TOKENS, 4096)
+        few_mask, many_mask = torch.ones(2, 20, dtype=torch.bool), torch.ones(2, REFERENCE_TOKENS)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counted:
+            build_transformer(config)(latents, timestep, few, few_mask)
+        with FlopCounterMode(display=False) as counted_reference:
+            reference(
+                latents,
+                encoder_hidden_states=many,
+                timestep=timestep,
+                encoder_attention_mask=many_mask,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            )
+    # Each of 2 rows and 4 layers: scores and sums over 1024 x 1024 pairs of tokens, in 1152 channels.
+    attention = 2 * 4 * 2 * 1024 * 1024 * 1152 * 2
+    assert counted.get_total_flops() > attention + 2 * 4 * 1024 * 14 * 1152**2 * 2
+    assert counted.get_total_flops() <= 0.93 * counted_reference.get_total_flops()
+
+
+def test_default_guidance():
+    assert sampling.default_guidance("one_step") == 1 and sampling.default_guidance("dpmpp_2m") == 4.5

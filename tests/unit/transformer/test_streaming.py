@@ -1,0 +1,331 @@
+"""The streamed transformer: equal to the resident one, in the memory of two blocks, whatever goes wrong."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pixart_sigma import planner
+from pixart_sigma.cli.commands import main
+from pixart_sigma.errors import SigmaError
+from pixart_sigma.memory.block_buffers import BlockBuffers, PinnedMemory
+from pixart_sigma.memory.stages import live_bytes, peak_bytes
+from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.planner import XL_2, plan, published_models
+from pixart_sigma.transformer import streaming as transformer_streaming
+from pixart_sigma.transformer.config import KVWeights
+from pixart_sigma.transformer.kv_rules import KVCompression
+from pixart_sigma.transformer.network import build_transformer, load_transformer
+from pixart_sigma.transformer.streaming import StreamedTransformer, stream_blocks, window_nbytes
+
+CPU = torch.device("cpu")
+GB = 10**9
+TRAINED = KVWeights(2, (1, 2))
+
+
+@pytest.fixture
+def parked(monkeypatch):
+    """Blocks go through two buffers on the CPU too, as on a GPU but without CUDA's streams."""
+    move = StreamedTransformer.to
+
+    def to(self, device):
+        if not self._parked:
+            self._park(torch.device(device))
+        return move(self, device)
+
+    monkeypatch.setattr(StreamedTransformer, "to", to)
+
+
+def make(kv=None, qk_norm=False, dtype=torch.float32):
+    """A random transformer of three blocks; the same one at every call."""
+    config = replace(
+        XL_2,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_channels=24,
+        cross_attention_dim=16,
+        kv_compression=kv,
+        qk_norm=qk_norm,
+    )
+    return with_weights(build_transformer(config), dtype)
+
+
+def with_weights(transformer, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: (0.3 * torch.randn(weight.shape, generator=generator)).to(dtype)
+        for name, weight in transformer.state_dict().items()
+    }
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval().requires_grad_(False)
+
+
+def make_input(height=8, width=8, batch=1, tokens=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, height, width, generator=generator).to(dtype)
+    embeds = torch.randn(batch, tokens, 24, generator=generator).to(dtype)
+    return latents, torch.tensor([700]), embeds
+
+
+# ---- equality
+
+
+@pytest.mark.parametrize("way", ["from RAM", "through two buffers"])
+@pytest.mark.parametrize(
+    ("model", "inputs", "settings"),
+    [
+        ({}, {}, {}),
+        ({}, {"height": 6, "width": 13}, {}),
+        ({}, {"batch": 2}, {}),
+        ({}, {}, {"kv_compression": (KVCompression("mean", 2, (0, 2)),)}),
+        ({"kv": TRAINED, "qk_norm": True}, {"height": 10}, {}),
+        ({"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "batch": 2}, {}),
+    ],
+    ids=["square", "rectangle", "two", "compressed", "trained compression", "bfloat16"],
+)
+def test_it_equals_the_resident_one_bit_for_bit(request, way, model, inputs, settings):
+    if way == "through two buffers":
+        request.getfixturevalue("parked")
+    resident, streamed = make(**model), stream_blocks(make(**model), CPU)
+    for timestep in (700, 20):
+        latents, _, embeds = make_input(**inputs)
+        expected = resident(latents, timestep, embeds, **settings)
+        assert torch.equal(streamed(latents, timestep, embeds, **settings), expected)
+    assert bool(streamed._parked) == (way == "through two buffers")
+    for name, weight in resident.state_dict().items():
+        assert torch.equal(streamed.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_loaded_from_a_file(diffusers_file, parked, dtype):
+    resident = load_transformer(diffusers_file, dtype, variant="1024")
+    streamed = load_transformer(diffusers_file, dtype, variant="1024", stream=True)
+    assert isinstance(streamed, StreamedTransformer) and not isinstance(resident, StreamedTransformer)
+    assert not any(weight.requires_grad for weight in streamed.parameters())
+    latents, embeds = torch.ones(1, 4, 8, 8, dtype=dtype), torch.ones(1, 3, 64, dtype=dtype)
+    assert torch.equal(streamed(latents, 9, embeds), resident(latents, 9, embeds))
+
+
+def test_a_buffer_is_filled_only_when_its_block_is_done(parked, monkeypatch):
+    calls = []
+
+    class Watched(BlockBuffers):
+        def fill(self, slot, block_bytes):
+            calls.append(("fill", slot))
+            super().fill(slot, block_bytes)
+
+        def wait_until_filled(self, slot):
+            calls.append(("wait", slot))
+
+        def mark_used(self, slot):
+            calls.append(("used", slot))
+
+        def close(self):
+            calls.append(("close",))
+            super().close()
+
+    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
+    stream_blocks(make(), CPU)(*make_input())
+    first = [("fill", 0), ("fill", 1), ("wait", 0), ("used", 0)]
+    second = [("fill", 0), ("wait", 1), ("used", 1)]
+    assert calls == [*first, *second, ("wait", 0), ("used", 0), ("close",)]
+
+
+# ---- memory
+
+
+def test_the_window_of_published_blocks_is_what_a_call_takes(parked):
+    config = replace(XL_2, num_layers=3)
+    streamed = stream_blocks(with_weights(build_transformer(config), torch.bfloat16), CPU)
+    latents = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    embeds = torch.ones(1, 1, 4096, dtype=torch.bfloat16)
+    taken = peak_bytes(CPU, lambda: streamed(latents, 9, embeds))
+    beside = [weight for name, weight in streamed.named_parameters() if "transformer_blocks" not in name]
+    counted = taken + sum(weight.numel() * weight.element_size() for weight in beside)
+    predicted = window_nbytes(build_transformer(XL_2), torch.bfloat16)
+    assert counted == pytest.approx(predicted, rel=0.1)
+    assert predicted < 0.12 * GB
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_the_middle_leaves_nothing(parked, monkeypatch, error):
+    streamed, latents = stream_blocks(make(), CPU), make_input()
+    expected = streamed(*latents)
+    buffers = []
+
+    class Watched(BlockBuffers):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            buffers.extend(weakref.ref(buffer) for buffer in self.bytes)
+
+    def stop(*_, **__):
+        raise error("in the middle")
+
+    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
+    gc.collect()
+    before = live_bytes(CPU)
+    forward = streamed.transformer_blocks[1].forward
+    streamed.transformer_blocks[1].forward = stop
+    with pytest.raises(error) as raised:
+        streamed(*latents)
+    # Also while the error is kept.
+    assert len(buffers) == 2 and not any(buffer() is not None for buffer in buffers)
+    in_ram = {block_bytes.untyped_storage().data_ptr() for block_bytes in streamed._parked}
+    assert {w.untyped_storage().data_ptr() for w in streamed.transformer_blocks.parameters()} == in_ram
+    del raised
+    gc.collect()
+    assert live_bytes(CPU) == before
+    streamed.transformer_blocks[1].forward = forward
+    assert torch.equal(streamed(*latents), expected)
+
+
+def test_nothing_is_left_pinned(parked, monkeypatch):
+    unpinned = []
+    monkeypatch.setattr("pixart_sigma.memory.block_buffers._unpin", unpinned.append)
+    streamed = stream_blocks(make(), CPU)
+    del streamed
+    gc.collect()
+    assert len(unpinned) == 1
+
+
+def test_ram_that_can_not_be_pinned_serves_as_well(parked, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("CUDA refused to pin 1 bytes of RAM (error 2)")
+
+    monkeypatch.setattr(PinnedMemory, "allocate", refuse)
+    assert torch.equal(stream_blocks(make(), CPU)(*make_input()), make()(*make_input()))
+
+
+# ---- the pipeline
+
+
+def demo(**settings) -> SigmaPipeline:
+    return SigmaPipeline.from_path("demo", device="cpu", **settings)
+
+
+def draw(pipeline, **settings) -> torch.Tensor:
+    settings = {"width": 128, "height": 64, "steps": 2, "use_resolution_binning": False} | settings
+    return pipeline.generate("a red circle", "blue", **settings).latents
+
+
+@pytest.mark.parametrize("release", ["free", "offload", "keep"])
+def test_the_pipeline_draws_the_same(parked, release):
+    pipeline = demo(transformer_device="stream", release=release)
+    expected = draw(demo())
+    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(draw(pipeline), expected)
+    held = pipeline.stages._held.get("transformer")
+    assert (held is None) if release == "free" else isinstance(held, StreamedTransformer)
+
+
+def test_a_plan_streams_and_uses_what_it_says(parked):
+    pipeline = demo(measure=True, release="keep")
+    models = planner.read_models(
+        pipeline.checkpoint, pipeline.components.text_encoder, pipeline.components.vae
+    )
+    settings = {"models": models, "dtype": torch.float32, "precision": "fp32", "t5_device": "auto"}
+    resident = draw(pipeline, width=256, height=256, plan=plan(GB, 256, 256, **settings))
+    assert not isinstance(pipeline.stages._held["transformer"], StreamedTransformer)
+    pipeline.stages.drop("transformer")
+    made = plan(GB, 256, 256, **settings, transformer_device="stream")
+    assert made.transformer_device == "stream"
+    assert torch.equal(draw(pipeline, width=256, height=256, plan=made), resident)
+    assert isinstance(pipeline.stages._held["transformer"], StreamedTransformer)
+    cost, planned = pipeline.stages.costs["transformer"], made.stages["transformer"]
+    # The device is the CPU, so what waits in RAM counts too.
+    assert cost.peak - cost.before == pytest.approx(planned.peak + planned.ram, rel=0.1)
+
+
+def test_a_run_without_memory_streams_in_the_end(parked, monkeypatch, caplog):
+    pipeline = demo(release="keep")
+    expected = draw(pipeline)
+    stage, places = pipeline.transformer, []
+    ways, load = stage._ways, stage.load
+
+    def ways_on_a_gpu(*arguments):
+        stage.device = torch.device("cuda")  # as far as choosing goes
+        try:
+            return ways(*arguments)
+        finally:
+            stage.device = CPU
+
+    def full(place):
+        places.append(place)
+        if place != "stream":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return load(place)
+
+    monkeypatch.setattr(stage, "_ways", ways_on_a_gpu)
+    monkeypatch.setattr(stage, "load", full)
+    pipeline.stages.drop("transformer")
+    assert torch.equal(draw(pipeline), expected)
+    assert places == ["auto", "auto", "stream"] and "runs again: one pass, streamed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [
+        ("cpu", ("auto", False, True), ["one pass", "in turn"]),
+        ("cpu", ("stream", False, False), ["one pass, streamed"]),
+        ("cuda", ("auto", True, True), ["in turn", "one pass, streamed", "in turn, streamed"]),
+        ("cuda", ("auto", False, False), ["one pass", "one pass, streamed"]),
+        ("cuda", ("stream", True, True), ["in turn, streamed"]),
+    ],
+)
+def test_the_ways_go_from_what_is_asked_for_to_smaller_ones(device, asked, expected):
+    stage = demo().transformer
+    stage.device = torch.device(device)
+    ways = stage._ways(lambda *way: way, *asked)
+    assert [name.replace("prompt and negative ", "") for name in ways] == expected
+    assert [run() for run in ways.values()] == [
+        ("stream" if "streamed" in name else "auto", "turn" in name) for name in expected
+    ]
+
+
+def test_a_place_that_there_is_not_is_refused():
+    with pytest.raises(SigmaError, match="transformer_device is 'cpu'; choose one of auto, stream"):
+        demo(transformer_device="cpu")
+
+
+# ---- the planner
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6, 1.0, 1.3])
+def test_a_small_budget_streams(budget):
+    made = plan(budget * GB, 1024, 1024, models=published_models())
+    stage = made.stages["transformer"]
+    assert made.transformer_device == "stream" and "streamed" in stage.how
+    assert made.peak <= budget * GB and stage.weights < stage.peak
+    assert stage.ram == pytest.approx(1.19 * GB, rel=0.01)
+    assert "transformer: in one pass needs 1.44 GB, so it is" in made.why and stage.how in made.why
+    assert made.guidance_in_turn == (budget == 0.3)
+
+
+def test_only_a_small_budget_streams():
+    models = published_models()
+    assert plan(1.6 * GB, 1024, 1024, models=models).transformer_device == "auto"
+    assert plan(2.5 * GB, 4096, 4096, models=models).guidance_in_turn  # is tried before
+    assert plan(8 * GB, 1024, 1024, models=models, transformer_device="stream").transformer_device == "stream"
+    for place in ("auto", "stream"):
+        made = plan(8 * GB, 1024, 1024, models=models, in_ram=True, transformer_device=place)
+        assert made.transformer_device == "auto" and not made.stages["transformer"].ram
+    with pytest.raises(SigmaError, match="too small for the transformer"):
+        plan(1 * GB, 1024, 1024, models=models, in_ram=True, precision="int8", t5_device="cpu")
+
+
+def test_the_commands(capsys, tmp_path):
+    assert main(["plan", "--budget", "1GB", "--size", "1024x1024"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("transformer"))
+    assert "in one pass, streamed" in row
+    assert main(["plan", "--budget", "1GB", "--size", "1024x1024", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["transformer_device"] == "stream"
+    pictures = []
+    for place in ("auto", "stream"):
+        pictures.append(tmp_path / f"{place}.png")
+        arguments = ["--size", "64x64", "--steps", "1", "--device", "cpu", "--out", str(pictures[-1])]
+        assert main(["generate", "a red circle", *arguments, "--transformer-device", place]) == 0
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
