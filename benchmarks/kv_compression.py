@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 
 from pixart_sigma.transformer.checkpoint import TransformerConfig
-from pixart_sigma.transformer.kv_rules import multiply_adds, parse
+from pixart_sigma.transformer.cost import multiply_adds
+from pixart_sigma.transformer.kv_rules import parse
 from pixart_sigma.transformer.network import build_transformer
 
 PROMPT_TOKENS = 300

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from pixart_sigma import DEMO
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.hooks import Hooks
-from pixart_sigma.transformer.kv_rules import multiply_adds, parse, spell
+from pixart_sigma.transformer.kv_rules import parse, spell
 from pixart_sigma.transformer.network import load_transformer
 
 PROMPTS = (

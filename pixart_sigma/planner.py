@@ -20,7 +20,8 @@ from .text.model import PLAIN
 from .text.streaming import STREAMED, StreamedT5
 from .text.weights import expected_nbytes
 from .transformer.checkpoint import Checkpoint, TransformerConfig
-from .transformer.network import activation_bytes, build_transformer
+from .transformer.cost import activation_bytes
+from .transformer.network import build_transformer
 from .transformer.streaming import parked_nbytes, window_nbytes
 from .vae.coding import read_config
 from .vae.layers import read_decoder

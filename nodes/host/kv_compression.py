@@ -7,6 +7,10 @@ import comfy.ldm.pixart.pixartms
 from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.transformer.attention import reduce_tokens
+from ...pixart_sigma.transformer.config import TransformerConfig
+from ...pixart_sigma.transformer.kv_calibration import find_calibrated
+from ...pixart_sigma.transformer.kv_rules import acting, resolve
 
 KV_COMPRESSION = "pixart_sigma_kv_compression"  # in transformer_options: (height, width) in pixels -> rules
 
@@ -58,9 +62,6 @@ def set_kv_compression(model, setting: str):
 
 def _rules(setting: str, config, network, height: int, width: int):
     """Asked at each call of the network: a calibration may be written after the node has run."""
-    from ...pixart_sigma.transformer.kv_calibration import find_calibrated
-    from ...pixart_sigma.transformer.kv_rules import resolve
-
     calibrated = None
     if setting.strip().lower() == "auto" and hasattr(network, "checkpoint_path"):
         calibrated = find_calibrated(network.checkpoint_path, lambda: network.fingerprint)
@@ -74,8 +75,6 @@ def _is_hosts_sigma(model) -> bool:
 
 def _config(network):
     """What of the host's PixArt KV compression looks at. It is said nothing of the size it is made for."""
-    from ...pixart_sigma.transformer.config import TransformerConfig
-
     return TransformerConfig(
         sample_size=128,
         interpolation_scale=2,
@@ -123,8 +122,6 @@ def _attend(attn, layer: int, call: CurrentCall, x, mask=None, HW=None, block_id
     Keys and values are merged once projected. For these operators that is the same as merging before, which
     saves a part of the projection, but their weights are one matrix here, which may be quantised.
     """
-    from ...pixart_sigma.transformer.kv_rules import acting, reduce_tokens
-
     rule = acting(call.rules, layer, call.timestep)
     if rule is None or HW is None:
         return type(attn).forward(attn, x, mask, HW, block_id)

@@ -12,6 +12,7 @@ import torch
 
 from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.transformer.cost import activation_bytes
 from .lora import EMPTY, PREFIX, original_names
 from .patcher import make_patcher
 
@@ -122,8 +123,6 @@ class SigmaModel(comfy.model_base.PixArt):
 
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that a forward pass needs for what it computes, and for weights while they are cast."""
-        from ...pixart_sigma.transformer.network import activation_bytes
-
         config = self.diffusion_model.sigma_config
         batch, _, height, width = input_shape
         size = comfy.model_management.dtype_size(self.get_dtype_inference())

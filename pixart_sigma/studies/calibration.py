@@ -18,8 +18,9 @@ import torch
 
 from ..errors import SigmaError
 from ..transformer.config import TransformerConfig
+from ..transformer.cost import multiply_adds
 from ..transformer.kv_calibration import RATIOS, WINDOWS, Calibration, fingerprint_of
-from ..transformer.kv_rules import LAST_TIMESTEP, KVCompression, multiply_adds
+from ..transformer.kv_rules import LAST_TIMESTEP, KVCompression
 
 Progress = Callable[[int, int], None]
 

@@ -20,8 +20,10 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 from ..errors import SigmaError
+from .attention import SigmaAttnProcessor
+from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, Hooks
-from .kv_rules import KVCompression, SigmaAttnProcessor, acting, as_trained
+from .kv_rules import KVCompression, acting, as_trained
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, TransformerConfig
@@ -37,8 +39,6 @@ LAYER_CLASSES = (
     "Embedding",
 )
 CACHED_SIZES = 8
-# The MLP's hidden state is four times the tokens: 1.2 GB of bf16 for two pictures of 4096x4096.
-MLP_BYTES = 2**27
 _swap_lock = threading.RLock()
 
 
@@ -213,24 +213,6 @@ def feed_forward(mlp, tokens: torch.Tensor) -> torch.Tensor:
     for start in range(0, count, run):
         fed[:, start : start + run] = mlp(tokens[:, start : start + run])
     return fed
-
-
-def activation_bytes(
-    config: TransformerConfig, batch: int, height: int, width: int, prompt_tokens: int, itemsize: int
-) -> int:
-    """Bytes that a forward pass needs at its peak for what it computes, the weights apart.
-
-    Of latents (batch, 4, height, width) and embeddings (batch, prompt_tokens, C), all in a dtype of itemsize
-    bytes. The peak is a block's MLP: what came into the block, the block's sum so far, the MLP's input, and
-    its fourfold hidden state before and after the GELU. Of a large picture the MLP takes a part at a time;
-    then its output is another one, and the self-attention may be the peak: what came in, its input, queries,
-    keys, values, and its result. Beside them the prompt, as it came and projected.
-    """
-    patch, channels = config.patch_size, config.cross_attention_dim
-    tokens = batch * -(-height // patch) * -(-width // patch) * channels
-    hidden = MLP_BYTES // itemsize
-    numbers = 11 * tokens if 4 * tokens <= hidden else max(4 * tokens + 2 * hidden, 6 * tokens)
-    return (numbers + batch * prompt_tokens * (config.caption_channels + channels)) * itemsize
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pixart_sigma.sampling.schedulers import make_scheduler
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, SEARCHES, Calibrator, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.transformer.checkpoint import KVWeights, TransformerConfig
+from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_calibration import (
     RATIOS,
     WINDOWS,
@@ -24,7 +25,7 @@ from pixart_sigma.transformer.kv_calibration import (
     find_calibrated,
     fingerprint_of,
 )
-from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, multiply_adds, parse
+from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, parse
 from pixart_sigma.transformer.network import load_transformer
 
 LAYERS = 3
