@@ -36,7 +36,7 @@ from pixart_sigma.sampling.denoise import denoise, get_noise
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.hooks import Hooks
 from pixart_sigma.transformer.kv_rules import parse, spell
-from pixart_sigma.transformer.network import load_transformer
+from pixart_sigma.transformer.loading import load_transformer
 
 PROMPTS = (
     "a large yellow star on a blue background",

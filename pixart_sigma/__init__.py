@@ -16,7 +16,7 @@ DEMO_KV = Path(__file__).parent / "demo_kv"
 _MODULE_OF = {
     "SigmaError": "errors",
     "inspect": "transformer.checkpoint",
-    "load_transformer": "transformer.network",
+    "load_transformer": "transformer.loading",
     "TextEncoder": "text.encoder",
     "load_vae": "vae.coding",
     "decode": "vae.coding",

@@ -43,7 +43,8 @@ from train_demo import (
 from transformers import T5EncoderModel, T5Tokenizer
 
 from pixart_sigma.transformer.checkpoint import KVWeights, inspect, load_transformer_state_dict
-from pixart_sigma.transformer.network import build_transformer, load_transformer
+from pixart_sigma.transformer.loading import load_transformer
+from pixart_sigma.transformer.network import build_transformer
 
 # The trained KV compression: the deeper half of the layers, 2x2 tokens.
 KV_LAYERS, KV_RATIO = (2, 3, 4), 2

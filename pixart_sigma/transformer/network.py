@@ -5,14 +5,10 @@ keys); on top of that it takes any latent size, embeddings of any length with an
 compression per call.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +17,10 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from ..errors import SigmaError
 from .attention import SigmaAttnProcessor
+from .config import TransformerConfig
 from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, Hooks
 from .kv_rules import KVCompression, acting, as_trained
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, TransformerConfig
 
 LAYER_CLASSES = (
     "Linear",
@@ -264,38 +258,3 @@ def build_transformer(
     """
     with layer_classes(operations), torch.device("meta"):
         return SigmaTransformer(config, attention)
-
-
-def load_transformer(
-    source: str | Path | Checkpoint,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    variant: str | None = None,
-    stream: bool = False,
-) -> SigmaTransformer:
-    """Load a transformer from any checkpoint that `inspect` knows, in eval mode and without gradients.
-
-    Weights are cast one by one and each source dropped, so at most the largest tensor is there twice; those
-    that are in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError for a file that is not
-    a whole PixArt-Sigma transformer. `variant` ("256", "512", "1024", "2K") is for files that do not say
-    which they are. With `stream` the blocks stay in RAM and pass through the device two at a time, with the
-    same result, see `transformer_streaming`.
-    """
-    from . import checkpoint as checkpoints
-
-    if not isinstance(source, checkpoints.Checkpoint):
-        source = checkpoints.inspect(source, variant)
-    elif variant is not None and variant != source.variant:
-        source = checkpoints.inspect(source.path, variant)
-    transformer = build_transformer(source.config)
-    state_dict = checkpoints.load_transformer_state_dict(source)
-    for name in state_dict:
-        state_dict[name] = state_dict[name].to(device="cpu" if stream else device, dtype=dtype)
-    transformer.load_state_dict(state_dict, assign=True)
-    transformer.eval().requires_grad_(False)
-    if not stream:
-        return transformer
-    del state_dict  # each block's weights are dropped as it is parked
-    from .streaming import stream_blocks
-
-    return stream_blocks(transformer, device)

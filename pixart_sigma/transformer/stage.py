@@ -16,7 +16,7 @@ from ..text.encoder import Encoded, pad_embeds
 from .checkpoint import Checkpoint, load_transformer_state_dict
 from .kv_calibration import Calibration, find_calibrated, fingerprint_of
 from .kv_rules import KVCompression, resolve
-from .network import load_transformer
+from .loading import load_transformer
 
 
 @dataclass

@@ -139,7 +139,7 @@ with torch.inference_mode():
 
     # the engine measures the same
     from pack.pixart_sigma.studies.calibration import calibrate as by_the_engine
-    from pack.pixart_sigma.transformer.network import load_transformer
+    from pack.pixart_sigma.transformer.loading import load_transformer
     from pack.nodes.text import encode
     import comfy.sample
     zeros = torch.zeros(1, 4, 16, 24)

@@ -26,7 +26,7 @@ from pixart_sigma.transformer.kv_calibration import (
     fingerprint_of,
 )
 from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, parse
-from pixart_sigma.transformer.network import load_transformer
+from pixart_sigma.transformer.loading import load_transformer
 
 LAYERS = 3
 SIZE = 1024

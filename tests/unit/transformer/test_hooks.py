@@ -5,7 +5,7 @@ import torch
 
 from pixart_sigma.transformer.hooks import Hooks
 from pixart_sigma.transformer.kv_rules import KVCompression
-from pixart_sigma.transformer.network import load_transformer
+from pixart_sigma.transformer.loading import load_transformer
 
 
 @pytest.fixture(scope="module")

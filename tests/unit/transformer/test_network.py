@@ -14,7 +14,8 @@ from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.transformer import network as engine
 from pixart_sigma.transformer.checkpoint import KVWeights, TransformerConfig
 from pixart_sigma.transformer.kv_rules import OFF, KVCompression
-from pixart_sigma.transformer.network import build_transformer, load_transformer
+from pixart_sigma.transformer.loading import load_transformer
+from pixart_sigma.transformer.network import build_transformer
 
 CAPTION = 12
 TABLES = {

@@ -18,7 +18,8 @@ from pixart_sigma.planner import XL_2, plan, published_models
 from pixart_sigma.transformer import streaming as transformer_streaming
 from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.kv_rules import KVCompression
-from pixart_sigma.transformer.network import build_transformer, load_transformer
+from pixart_sigma.transformer.loading import load_transformer
+from pixart_sigma.transformer.network import build_transformer
 from pixart_sigma.transformer.streaming import StreamedTransformer, stream_blocks, window_nbytes
 
 CPU = torch.device("cpu")

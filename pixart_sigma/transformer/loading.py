@@ -1,0 +1,40 @@
+"""A transformer from a checkpoint, with its weights where they belong."""
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, inspect, load_transformer_state_dict
+from .network import SigmaTransformer, build_transformer
+from .streaming import stream_blocks
+
+
+def load_transformer(
+    source: str | Path | Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+    stream: bool = False,
+) -> SigmaTransformer:
+    """Load a transformer from any checkpoint that `inspect` knows, in eval mode and without gradients.
+
+    Weights are cast one by one and each source dropped, so at most the largest tensor is there twice; those
+    that are in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError for a file that is not
+    a whole PixArt-Sigma transformer. `variant` ("256", "512", "1024", "2K") is for files that do not say
+    which they are. With `stream` the blocks stay in RAM and pass through the device two at a time, with the
+    same result, see `StreamedTransformer`.
+    """
+    if not isinstance(source, Checkpoint):
+        source = inspect(source, variant)
+    elif variant is not None and variant != source.variant:
+        source = inspect(source.path, variant)
+    transformer = build_transformer(source.config)
+    state_dict = load_transformer_state_dict(source)
+    for name in state_dict:
+        state_dict[name] = state_dict[name].to(device="cpu" if stream else device, dtype=dtype)
+    transformer.load_state_dict(state_dict, assign=True)
+    transformer.eval().requires_grad_(False)
+    if not stream:
+        return transformer
+    del state_dict  # each block's weights are dropped as it is parked
+    return stream_blocks(transformer, device)
