@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_sigma.sampling.denoise import denoise, get_noise
 from pixart_sigma.transformer import network as engine
-from pixart_sigma.transformer.checkpoint import TransformerConfig
+from pixart_sigma.transformer.config import TransformerConfig
 
 GATE = 0.93
 GUIDANCE = 4.5

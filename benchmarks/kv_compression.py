@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from pixart_sigma.transformer.checkpoint import TransformerConfig
+from pixart_sigma.transformer.config import TransformerConfig
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import parse
 from pixart_sigma.transformer.network import build_transformer

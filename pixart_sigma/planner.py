@@ -19,7 +19,8 @@ from .text.encoder import MAX_TOKENS, read_encoder
 from .text.model import PLAIN
 from .text.streaming import STREAMED, StreamedT5
 from .text.weights import expected_nbytes
-from .transformer.checkpoint import Checkpoint, TransformerConfig
+from .transformer.checkpoint import Checkpoint
+from .transformer.config import TransformerConfig
 from .transformer.cost import activation_bytes
 from .transformer.network import build_transformer
 from .transformer.streaming import parked_nbytes, window_nbytes

@@ -42,7 +42,8 @@ from train_demo import (
 )
 from transformers import T5EncoderModel, T5Tokenizer
 
-from pixart_sigma.transformer.checkpoint import KVWeights, inspect, load_transformer_state_dict
+from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
+from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.loading import load_transformer
 from pixart_sigma.transformer.network import build_transformer
 

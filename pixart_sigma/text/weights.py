@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..transformer.checkpoint import check_file, read_state_dict
+from ..files.weight_files import check_file, read_state_dict
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What bitsandbytes stores beside a quantised weight.

@@ -14,28 +14,10 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..files.weight_files import check_file, find_weight_files, read_header, read_json, read_state_dict
-from .config import (
-    KVWeights,
-    TransformerConfig,
-    check_keys,
-    left_over_key,
-    read_config,
-)
+from ..files.weight_files import find_weight_files, read_header, read_json, read_state_dict
+from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
 from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
-
-__all__ = [
-    "Checkpoint",
-    "KVWeights",
-    "TransformerConfig",
-    "check_file",
-    "find_components",
-    "inspect",
-    "load_transformer_state_dict",
-    "read_header",
-    "read_state_dict",
-]
 
 # variant: (sample_size, interpolation_scale); the positions then span 0 to 32 for every one of them.
 VARIANTS = {"256": (32, 0.5), "512": (64, 1.0), "1024": (128, 2.0), "2K": (256, 4.0)}

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from ..errors import CheckpointError, SigmaError
+from ..files.weight_files import check_file, read_state_dict
 from ..memory.stages import free_bytes
-from ..transformer.checkpoint import check_file, read_state_dict
 from .layers import Decoder, read_decoder
 from .memory import least_budget
 from .strips import decode_within

@@ -305,7 +305,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pack.nodes.host.network import build_network
 from pack.nodes.host.transformer import SigmaModel, _host_config, load_model
 from pack.pixart_sigma import DEMO
-from pack.pixart_sigma.transformer.checkpoint import TransformerConfig
+from pack.pixart_sigma.transformer.config import TransformerConfig
 
 class LiveBytes(TorchDispatchMode):
     def __init__(self):

@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from pixart_sigma import DEMO, DEMO_KV
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.transformer.checkpoint import KVWeights, inspect
+from pixart_sigma.transformer.checkpoint import inspect
+from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.kv_rules import AUTO_PIXELS, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))

@@ -16,7 +16,7 @@ from pixart_sigma.sampling import denoise as sampling
 from pixart_sigma.sampling.denoise import denoise, get_noise
 from pixart_sigma.sampling.schedulers import SCHEDULERS, get_timesteps, make_scheduler
 from pixart_sigma.transformer import network as engine
-from pixart_sigma.transformer.checkpoint import TransformerConfig
+from pixart_sigma.transformer.config import TransformerConfig
 from pixart_sigma.transformer.network import build_transformer
 
 # diffusers' schedulers hand tensors to numpy in ways that numpy 2 will drop.

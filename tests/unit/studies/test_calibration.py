@@ -15,7 +15,7 @@ from pixart_sigma.sampling.denoise import denoise
 from pixart_sigma.sampling.schedulers import make_scheduler
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, SEARCHES, Calibrator, calibrate
 from pixart_sigma.studies.calibration_picture import draw
-from pixart_sigma.transformer.checkpoint import KVWeights, TransformerConfig
+from pixart_sigma.transformer.config import KVWeights, TransformerConfig
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_calibration import (
     RATIOS,

@@ -12,14 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
-from pixart_sigma.transformer.checkpoint import (
-    KVWeights,
-    check_file,
-    inspect,
-    load_transformer_state_dict,
-    read_header,
-    read_state_dict,
-)
+from pixart_sigma.files.weight_files import check_file, read_header, read_state_dict
+from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
+from pixart_sigma.transformer.config import KVWeights
 
 
 def assert_same(state_dict, expected):

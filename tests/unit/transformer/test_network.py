@@ -12,7 +12,7 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
 
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.transformer import network as engine
-from pixart_sigma.transformer.checkpoint import KVWeights, TransformerConfig
+from pixart_sigma.transformer.config import KVWeights, TransformerConfig
 from pixart_sigma.transformer.kv_rules import OFF, KVCompression
 from pixart_sigma.transformer.loading import load_transformer
 from pixart_sigma.transformer.network import build_transformer
