@@ -59,6 +59,22 @@ class TransformerConfig:
         }
 
 
+# The published transformer, PixArt-Sigma-XL/2, as its 1024 files have it; the other variants differ in the
+# first two (VARIANTS), not in their weights' shapes.
+XL_2 = TransformerConfig(
+    sample_size=128,
+    interpolation_scale=2.0,
+    num_layers=28,
+    num_attention_heads=16,
+    attention_head_dim=72,
+    in_channels=4,
+    out_channels=8,
+    patch_size=2,
+    caption_channels=4096,
+    cross_attention_dim=1152,
+)
+
+
 def read_config(header: dict, settings: dict, source: Path) -> TransformerConfig:
     """The sizes that the shapes give, and the head count, which only config.json knows.
 

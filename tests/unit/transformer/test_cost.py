@@ -1,13 +1,12 @@
 """What a forward pass is predicted to cost is what it costs."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma.transformer.config import KVWeights, TransformerConfig
+from pixart_sigma.transformer.config import XL_2, KVWeights
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import parse
 from pixart_sigma.transformer.network import build_transformer
@@ -25,11 +24,7 @@ def test_multiply_adds_are_those_that_are_run(size, setting):
         if "conv" in setting
         else None
     )
-    config = TransformerConfig(
-        sample_size=128, interpolation_scale=2, num_layers=2, num_attention_heads=16, attention_head_dim=72,
-        in_channels=4, out_channels=8, patch_size=2, caption_channels=4096, cross_attention_dim=1152,
-        kv_compression=kv,
-    )  # fmt: skip
+    config = replace(XL_2, num_layers=2, kv_compression=kv)
     rules = () if rule is None else (replace(rule, layers=(0, 1) if len(rule.layers) == 28 else (1,)),)
 
     def attention(query, key, value, attn_mask=None):
@@ -50,14 +45,6 @@ def test_multiply_adds_are_those_that_are_run(size, setting):
 
 def test_multiply_adds_of_the_published_network():
     """The figures of the paper's network, 28 layers of width 1152, in multiply-adds."""
-    config = SimpleNamespace(
-        num_layers=28,
-        patch_size=2,
-        cross_attention_dim=1152,
-        caption_channels=4096,
-        in_channels=4,
-        out_channels=8,
-    )
     for size, rules, expected in [
         (1024, "off", 3.32e12),
         (2048, "off", 26.18e12),
@@ -66,5 +53,5 @@ def test_multiply_adds_of_the_published_network():
         (4096, "mean:4:all", 312.5e12 / 6.49),
         (2048, "mean:2:deep", 26.18e12 / 1.36),
     ]:
-        counted = multiply_adds(config, size, size, 300, parse(rules, 28))
+        counted = multiply_adds(XL_2, size, size, 300, parse(rules, 28))
         assert abs(counted / expected - 1) < 5e-3, (size, rules, counted)

@@ -14,9 +14,9 @@ from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory.block_buffers import BlockBuffers, PinnedMemory
 from pixart_sigma.memory.stages import live_bytes, peak_bytes
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.planner import XL_2, plan, published_models
+from pixart_sigma.planner import plan, published_models
 from pixart_sigma.transformer import streaming as transformer_streaming
-from pixart_sigma.transformer.config import KVWeights
+from pixart_sigma.transformer.config import XL_2, KVWeights
 from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.loading import load_transformer
 from pixart_sigma.transformer.network import build_transformer
