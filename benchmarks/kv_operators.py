@@ -381,9 +381,9 @@ class Compressed(Hooks):
     def __init__(self, operator, ratio, grid, step):
         self.operator, self.ratio, self.grid, self.step = operator, ratio, grid, step
 
-    def run_block(self, index, *arguments):
-        self.index = index
-        return super().run_block(index, *arguments)
+    def run_block(self, block, hidden_states, prompt_embeds, call):
+        self.index = call.index
+        return super().run_block(block, hidden_states, prompt_embeds, call)
 
     def before_attention(self, name, queries, keys, values):
         self.name, self.tokens = name, keys

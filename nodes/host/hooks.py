@@ -4,6 +4,8 @@ They come in `transformer_options`: attention patches and an attention function 
 ldm/modules/attention.py, replaced blocks as in its ldm/flux/model.py, where ours are "double_block".
 """
 
+from dataclasses import replace
+
 import comfy.ldm.modules.attention
 
 from ...pixart_sigma.transformer.hooks import Hooks
@@ -37,25 +39,25 @@ class HostHooks(Hooks):
         }
         self.sizes = {"n_heads": heads, "dim_head": head_dim, "attn_precision": None}
 
-    def run_block(self, index, block, hidden_states, prompt_embeds, *arguments):
-        self.options["block"] = ("double_block", index)
-        self.options["block_index"] = index
-        replacement = self.replacements.get(("double_block", index))
-        if replacement is None:
-            return super().run_block(index, block, hidden_states, prompt_embeds, *arguments)
-        prompt_bias, modulation, *rest = arguments
+    def run_block(self, block, hidden_states, prompt_embeds, call):
+        self.options["block"] = ("double_block", call.index)
+        self.options["block_index"] = call.index
+        replacement = self.replacements.get(("double_block", call.index))
         run = super().run_block
+        if replacement is None:
+            return run(block, hidden_states, prompt_embeds, call)
 
         def original_block(args):
-            after = run(index, block, args["img"], args["txt"], args["attn_mask"], args["vec"], *rest)
+            changed = replace(call, modulation=args["vec"], prompt_bias=args["attn_mask"])
+            after = run(block, args["img"], args["txt"], changed)
             return {"img": after[0], "txt": after[1]}
 
         args = {
             "img": hidden_states,
             "txt": prompt_embeds,
-            "vec": modulation,
+            "vec": call.modulation,
             "pe": None,
-            "attn_mask": prompt_bias,
+            "attn_mask": call.prompt_bias,
             "transformer_options": self.options,
         }
         after = replacement(args, {"original_block": original_block})

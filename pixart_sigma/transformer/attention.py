@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .hooks import NO_HOOKS
+from .hooks import BlockCall
 from .kv_rules import KVCompression
 
 
@@ -22,21 +22,23 @@ class SigmaAttnProcessor:
         hidden_states,
         encoder_hidden_states=None,
         attention_mask=None,
-        grid=None,
-        kv_compression=None,
-        hooks=NO_HOOKS,
+        *,
+        call: BlockCall,
     ):
-        """hidden_states (B, N, C), N = rows * columns of `grid` -> (B, N, C); additive mask (B, 1, 1, L)."""
-        name = "attn1" if encoder_hidden_states is None else "attn2"
-        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        queries, keys, values = hooks.before_attention(name, hidden_states, keys, keys)
+        """hidden_states (B, N, C) and, for attention to the prompt, its tokens (B, L, C) and an additive mask
+        (B, 1, 1, L) -> (B, N, C)."""
+        if encoder_hidden_states is None:
+            name, keys, rule = "attn1", hidden_states, call.kv_compression
+        else:
+            name, keys, rule = "attn2", encoder_hidden_states, None
+        queries, keys, values = call.hooks.before_attention(name, hidden_states, keys, keys)
         # A hook that merged tokens has left no grid to compress.
-        if kv_compression is not None and keys.shape[1] != grid[0] * grid[1]:
-            kv_compression = None
-        trained = kv_compression is not None and kv_compression.operator == "conv"
-        if kv_compression is not None and not trained:
-            reduced = reduce_tokens(keys, grid, kv_compression)
-            values = reduced if values is keys else reduce_tokens(values, grid, kv_compression)
+        if rule is not None and keys.shape[1] != call.grid[0] * call.grid[1]:
+            rule = None
+        trained = rule is not None and rule.operator == "conv"
+        if rule is not None and not trained:
+            reduced = reduce_tokens(keys, call.grid, rule)
+            values = reduced if values is keys else reduce_tokens(values, call.grid, rule)
             keys = reduced
         query, key, value = attn.to_q(queries), attn.to_k(keys), attn.to_v(values)
         # The authors normalise over all channels and before compression, diffusers' processors per head.
@@ -45,11 +47,11 @@ class SigmaAttnProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         if trained:
-            key, value = _convolve(attn, key, grid), _convolve(attn, value, grid)
+            key, value = _convolve(attn, key, call.grid), _convolve(attn, value, call.grid)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = hooks.attend(self.attention, query, key, value, attention_mask)
+        attended = call.hooks.attend(self.attention, query, key, value, attention_mask)
         del query, key, value  # the most tensors of tokens are alive here
-        return hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+        return call.hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 def reduce_tokens(tokens: torch.Tensor, grid: tuple[int, int], kv_compression: KVCompression) -> torch.Tensor:

@@ -1,4 +1,14 @@
-"""What a caller can change inside one forward pass of the transformer."""
+"""What a block is given in one forward pass of the transformer, and what a caller can change there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .kv_rules import KVCompression
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Hooks:
@@ -7,12 +17,9 @@ class Hooks:
     A subclass's instance is given to one call of the transformer, so it may keep the state of that call.
     """
 
-    def run_block(self, index: int, block, hidden_states, prompt_embeds, *arguments):
-        """Block `index` from 0: hidden_states (B, N, C) and prompt_embeds (B, L, C) -> both after it.
-
-        `arguments` are the additive mask (B, 1, 1, L) or None, the modulation, the grid and KV compression.
-        """
-        return block(hidden_states, prompt_embeds, *arguments, hooks=self), prompt_embeds
+    def run_block(self, block, hidden_states, prompt_embeds, call: BlockCall):
+        """hidden_states (B, N, C) and prompt_embeds (B, L, C) -> both after the block."""
+        return block(hidden_states, prompt_embeds, call), prompt_embeds
 
     def before_attention(self, name: str, queries, keys, values):
         """Tokens (B, N, C) before they are compressed and projected.
@@ -32,3 +39,24 @@ class Hooks:
 
 
 NO_HOOKS = Hooks()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """What a block is given beside its tokens (B, N, C) and the prompt's (B, L, C).
+
+    index: the block's, from 0.
+    grid: rows and columns of the patches, N = rows * columns.
+    modulation: (B or 1, 6 * C), what the timestep alone says of shifts, scales and gates.
+    prompt_bias: (B, 1, 1, L), added to the scores of attention to the prompt; None where all its tokens are
+        real.
+    kv_compression: the rule that acts on this block now, or None.
+    hooks: those of this call of the transformer.
+    """
+
+    index: int
+    grid: tuple[int, int]
+    modulation: torch.Tensor
+    prompt_bias: torch.Tensor | None = None
+    kv_compression: KVCompression | None = None
+    hooks: Hooks = NO_HOOKS

@@ -19,7 +19,7 @@ from ..errors import SigmaError
 from .attention import SigmaAttnProcessor
 from .config import TransformerConfig
 from .cost import MLP_BYTES
-from .hooks import NO_HOOKS, Hooks
+from .hooks import NO_HOOKS, BlockCall, Hooks
 from .kv_rules import KVCompression, acting, as_trained
 
 LAYER_CLASSES = (
@@ -39,27 +39,18 @@ _swap_lock = threading.RLock()
 class SigmaBlock(BasicTransformerBlock):
     """One transformer block: self-attention, cross-attention and MLP, modulated by the timestep."""
 
-    def forward(
-        self,
-        hidden_states,
-        prompt_embeds,
-        prompt_bias,
-        modulation,
-        grid,
-        kv_compression=None,
-        hooks=NO_HOOKS,
-    ):
-        """hidden_states (B, N, C), prompt_embeds (B, L, C), modulation (B or 1, 6 * C) -> (B, N, C)."""
-        modulation = modulation.unflatten(-1, (6, -1))
+    def forward(self, hidden_states: torch.Tensor, prompt_embeds: torch.Tensor, call: BlockCall):
+        """hidden_states (B, N, C), prompt_embeds (B, L, C) -> hidden_states (B, N, C)."""
+        modulation = call.modulation.unflatten(-1, (6, -1))
         modulation = self.scale_shift_table.to(modulation)[None] + modulation
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         tokens = modulate(self.norm1(hidden_states), shift_msa, scale_msa)
-        tokens = self.attn1(tokens, grid=grid, kv_compression=kv_compression, hooks=hooks)
+        tokens = self.attn1(tokens, call=call)
         hidden_states = torch.addcmul(hidden_states, gate_msa, tokens)
         del tokens  # the MLP's hidden state is the peak: one tensor of tokens is a twelfth of it
         # PixArt reads the prompt from the tokens as they are, without a norm.
         hidden_states = hidden_states + self.attn2(
-            hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=prompt_bias, hooks=hooks
+            hidden_states, encoder_hidden_states=prompt_embeds, attention_mask=call.prompt_bias, call=call
         )
         fed = feed_forward(self.ff, modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return torch.addcmul(hidden_states, gate_mlp, fed)
@@ -110,18 +101,16 @@ class SigmaTransformer(PixArtTransformer2DModel):
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
         self._check(latents, timestep, prompt_embeds, prompt_mask)
-        patch = self.config.patch_size
-        channels = self.config.in_channels
-        height, width = latents.shape[-2:]
-        if height % patch or width % patch:
-            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
-        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         rules = as_trained(self.sigma_config) if kv_compression is None else kv_compression
         for rule in rules:
             rule.check(self.sigma_config)
         # Reading the timestep waits for the device.
         now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
 
+        patch, (height, width) = self.config.patch_size, latents.shape[-2:]
+        if height % patch or width % patch:
+            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
+        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         hidden_states = self.embed_positions(self.pos_embed(latents), grid)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
         if self.caption_projection is not None:
@@ -129,28 +118,22 @@ class SigmaTransformer(PixArtTransformer2DModel):
         prompt_bias = None
         if prompt_mask is not None:
             prompt_bias = ((1 - prompt_mask.to(hidden_states)) * -10000.0)[:, None, None]
-
         for index, block in enumerate(self.visit_blocks()):
-            hidden_states, prompt_embeds = hooks.run_block(
-                index,
-                block,
-                hidden_states,
-                prompt_embeds,
-                prompt_bias,
-                modulation,
-                grid,
-                acting(rules, index, now),
-            )
+            call = BlockCall(index, grid, modulation, prompt_bias, acting(rules, index, now), hooks)
+            hidden_states, prompt_embeds = hooks.run_block(block, hidden_states, prompt_embeds, call)
+        return self._predict_noise(hidden_states, embedded_timestep, grid)[..., :height, :width]
 
+    def _predict_noise(self, hidden_states, embedded_timestep, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens (B, N, C) after the last block -> the noise in the padded latents (B, 4, h, w)."""
         shift, scale = (
             self.scale_shift_table.to(embedded_timestep)[None] + embedded_timestep[:, None]
         ).chunk(2, 1)
         hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
+        patch, channels = self.config.patch_size, self.config.in_channels
         patches = hidden_states.unflatten(-1, (patch, patch, self.out_channels)).unflatten(1, grid)
         if self.out_channels // 2 == channels:
             patches = patches[..., :channels]
-        predicted = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return predicted[..., :height, :width]
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def visit_blocks(self) -> Iterable[SigmaBlock]:
         """The blocks in turn, each with its weights on the device for as long as it is the current one."""

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pixart_sigma.transformer.config import KVWeights, TransformerConfig
+from pixart_sigma.transformer.hooks import BlockCall
 from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.network import build_transformer
 
@@ -32,6 +33,10 @@ def attention_module(ratio, qk_norm=False):
     weights = {k: torch.randn(v.shape, generator=generator) * 0.4 for k, v in attn.state_dict().items()}
     attn.load_state_dict(weights, assign=True)
     return attn.requires_grad_(False), weights
+
+
+def call_of(grid, rule):
+    return BlockCall(0, grid, modulation=torch.zeros(1, 6 * WIDTH), kv_compression=rule)
 
 
 def merge_as_the_authors(tokens, grid, operator, ratio, weights):
@@ -85,7 +90,7 @@ def test_operators_equal_the_written_out_arithmetic(operator, ratio, grid):
     x = torch.randn(2, grid[0] * grid[1], WIDTH, generator=torch.Generator().manual_seed(1))
     setting = KVCompression(operator, ratio, (0,)) if operator else None
     expected = original_attention(x, grid, operator, ratio, weights)
-    torch.testing.assert_close(attn(x, grid=grid, kv_compression=setting), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attn(x, call=call_of(grid, setting)), expected, rtol=1e-5, atol=1e-5)
     if operator:
         assert not torch.allclose(expected, original_attention(x, grid, None, ratio, weights), atol=1e-3)
 
@@ -96,7 +101,7 @@ def test_qk_norm_is_over_all_channels_and_before_compression(operator):
     x = torch.randn(1, 24, WIDTH, generator=torch.Generator().manual_seed(1))
     setting = KVCompression(operator, 2, (0,)) if operator else None
     expected = original_attention(x, (4, 6), operator, 2, weights)
-    torch.testing.assert_close(attn(x, grid=(4, 6), kv_compression=setting), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attn(x, call=call_of((4, 6), setting)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("operator", "tokens"), [("mean", 1), ("uniform", 1), ("ave", 3), ("conv", 3)])
@@ -109,5 +114,5 @@ def test_a_grid_smaller_than_one_window_still_attends(operator, tokens):
         return F.scaled_dot_product_attention(q, k, v)
 
     attn.processor.attention = attention
-    out = attn(torch.randn(1, 3, WIDTH), grid=(1, 3), kv_compression=KVCompression(operator, 4, (0,)))
+    out = attn(torch.randn(1, 3, WIDTH), call=call_of((1, 3), KVCompression(operator, 4, (0,))))
     assert seen == [tokens] and torch.isfinite(out).all()

@@ -1,5 +1,7 @@
 """What a caller can change inside one call of the transformer, and that nothing of it stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,9 +26,9 @@ class Watching(Hooks):
     def __init__(self):
         self.seen = []
 
-    def run_block(self, index, block, *arguments):
-        self.seen.append(index)
-        return super().run_block(index, block, *arguments)
+    def run_block(self, block, hidden_states, prompt_embeds, call):
+        self.seen.append((call.index, call.grid))
+        return super().run_block(block, hidden_states, prompt_embeds, call)
 
     def before_attention(self, name, queries, keys, values):
         self.seen.append((name, queries.shape[1], keys.shape[1], keys is values))
@@ -34,10 +36,17 @@ class Watching(Hooks):
 
 
 class Skipping(Hooks):
-    def run_block(self, index, block, hidden_states, prompt_embeds, *arguments):
-        if index == 1:
+    def run_block(self, block, hidden_states, prompt_embeds, call):
+        if call.index == 1:
             return hidden_states, prompt_embeds
-        return super().run_block(index, block, hidden_states, prompt_embeds, *arguments)
+        return super().run_block(block, hidden_states, prompt_embeds, call)
+
+
+class Brightening(Hooks):
+    def run_block(self, block, hidden_states, prompt_embeds, call):
+        return super().run_block(
+            block, hidden_states, prompt_embeds, replace(call, modulation=call.modulation + 1)
+        )
 
 
 class Doubling(Hooks):
@@ -59,10 +68,10 @@ def test_they_see_every_block_and_attention(transformer, inputs):
     hooks = Watching()
     assert torch.equal(transformer(*inputs, hooks=hooks), transformer(*inputs))
     one = [("attn1", 24, 24, True), ("attn2", 24, 5, True)]
-    assert hooks.seen == [0, *one, 1, *one]
+    assert hooks.seen == [(0, (4, 6)), *one, (1, (4, 6)), *one]
 
 
-@pytest.mark.parametrize("kind", [Skipping, Doubling, Merging, Silencing])
+@pytest.mark.parametrize("kind", [Skipping, Brightening, Doubling, Merging, Silencing])
 def test_what_they_change_is_of_this_call_alone(transformer, inputs, kind):
     expected = transformer(*inputs)
     assert (transformer(*inputs, hooks=kind()) - expected).abs().max() > 1e-5
