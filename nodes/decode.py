@@ -1,6 +1,7 @@
 """From latents to pictures, at the size that was asked for."""
 
 from ..pixart_sigma.errors import SigmaError
+from ..pixart_sigma.settings import RELEASES
 from .host.api import io
 
 TILINGS = ("auto", "off", "on", "strips")
@@ -46,7 +47,7 @@ class VAEDecode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "after_use",
-                    options=["keep", "offload", "free"],
+                    options=list(RELEASES),
                     default="keep",
                     tooltip="What happens to the VAE afterwards. keep leaves it where it is, offload moves "
                     "it out of the GPU, free also drops it from RAM where it can.",

@@ -1,5 +1,6 @@
 """KV compression of any sampler's model, and its calibration."""
 
+from ..pixart_sigma.settings import MAX_STEPS, Settings
 from .host.api import io
 from .text import encode
 
@@ -42,6 +43,7 @@ class KVCompression(io.ComfyNode):
 
 
 class CalibrateKVCompression(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -85,7 +87,7 @@ class CalibrateKVCompression(io.ComfyNode):
                     tooltip="Of the first prompt's noise; the next prompt has the next seed.",
                 ),
                 io.Int.Input(
-                    "steps", default=20, min=4, max=999, tooltip="As many as you mean to sample with."
+                    "steps", default=20, min=4, max=MAX_STEPS, tooltip="As many as you mean to sample with."
                 ),
                 io.Float.Input(
                     "cfg",
@@ -112,7 +114,7 @@ class CalibrateKVCompression(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, latent_image, prompts, error_percent, seed, steps, cfg, save):
+    def execute(cls, model, clip, latent_image, prompts, error_percent, save, **chosen):
         import numpy
         import torch
 
@@ -126,6 +128,14 @@ class CalibrateKVCompression(io.ComfyNode):
         if not lines:
             raise SigmaError("There is no prompt to calibrate with; write one in each line.")
         conditionings = [encode(clip, line, False) for line in lines]
+        height, width = (8 * side for side in latent_image["samples"].shape[-2:])
+        settings = Settings(
+            width=width,
+            height=height,
+            seed=chosen["seed"],
+            steps=chosen["steps"],
+            guidance_scale=chosen["cfg"],
+        )
         with record("Calibrate KV compression"):
             calibration = host.calibrate(
                 model,
@@ -133,9 +143,7 @@ class CalibrateKVCompression(io.ComfyNode):
                 encode(clip, "", False),
                 latent_image,
                 lines,
-                seed,
-                steps,
-                cfg,
+                settings,
                 error_percent / 100,
             )
         if save:

@@ -1,12 +1,8 @@
 """The three models, each loaded by a node of its own. Nothing is read before it is used."""
 
+from ..pixart_sigma.settings import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
 from .host.folders import DEMO_CHOICE, choices, find
-
-VARIANTS = ("auto", "256", "512", "1024", "2K")
-PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
-T5_DEVICES = ("auto", "cpu", "stream")
-DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
 class LoadTransformer(io.ComfyNode):
@@ -29,7 +25,7 @@ class LoadTransformer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "variant",
-                    options=list(VARIANTS),
+                    options=["auto", *VARIANTS],
                     default="auto",
                     advanced=True,
                     tooltip="Which size the file was trained for. 1024 and 2K files look alike: choose it "
@@ -76,7 +72,7 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
+                    options=list(T5_PRECISIONS),
                     default="int8",
                     tooltip="int8 takes a quarter of fp32 and is close to it; nf4 and fp4 take an eighth. A "
                     "folder that was saved in 8 or 4 bit loads in that precision only.",

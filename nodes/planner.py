@@ -1,8 +1,8 @@
 """Settings for the other nodes that keep a memory budget."""
 
+from ..pixart_sigma.settings import T5_DEVICES, T5_PRECISIONS
 from .decode import TILINGS
 from .host.api import io
-from .loaders import PRECISIONS, T5_DEVICES
 
 DECODES = {"whole": "off", "strips": "strips"}  # a plan's words in those of Σ VAE Decode
 
@@ -39,7 +39,7 @@ class VRAMPlanner(io.ComfyNode):
             ],
             outputs=[
                 io.Combo.Output(
-                    display_name="precision", options=list(PRECISIONS), tooltip="For Load T5 (8-bit)."
+                    display_name="precision", options=list(T5_PRECISIONS), tooltip="For Load T5 (8-bit)."
                 ),
                 io.Combo.Output(
                     display_name="device", options=list(T5_DEVICES), tooltip="For Load T5 (8-bit)."
@@ -61,11 +61,11 @@ class VRAMPlanner(io.ComfyNode):
 
         plan = make_plan(budget * 1e9, width, height, batch_size)
         return io.NodeOutput(
-            plan.t5_precision,
-            plan.t5_device,
-            plan.kv_compression,
-            DECODES[plan.decode_how],
-            plan.decode_budget / 1e9,
+            plan.ways.t5_precision,
+            plan.ways.t5_device,
+            "auto",  # the sampler's own default: KV compression saves work, and no memory at the peak
+            DECODES[plan.ways.decode],
+            (plan.ways.decode_budget or 0) / 1e9,
             plan.table(),
         )
 

@@ -1,11 +1,12 @@
 """What T5 in 8 or 4 bit costs, before it is trusted."""
 
+from ..pixart_sigma.settings import MAX_SEED, MAX_STEPS, T5_DEVICES, T5_PRECISIONS, Settings
 from .host.api import io
 from .host.folders import DEMO_CHOICE, choices, find
-from .loaders import PRECISIONS, T5_DEVICES
 
 
 class CompareT5Precisions(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -25,14 +26,14 @@ class CompareT5Precisions(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reference",
-                    options=list(PRECISIONS),
+                    options=list(T5_PRECISIONS),
                     default="bf16",
                     tooltip="The precision to compare with. bf16 needs twice the memory of int8; fp32 is "
                     "exact and needs four times.",
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
+                    options=list(T5_PRECISIONS),
                     default="int8",
                     tooltip="The precision that you mean to use.",
                 ),
@@ -47,13 +48,13 @@ class CompareT5Precisions(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=MAX_SEED,
                     # If this is left out, the frontend changes a seed after each run.
                     control_after_generate=False,
                     tooltip="The noise that all pictures start from.",
                 ),
                 io.Int.Input(
-                    "steps", default=20, min=1, max=999, tooltip="As many as you mean to sample with."
+                    "steps", default=20, min=1, max=MAX_STEPS, tooltip="As many as you mean to sample with."
                 ),
                 io.Float.Input(
                     "cfg",
@@ -104,32 +105,27 @@ class CompareT5Precisions(io.ComfyNode):
         reference,
         precision,
         prompts,
-        seed,
-        steps,
-        cfg,
         device,
         model=None,
         vae=None,
         latent_image=None,
+        **chosen,
     ):
         import numpy
         import torch
 
         from ..pixart_sigma.studies.precision_picture import draw
-        from .host.precision_comparison import compare
+        from .host.precision_comparison import Drawing, compare
 
         lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())
+        settings = Settings(seed=chosen["seed"], steps=chosen["steps"], guidance_scale=chosen["cfg"])
         comparison = compare(
             find("text_encoder", text_encoder),
             (reference, precision),
             device,
             lines,
-            model,
-            vae,
-            latent_image,
-            seed,
-            steps,
-            cfg,
+            Drawing(model, vae, latent_image),
+            settings,
         )
         picture = torch.from_numpy(numpy.asarray(draw(comparison)).astype("float32") / 255)
         return io.NodeOutput(picture[None], comparison.table())

@@ -1,7 +1,8 @@
 """From noise to latents: the reference pipeline's schedule, and a sampler with KV compression."""
 
+from ..pixart_sigma.settings import MAX_SEED, MAX_STEPS, RELEASES
 from .host.api import io
-from .host.sampling import reference_sigmas, sample, sampler_names, schedule_names
+from .host.sampling import SamplerSettings, reference_sigmas, sample, sampler_names, schedule_names
 
 
 class ReferenceSchedule(io.ComfyNode):
@@ -20,7 +21,7 @@ class ReferenceSchedule(io.ComfyNode):
                     "steps",
                     default=20,
                     min=1,
-                    max=999,
+                    max=MAX_STEPS,
                     tooltip="How many steps to take. 14 to 20 are usual; more are slower and rarely better.",
                 ),
                 io.Float.Input(
@@ -42,6 +43,7 @@ class ReferenceSchedule(io.ComfyNode):
 
 
 class Sampler(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -64,7 +66,7 @@ class Sampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="The noise to start from. The same seed and settings give the same picture.",
                 ),
@@ -72,7 +74,7 @@ class Sampler(io.ComfyNode):
                     "steps",
                     default=20,
                     min=1,
-                    max=999,
+                    max=MAX_STEPS,
                     tooltip="How many steps to take. 14 to 20 are usual; more are slower and rarely better.",
                 ),
                 io.Float.Input(
@@ -115,7 +117,7 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "after_use",
-                    options=["keep", "offload", "free"],
+                    options=list(RELEASES),
                     default="keep",
                     tooltip="What happens to the transformer afterwards. keep leaves it where it is, offload "
                     "moves it out of the GPU, free also lets the system drop it from RAM.",
@@ -125,39 +127,13 @@ class Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        latent_image,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        schedule,
-        denoise,
-        kv_compression,
-        after_use,
-    ):
+    def execute(cls, model, positive, negative, latent_image, after_use, **chosen):
         from .host.memory import record
         from .host.release import release
 
         with record("Sample"):
             try:
-                latent = sample(
-                    model,
-                    positive,
-                    negative,
-                    latent_image,
-                    seed,
-                    steps,
-                    cfg,
-                    sampler_name,
-                    schedule,
-                    denoise,
-                    kv_compression,
-                )
+                latent = sample(model, positive, negative, latent_image, SamplerSettings(**chosen))
             finally:
                 release(model, after_use)
         return io.NodeOutput(latent)

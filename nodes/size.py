@@ -10,6 +10,7 @@ RATIOS = ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "21:9", "3:1", "4:1")
 
 
 class AspectRatioBucket(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
     @classmethod
     def define_schema(cls):
         return io.Schema(

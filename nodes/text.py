@@ -1,5 +1,6 @@
 """Prompts to the conditioning the transformer was trained with."""
 
+from ..pixart_sigma.settings import RELEASES
 from .host.api import io
 
 T5_XXL_WIDTH = 4096
@@ -42,7 +43,7 @@ class TextEncode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "after_use",
-                    options=["keep", "offload", "free"],
+                    options=list(RELEASES),
                     default="keep",
                     tooltip="What happens to the text encoder afterwards. keep leaves it where it is, "
                     "offload moves it out of the GPU, free also drops it from RAM; it is read again when a "

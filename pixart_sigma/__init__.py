@@ -6,6 +6,7 @@ public name is first used.
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -13,19 +14,70 @@ __version__ = "0.1.0"
 DEMO = Path(__file__).parent / "demo"
 DEMO_KV = Path(__file__).parent / "demo_kv"
 
+if TYPE_CHECKING:  # what is written out here for editors and type checkers is found at run time below
+    from .aspect_ratio import pick_size
+    from .errors import CheckpointError, SettingError, SigmaError
+    from .pipeline import Result, SigmaPipeline
+    from .planner import plan
+    from .sampling.denoise import denoise
+    from .sampling.guidance import guide
+    from .sampling.noise import get_noise
+    from .settings import Settings, Ways
+    from .text.embeddings import PromptEmbeddings, encode
+    from .text.encoder import TextEncoder, load_text_encoder
+    from .transformer.checkpoint import inspect
+    from .transformer.loading import load_transformer
+    from .vae.loading import load_vae
+    from .vae.stage import decode
+
 _MODULE_OF = {
+    "CheckpointError": "errors",
+    "PromptEmbeddings": "text.embeddings",
+    "Result": "pipeline",
+    "SettingError": "errors",
+    "Settings": "settings",
     "SigmaError": "errors",
-    "inspect": "transformer.checkpoint",
-    "load_transformer": "transformer.loading",
-    "TextEncoder": "text.encoder",
-    "load_vae": "vae.coding",
-    "decode": "vae.coding",
-    "denoise": "sampling.denoise",
     "SigmaPipeline": "pipeline",
+    "TextEncoder": "text.encoder",
+    "Ways": "settings",
+    "decode": "vae.stage",
+    "denoise": "sampling.denoise",
+    "encode": "text.embeddings",
+    "get_noise": "sampling.noise",
+    "guide": "sampling.guidance",
+    "inspect": "transformer.checkpoint",
+    "load_text_encoder": "text.encoder",
+    "load_transformer": "transformer.loading",
+    "load_vae": "vae.loading",
     "pick_size": "aspect_ratio",
+    "plan": "planner",
 }
 
-__all__ = ["DEMO", "DEMO_KV", "__version__", *_MODULE_OF]
+__all__ = [
+    "CheckpointError",
+    "DEMO",
+    "DEMO_KV",
+    "PromptEmbeddings",
+    "Result",
+    "SettingError",
+    "Settings",
+    "SigmaError",
+    "SigmaPipeline",
+    "TextEncoder",
+    "Ways",
+    "__version__",
+    "decode",
+    "denoise",
+    "encode",
+    "get_noise",
+    "guide",
+    "inspect",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "pick_size",
+    "plan",
+]
 
 
 def __getattr__(name: str):

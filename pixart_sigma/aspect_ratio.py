@@ -10,9 +10,9 @@ import math
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import SigmaError
+from .errors import SettingError, SigmaError
 
 if TYPE_CHECKING:
     import torch
@@ -86,16 +86,22 @@ pick_size = nearest
 
 
 def check_size(width: int, height: int) -> None:
-    """SigmaError unless both are whole numbers of pixels from 16 to 8192."""
-    for name, value in (("width", width), ("height", height)):
-        try:
-            pixels = operator.index(value)
-        except TypeError:
-            pixels = None
-        if pixels is None or isinstance(value, bool):
-            raise SigmaError(f"The {name} must be a whole number of pixels, not {value!r}.")
-        if not MIN_SIZE <= pixels <= MAX_SIZE:
-            raise SigmaError(f"The {name} is {pixels}. Use {MIN_SIZE} to {MAX_SIZE} pixels.")
+    """SettingError unless both are whole numbers of pixels from 16 to 8192."""
+    check_side("width", width)
+    check_side("height", height)
+
+
+def check_side(name: str, value: Any) -> int:
+    """The pixels of a width or height; SettingError unless it is a whole number from 16 to 8192."""
+    try:
+        pixels = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        pixels = None
+    if pixels is None:
+        raise SettingError(name, repr(value), "give a whole number of pixels")
+    if not MIN_SIZE <= pixels <= MAX_SIZE:
+        raise SettingError(name, pixels, f"give {MIN_SIZE} to {MAX_SIZE} pixels")
+    return pixels
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,18 +1,14 @@
-"""What a pipeline is made of: the files of its models, and the device and precision that they run in."""
+"""What a pipeline is made of: the files of its models."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from . import DEMO, DEMO_KV
-from .errors import CheckpointError, SigmaError
-from .transformer.checkpoint import Checkpoint, find_components, inspect
-
-# Where a model's weights are, in the words of the options; T5's also in those for people.
-T5_PLACES = {"auto": "on the device", "stream": "streamed", "cpu": "on the CPU"}
-TRANSFORMER_PLACES = ("auto", "stream")
+from .errors import CheckpointError
+from .files.fingerprint import fingerprint
+from .files.weight_files import read_state_dict
+from .transformer.checkpoint import COMPONENTS, Checkpoint, find_components, inspect
+from .vae.loading import read_vae
 
 
 @dataclass(frozen=True)
@@ -62,35 +58,23 @@ class Components:
             vae=Path(vae) if vae else found["vae"],
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of the transformer's and the VAE's weights, see `fingerprint`."""
+        return {
+            "transformer": fingerprint(read_state_dict(self.checkpoint.components["transformer"])),
+            "vae": fingerprint(read_vae(self.vae)[0]),
+        }
+
+    def names(self) -> dict[str, str]:
+        """What people call the files: the last part of their paths."""
+        paths = {"transformer": self.checkpoint.path, "text_encoder": self.text_encoder, "vae": self.vae}
+        return {name: _name(path) for name, path in paths.items() if path is not None}
+
+
+def _name(path: Path) -> str:
+    """The model's name: of a component's folder in a pipeline folder that of the pipeline."""
+    return path.parent.name if path.name in COMPONENTS else path.name
+
 
 def _has_tokenizer(path: Path) -> bool:
     return any((path / name).exists() for name in ("tokenizer", "spiece.model", "tokenizer.json"))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first GPU, else the CPU. Raises SigmaError for one that cannot
-    be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SigmaError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """What the transformer and the VAE compute in: float32 on a CPU, bfloat16 on a GPU that has it, else
-    float16."""
-    if device.type == "cpu":
-        return torch.float32
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
-
-
-def check_place(option: str, place: str, places: Iterable[str]) -> str:
-    """`place` if it is one of `places`, else SigmaError naming the option."""
-    if place not in places:
-        raise SigmaError(f"{option} is {place!r}; choose one of {', '.join(places)}.")
-    return place

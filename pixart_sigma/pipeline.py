@@ -1,5 +1,6 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,31 +9,56 @@ import torch
 from PIL import Image
 
 from . import DEMO
-from .aspect_ratio import BINNING, check_size, crop_back, nearest
-from .components import T5_PLACES, TRANSFORMER_PLACES, Components, check_place, pick_device, pick_dtype
-from .errors import SigmaError
+from .aspect_ratio import crop_back
+from .components import Components
+from .devices import pick_device, pick_dtype
+from .errors import SettingError, SigmaError
+from .files.fingerprint import raw_bytes
+from .files.metadata import Metadata, Model
 from .memory.stages import Stages
-from .planner import Plan, read_models
+from .planner import Models, Plan
 from .planner import plan as make_plan
-from .sampling.denoise import Step, check_settings, get_noise
-from .sampling.schedulers import default_guidance
-from .text.embeddings import EmbeddingCache, PromptEmbeddings
-from .text.encoder import Encoded
+from .prompt_embeds import Encoded, Prompts
+from .sampling.denoise import Step, denoise
+from .sampling.guidance import guide
+from .sampling.noise import get_noise
+from .sampling.schedulers import get_step_arguments, get_timesteps, make_scheduler
+from .settings import DTYPES, T5_PRECISIONS, Settings, Ways
+from .text.cache import EmbeddingCache
+from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
 from .transformer.checkpoint import Checkpoint
-from .transformer.kv_calibration import Calibration
-from .transformer.stage import TransformerStage
-from .vae.coding import decode, encode, load_vae
+from .transformer.kv_rules import spell
+from .transformer.stage import Pass, TransformerStage
+from .vae.stage import VAEStage
+
+# Of Ways, what a pipeline has for all its runs.
+FIXED = ("device", "dtype", "release", "measure")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures with the latents they came from (B, 4, h, w), and the settings that make them again."""
+    """Pictures, the latents (B, 4, h, w) they came from, all that makes them again, and the prompt's words
+    that did not fit."""
 
     images: list[Image.Image]
     latents: torch.Tensor
-    settings: dict
+    metadata: Metadata
     truncated: str = ""
+
+
+@dataclass(frozen=True)
+class _Prompted:
+    """The prompts of a run as the text encoder made them, or as they were given."""
+
+    positive: Encoded
+    negative: Encoded | None
+    fingerprint: str
+    digest: str = ""  # of embeddings that were given, where nobody knows who made them
+
+    def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
+        negative = None if self.negative is None else self.negative.prompt_embeds.to(device, dtype)
+        return Prompts(self.positive.prompt_embeds.to(device, dtype), None, negative)
 
 
 @dataclass
@@ -40,41 +66,34 @@ class SigmaPipeline:
     """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
 
     components: Components
-    device: torch.device
-    dtype: torch.dtype
+    ways: Ways
     text: TextStage
     transformer: TransformerStage
+    vae: VAEStage
     stages: Stages = field(repr=False)
 
     @classmethod
     def from_path(
         cls,
         path: str | Path = "demo",
+        ways: Ways | None = None,
         *,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
-        device: str = "auto",
-        dtype: torch.dtype | None = None,
-        t5_precision: str | None = None,
-        t5_device: str = "auto",
-        transformer_device: str = "auto",
-        release: str = "free",
-        measure: bool = False,
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
         transformer "demo-kv" is the demo's, trained with KV compression.
 
-        Nothing is loaded yet. `t5_precision` defaults to the one a quantised T5 was saved in, else to int8,
-        for the demo to fp32; `dtype` of the transformer and the VAE to bfloat16 on a GPU that has it, else
-        float16, on a CPU to float32. `t5_device` "stream" passes T5 through the device block by block, "cpu"
-        leaves the device to the other stages. `transformer_device` "stream" passes the transformer's blocks
-        through the device. Without `needs_text_encoder` the prompts must be encoded already.
-        Raises CheckpointError where a component is missing or is something else.
+        Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
+        float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo
+        fp32. Without `needs_text_encoder` the prompts must be encoded already. Raises CheckpointError where a
+        component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
+        ways = ways or Ways()
         components = Components.find(
             folder,
             transformer=transformer,
@@ -83,31 +102,18 @@ class SigmaPipeline:
             variant=variant,
             needs_text_encoder=needs_text_encoder,
         )
-        device = pick_device(device)
-        if t5_precision is None and folder == DEMO and text_encoder is None:
-            t5_precision = "fp32"
-        stages = Stages(device, release, measure)
-        text = TextStage(
-            text_encoder=components.text_encoder,
-            tokenizer=components.tokenizer,
-            precision=t5_precision,
-            place=check_place("t5_device", t5_device, T5_PLACES),
-            device=device,
-            stages=stages,
-        )
-        dtype = dtype or pick_dtype(device)
+        if ways.t5_precision is None and folder == DEMO and text_encoder is None:
+            ways = replace(ways, t5_precision="fp32")
+        device = pick_device(ways.device)
+        named = DTYPES[ways.dtype]
+        dtype = getattr(torch, named) if named else pick_dtype(device)
+        stages = Stages(device, ways.release, ways.measure)
         return cls(
             components=components,
-            device=device,
-            dtype=dtype,
-            text=text,
-            transformer=TransformerStage(
-                checkpoint=components.checkpoint,
-                place=check_place("transformer_device", transformer_device, TRANSFORMER_PLACES),
-                device=device,
-                dtype=dtype,
-                stages=stages,
-            ),
+            ways=ways,
+            text=TextStage(components.text_encoder, components.tokenizer, device, stages),
+            transformer=TransformerStage(components.checkpoint, device, dtype, stages),
+            vae=VAEStage(components.vae, device, dtype, stages),
             stages=stages,
         )
 
@@ -116,10 +122,22 @@ class SigmaPipeline:
         stages = Stages(self.device, "free")
         return replace(
             self,
+            ways=replace(self.ways, release="free", measure=False),
             stages=stages,
             text=replace(self.text, stages=stages, _held=None),
             transformer=replace(self.transformer, stages=stages, _held_place=""),
+            vae=replace(self.vae, stages=stages),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages compute."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer and the VAE compute in."""
+        return self.transformer.dtype
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -132,23 +150,21 @@ class SigmaPipeline:
         return self.checkpoint.config.sample_size * 8
 
     def encode_prompts(
-        self,
-        prompt: str,
-        negative: str = "",
-        *,
-        clean_caption: bool = False,
-        embedding_cache: EmbeddingCache | None = None,
+        self, settings: Settings, ways: Ways | None = None, embedding_cache: EmbeddingCache | None = None
     ) -> PromptEmbeddings:
-        """The embeddings of a prompt and a negative prompt, ready to save or to give to `generate`.
+        """The embeddings of the settings' prompt and negative prompt, ready to save or to give to `generate`.
 
         T5 is loaded only where `embedding_cache` lacks one of them.
         """
-        (positive, unwanted), encoder = self.text.encode((prompt, negative), clean_caption, embedding_cache)
+        texts, clean_caption = (settings.prompt, settings.negative), settings.clean_caption
+        (positive, unwanted), encoder, _ = self.text.encode(
+            texts, self._run_ways(ways), clean_caption, embedding_cache
+        )
         return PromptEmbeddings(
             positive=positive.prompt_embeds,
             negative=unwanted.prompt_embeds,
-            positive_text=prompt,
-            negative_text=negative,
+            positive_text=settings.prompt,
+            negative_text=settings.negative,
             precision=encoder.precision,
             clean_caption=clean_caption,
             fingerprint=encoder.fingerprint,
@@ -158,209 +174,192 @@ class SigmaPipeline:
 
     def generate(
         self,
-        prompt: str | PromptEmbeddings,
-        negative: str = "",
+        settings: Settings,
+        ways: Ways | None = None,
         *,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int = 20,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        count: int = 1,
-        scheduler: str = "dpmpp_2m",
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        eta: float = 0.0,
+        embeddings: PromptEmbeddings | None = None,
         image: torch.Tensor | None = None,
-        strength: float = 1.0,
-        kv_compression_setting: str | None = None,
-        clean_caption: bool = False,
-        use_resolution_binning: bool = True,
-        decode_how: str = "auto",
-        decode_budget: float | None = None,
-        plan: Plan | None = None,
         embedding_cache: EmbeddingCache | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Result:
-        """Make `count` pictures of width x height pixels; picture k is drawn from the k-th noise of the seed.
+        """Make the pictures that the settings describe; picture k is drawn from the k-th noise of the seed.
 
-        With `use_resolution_binning` the transformer works at the trained size nearest in shape and the
-        pictures are scaled and cropped to the asked size, as the reference pipeline does. `image` (3, H, W)
-        in [0, 1], with `strength` in (0, 1], starts from a picture instead of from noise alone.
-        `kv_compression_setting` None is as the checkpoint was trained, else as on the command line.
-        `decode_how` and `decode_budget` (bytes) are those of `vae.decode`; a `plan` of `plan` sets them, and
-        how the other stages run. A stage that runs out of memory is released and runs once more in its next
-        smaller way.
-        A `prompt` that is already encoded brings its negative prompt and needs no T5; nor do texts that
-        `embedding_cache` holds.
-        Raises SigmaError before any model is loaded where a setting can be known to be wrong.
+        ways: how this run computes, where it differs from the pipeline's own; with a budget the planner
+        chooses. A stage that runs out of memory is released and runs once more in its next smaller way.
+        embeddings: encoded prompts, which bring their words, so that the settings have none, and need no T5;
+        nor do texts that `embedding_cache` holds. image (3, H, W) in [0, 1]: start from this picture, by the
+        settings' strength, instead of from noise alone. Raises SigmaError before any model is loaded where
+        something can be known to be wrong.
         """
-        width = self.base_size if width is None else width
-        height = self.base_size if height is None else height
-        check_size(width, height)
-        if guidance_scale is None:
-            guidance_scale = default_guidance(scheduler)
-        check_settings(scheduler, steps, guidance_scale, timesteps, sigmas, strength)
-        if not isinstance(count, int) or count < 1:
-            raise SigmaError(f"count is {count}; give a whole number of pictures, 1 or more.")
-        made_width, made_height = self._made_size(width, height, use_resolution_binning)
-        rules = self.transformer.kv_compression(kv_compression_setting, made_width, made_height)
+        ways = self._run_ways(ways)
+        settings = settings.complete(self.base_size)
+        settings = self._check(settings, embeddings, image)
+        fingerprints = self.components.fingerprints()
+        if ways.budget is not None:
+            ways = self.plan(settings, ways).ways
         stage = on_stage or (lambda name: None)
 
-        text_settings, transformer_settings = {}, {}
-        if plan is not None:
-            decode_how, decode_budget = plan.decode_how, plan.decode_budget or None
-            text_settings = {"precision": plan.t5_precision, "place": plan.t5_device}
-            transformer_settings = {
-                "place": plan.transformer_device,
-                "guidance_in_turn": plan.guidance_in_turn,
-            }
-        if isinstance(prompt, PromptEmbeddings):
-            self._check_embeddings(prompt, negative, clean_caption)
-            embeddings = prompt
-            prompt, negative = embeddings.positive_text, embeddings.negative_text
-            clean_caption, precision = embeddings.clean_caption, embeddings.precision
-            encoded = [
-                Encoded(embeddings.positive, embeddings.positive_truncated),
-                Encoded(embeddings.negative, embeddings.negative_truncated),
-            ]
-        else:
+        if embeddings is None:
             stage("text encoder")
-            texts = (prompt, negative) if guidance_scale > 1 else (prompt,)
-            encoded, encoder = self.text.encode(texts, clean_caption, embedding_cache, **text_settings)
-            precision = encoder.precision
+            prompted, ways = self._encode(settings, ways, embedding_cache)
+        else:
+            prompted, settings, ways = _given(embeddings, settings, ways)
         image_latents = None
         if image is not None:
             stage("VAE encode")
-            picture = crop_back(image[None], made_width, made_height)
-            image_latents = self.stages.run("VAE encode", self._load_vae, lambda vae: encode(vae, picture))
-            image_latents = image_latents.repeat(count, 1, 1, 1)
-
-        generator = torch.Generator().manual_seed(seed)
-        channels = self.checkpoint.config.in_channels
-        noise = get_noise(count, made_height, made_width, generator, self.dtype, self.device, channels)
+            image_latents = self._encode_image(image, settings)
         stage("transformer")
-        latents = self.transformer.denoise(
-            noise,
-            encoded[0],
-            encoded[1] if guidance_scale > 1 else None,
-            generator,
-            **transformer_settings,
-            scheduler=scheduler,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            strength=strength,
-            image_latents=image_latents,
-            eta=eta,
-            kv_compression=rules,
-            callback=callback,
-        )
-
+        latents, ways = self._denoise(settings, ways, prompted, image_latents, callback)
         stage("VAE decode")
-        pictures = self.stages.run(
-            "VAE decode", self._load_vae, lambda vae: decode(vae, latents, decode_how, decode_budget)
-        )
-        if (made_width, made_height) != (width, height):
-            pictures = crop_back(pictures, width, height)
-        settings = {
-            "prompt": prompt,
-            "negative": negative,
-            "width": width,
-            "height": height,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-            "scheduler": scheduler,
-            "kv_compression": kv_compression_setting,
-            "t5_precision": precision,
-            "clean_caption": clean_caption,
-            "model": self.checkpoint.path.name,
-        }
-        images = [_to_image(picture) for picture in pictures]
-        return Result(images, latents.cpu(), settings, encoded[0].truncated)
+        pictures, ways = self.vae.decode(latents, ways)
+        pictures = crop_back(pictures, *settings.asked_size(self.base_size))
 
-    def plan(
-        self, budget: float, width: int, height: int, count: int = 1, guidance_scale: float = 4.5
-    ) -> Plan:
-        """The plan that `generate` keeps `budget` bytes with; see `planner.plan`, also for what it raises."""
-        models = read_models(self.checkpoint, self.components.text_encoder, self.components.vae)
-        width, height = self._made_size(width, height, True)
+        fingerprints["text_encoder"] = prompted.fingerprint
+        names = self.components.names()
+        metadata = Metadata(
+            settings=settings,
+            ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
+            models={
+                component: Model(names.get(component, ""), found) for component, found in fingerprints.items()
+            },
+            image_sha256="" if image is None else digest(image),
+            embeddings_sha256=prompted.digest,
+        )
+        return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
+
+    def plan(self, settings: Settings, ways: Ways | None = None) -> Plan:
+        """The plan that `generate` keeps `ways.budget` bytes with; see `planner.plan`, also for what it
+        raises."""
+        found = self.components
         return make_plan(
-            budget,
-            width,
-            height,
-            count,
-            models,
-            guided=guidance_scale > 1,
+            settings,
+            self._run_ways(ways),
+            Models.read(found.checkpoint, found.text_encoder, found.vae),
             dtype=self.dtype,
-            precision=self.text.precision,
-            t5_device=None if self.text.place == "auto" else self.text.place,
-            transformer_device=self.transformer.place,
             in_ram=self.device.type == "cpu",
         )
 
-    def calibrate(
+    def fingerprints(self) -> dict[str, str]:
+        """What the files of each component are known by; of T5 only where it can be used."""
+        found = self.components.fingerprints()
+        encoder = self.text.identify(self.ways.t5_precision)
+        return found | ({"text_encoder": encoder.fingerprint} if encoder else {})
+
+    def _run_ways(self, ways: Ways | None) -> Ways:
+        if ways is None:
+            return self.ways
+        for name in FIXED:
+            if getattr(ways, name) != getattr(self.ways, name):
+                raise SettingError(
+                    name,
+                    repr(getattr(ways, name)),
+                    f"the pipeline has {getattr(self.ways, name)!r} for all its runs; make another with "
+                    "SigmaPipeline.from_path",
+                )
+        if ways.t5_precision is None:
+            ways = replace(ways, t5_precision=self.ways.t5_precision)
+        return ways
+
+    def _check(
+        self, settings: Settings, embeddings: PromptEmbeddings | None, image: torch.Tensor | None
+    ) -> Settings:
+        """The settings with what KV compression comes to, once everything is known to fit together."""
+        if image is None and settings.strength != 1:
+            raise SettingError("strength", settings.strength, "there is no picture to start from")
+        if embeddings is not None:
+            _check_embeddings(embeddings, settings, self.checkpoint)
+        scheduler = make_scheduler(settings.scheduler)
+        get_step_arguments(scheduler, None, settings.eta, settings.count)
+        get_timesteps(scheduler, settings)
+        size = settings.made_size(self.base_size)
+        rules = self.transformer.kv_compression(settings.kv_compression, *size)
+        if settings.kv_compression == "auto" or str(settings.kv_compression).endswith(".json"):
+            settings = replace(settings, kv_compression=spell(rules))  # what it is today
+        return settings
+
+    def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
+        texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
+        encoded, encoder, ways = self.text.encode(texts, ways, settings.clean_caption, cache)
+        positive, *negative = encoded
+        return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
+
+    def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
+        picture = crop_back(image[None], *settings.made_size(self.base_size))
+        return self.vae.encode(picture).repeat(settings.count, 1, 1, 1)
+
+    def _denoise(
         self,
-        prompts: tuple[str, ...],
-        *,
-        width: int,
-        height: int,
-        budget: float = 0.05,
-        steps: int = 20,
-        guidance_scale: float = 4.5,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        on_stage: Callable[[str], None] = lambda name: None,
-    ) -> Calibration:
-        """Measure how much KV compression the checkpoint bears at a size, see `calibration`.
+        settings: Settings,
+        ways: Ways,
+        prompted: _Prompted,
+        image_latents: torch.Tensor | None,
+        callback: Callable[[Step], bool | None] | None,
+    ) -> tuple[torch.Tensor, Ways]:
+        width, height = settings.made_size(self.base_size)
+        generator = torch.Generator().manual_seed(settings.seed)
+        channels = self.checkpoint.config.in_channels
+        noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
+        prompts = prompted.prompts(self.device, self.dtype)
+        state = generator.get_state()
 
-        Each prompt is drawn with a seed of its own, from `seed`. `budget` is the error allowed, a share of 1.
-        """
-        check_size(width, height)
-        check_settings("dpmpp_2m", steps, guidance_scale)
-        width, height = self._made_size(width, height, False)
+        def use(transformer, in_turn: bool) -> torch.Tensor:
+            return denoise(
+                guide(transformer, prompts, settings, in_turn),
+                noise,
+                settings,
+                image_latents=image_latents,
+                generator=generator.set_state(state),
+                callback=callback,
+            )
 
-        on_stage("text encoder")
-        (*encoded, negative), _ = self.text.encode((*prompts, ""))
-        on_stage("transformer")
-        return self.transformer.calibrate(
-            prompts,
-            encoded,
-            negative,
-            width,
-            height,
-            seed,
-            budget=budget,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            on_progress=on_progress,
+        return self.transformer.run(use, Pass(height, width, settings.count, settings.guided), ways)
+
+
+def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tuple[_Prompted, Settings, Ways]:
+    """Prompts that are encoded already, and what they decide."""
+    unknown = "" if embeddings.fingerprint else digest(embeddings.positive, embeddings.negative)
+    prompted = _Prompted(
+        Encoded(embeddings.positive, embeddings.positive_truncated),
+        Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
+        embeddings.fingerprint,
+        unknown,
+    )
+    settings = replace(
+        settings,
+        prompt=embeddings.positive_text,
+        negative=embeddings.negative_text,
+        clean_caption=embeddings.clean_caption,
+    )
+    precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
+    return prompted, settings, replace(ways, t5_precision=precision)
+
+
+def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoint: Checkpoint) -> None:
+    if settings.prompt or settings.negative or settings.clean_caption:
+        raise SigmaError(
+            "Encoded prompts bring their words and are cleaned or not; leave prompt, negative and "
+            "clean_caption out."
+        )
+    expected = checkpoint.config.caption_channels
+    if embeddings.width != expected:
+        raise SigmaError(
+            f"The prompt embeddings are {embeddings.width} wide, and {checkpoint.path} reads "
+            f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
         )
 
-    def _made_size(self, width: int, height: int, use_resolution_binning: bool) -> tuple[int, int]:
-        """The size the transformer works at: a bucket of the checkpoint's base, or whole latents."""
-        if not use_resolution_binning or self.checkpoint.config.sample_size not in BINNING:
-            return -(-width // 8) * 8, -(-height // 8) * 8
-        bucket = nearest(width, height, self.base_size, binning=True)
-        return bucket.width, bucket.height
 
-    def _check_embeddings(self, embeddings: PromptEmbeddings, negative: str, clean_caption: bool):
-        if negative or clean_caption:
-            raise SigmaError(
-                "Encoded prompts bring their negative prompt and are cleaned or not; leave negative and "
-                "clean_caption out."
-            )
-        expected = self.checkpoint.config.caption_channels
-        if embeddings.width != expected:
-            raise SigmaError(
-                f"The prompt embeddings are {embeddings.width} wide, and {self.checkpoint.path} reads "
-                f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
-            )
+def digest(*tensors: torch.Tensor) -> str:
+    """A SHA-256 of the numbers in some tensors."""
+    made = hashlib.sha256()
+    for tensor in tensors:
+        made.update(raw_bytes(tensor.cpu()))
+    return made.hexdigest()
 
-    def _load_vae(self):
-        return load_vae(self.components.vae, dtype=self.dtype, device=self.device)
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    named = str(dtype).removeprefix("torch.")
+    return next(name for name, value in DTYPES.items() if value == named)
 
 
 def _to_image(picture: torch.Tensor) -> Image.Image:

@@ -33,8 +33,8 @@ class Source:
 
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning of a prompt by our CLIP, which loads T5 only for a prompt not seen before."""
-    from ...pixart_sigma.text.embeddings import cache_key
-    from ...pixart_sigma.text.encoder import Encoded
+    from ...pixart_sigma.prompt_embeds import Encoded
+    from ...pixart_sigma.text.cache import cache_key
 
     tokens = clip.tokenize(text, clean_caption=clean_caption)
     encoder = clip.cond_stage_model.identify()
@@ -184,6 +184,6 @@ def _cache_folder() -> Path:
 
 @functools.cache
 def _cache(folder: Path):
-    from ...pixart_sigma.text.embeddings import EmbeddingCache
+    from ...pixart_sigma.text.cache import EmbeddingCache
 
     return EmbeddingCache(folder)

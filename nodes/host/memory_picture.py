@@ -7,6 +7,7 @@ import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ...pixart_sigma.table import align
 from .memory import Held, Stage
 
 WIDTH = 960
@@ -44,14 +45,7 @@ def table(title: str, stages: list[Stage], held: list[Held], budget: int = 0) ->
             over = " over budget" if budget and stage.peak > budget else ""
             row = (stage.name, *(size_text(size, stages) for size in sizes), f"{stage.seconds:.1f}{over}")
             rows.append(row)
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines += [
-            "  ".join(
-                cell.rjust(width) if column in range(1, 6) else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines.append(align(rows, left=(0, 6)))
     else:
         lines.append(NOTHING)
     if budget:

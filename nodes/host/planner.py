@@ -7,6 +7,7 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.planner import Plan, plan
+from ...pixart_sigma.settings import Settings, Ways
 
 
 def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
@@ -23,14 +24,10 @@ def make_plan(budget: float, width: int, height: int, count: int) -> Plan:
             f"The budget is {budget / 1e9:.1f} GB, and this graphics card has {total / 1e9:.1f} GB. Give "
             "less, or 0 for what it has."
         )
-    made = plan(
-        budget or total - management.extra_reserved_memory(),
-        width,
-        height,
-        count,
-        dtype=_dtype(device),
-    )
-    return _loaded_partially(made) if made.transformer_device == "stream" else made
+    settings = Settings(width=width, height=height, count=count, binning=False)
+    ways = Ways(budget=budget or total - management.extra_reserved_memory())
+    made = plan(settings, ways, dtype=_dtype(device))
+    return _loaded_partially(made) if made.ways.transformer_device == "stream" else made
 
 
 def _loaded_partially(made: Plan) -> Plan:

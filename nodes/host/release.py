@@ -4,7 +4,7 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from ...pixart_sigma.errors import SigmaError
-from ...pixart_sigma.memory.stages import RELEASES
+from ...pixart_sigma.settings import RELEASES
 from .memory import look
 
 

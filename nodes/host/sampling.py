@@ -1,6 +1,7 @@
 """Our sampler on the host's own: its noise, masks, previews and progress."""
 
 import logging
+from dataclasses import dataclass
 
 import comfy.sample
 import comfy.samplers
@@ -9,11 +10,11 @@ import latent_preview
 import torch
 
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.settings import LAST_TIMESTEP
 from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
 from .notice import show_notice
 
 REFERENCE = "reference"
-LAST_TIMESTEP = 999
 
 
 def sampler_names() -> list[str]:
@@ -40,57 +41,59 @@ def reference_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
     return torch.cat([sigmas, torch.zeros(1)])[-(steps + 1) :]
 
 
-def sample(
-    model,
-    positive,
-    negative,
-    latent: dict,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    schedule: str,
-    denoise: float,
-    kv_compression: str,
-) -> dict:
+@dataclass(frozen=True)
+class SamplerSettings:
+    """A run in the host's words; those of the samplers and schedules are the host's own. kv_compression: as
+    on the command line."""
+
+    seed: int = 0
+    steps: int = 20
+    cfg: float = 4.5
+    sampler_name: str = "dpmpp_2m"
+    schedule: str = REFERENCE
+    denoise: float = 1.0
+    kv_compression: str = "auto"
+
+
+def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> dict:
     """The denoised LATENT. Raises SigmaError for latents or settings that the model cannot work with."""
     samples = latent["samples"]
     scale = {name: latent[name] for name in ("downscale_ratio_spacial",) if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **scale)
     _check_latents(model, samples)
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
-    model = _compress(model, kv_compression)
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    model = _compress(model, chosen.kv_compression)
+    noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
     settings = {
         "noise_mask": latent.get("noise_mask"),
-        "callback": latent_preview.prepare_callback(model, steps),
+        "callback": latent_preview.prepare_callback(model, chosen.steps),
         "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
-        "seed": seed,
+        "seed": chosen.seed,
     }
-    if schedule == REFERENCE:
-        sampler = comfy.samplers.sampler_object(sampler_name)
-        sigmas = reference_sigmas(model, steps, denoise)
+    if chosen.schedule == REFERENCE:
+        sampler = comfy.samplers.sampler_object(chosen.sampler_name)
+        sigmas = reference_sigmas(model, chosen.steps, chosen.denoise)
         done = comfy.sample.sample_custom(
-            model, noise, cfg, sampler, sigmas, positive, negative, samples, **settings
+            model, noise, chosen.cfg, sampler, sigmas, positive, negative, samples, **settings
         )
     else:
         done = comfy.sample.sample(
             model,
             noise,
-            steps,
-            cfg,
-            sampler_name,
-            schedule,
+            chosen.steps,
+            chosen.cfg,
+            chosen.sampler_name,
+            chosen.schedule,
             positive,
             negative,
             samples,
-            denoise=denoise,
+            denoise=chosen.denoise,
             **settings,
         )
     if not done.isfinite().all():
         raise SigmaError(
             "The sampler's latents are not finite. Load the transformer in bf16 or fp32 rather than fp16, or "
-            f"lower cfg, which is {cfg:g}."
+            f"lower cfg, which is {chosen.cfg:g}."
         )
     latent = {name: latent[name] for name in latent if not name.startswith("downscale_ratio")}
     return latent | {"samples": done}
@@ -116,7 +119,7 @@ def _check_size(model, height: int, width: int):
         f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
         "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
     )
-    logging.warning(warning)
+    logging.getLogger(__name__).warning(warning)
     show_notice(warning)
 
 

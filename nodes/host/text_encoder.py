@@ -80,11 +80,11 @@ class SigmaTokenizer:
 
         "(word:1.3)" sets weights as the host does, except in a cleaned caption.
         """
-        from ...pixart_sigma.text.encoder import MAX_TOKENS
+        from ...pixart_sigma.prompt_embeds import MAX_TOKENS
 
         tokens, cut = self._tokenize(text, clean_caption, kwargs.get("disable_weights", False))
         if cut:
-            logging.warning(
+            logging.getLogger(__name__).warning(
                 f"The prompt is longer than the {MAX_TOKENS} tokens that PixArt-Sigma reads. Not read: "
                 f"{cut!r}. Shorten the prompt."
             )
@@ -99,7 +99,7 @@ class SigmaTokenizer:
 
     def _tokenize(self, text: str, clean_caption: bool, disable_weights: bool) -> tuple[list[tuple], str]:
         """(token, weight, word id) of a prompt and its end token, and the words that did not fit."""
-        from ...pixart_sigma.text.encoder import MAX_TOKENS
+        from ...pixart_sigma.prompt_embeds import MAX_TOKENS
 
         text = prepare_prompt(text, clean_caption)
         if clean_caption or disable_weights:
@@ -168,7 +168,7 @@ class SigmaTextModel(torch.nn.Module):
     def identify(self):
         """The `EncoderIdentity` of the weights that encode next: the loaded ones, whatever their files are by
         now. None where the files are unusable, which loading them says better."""
-        from ...pixart_sigma.text.embeddings import identify
+        from ...pixart_sigma.text.identity import identify
 
         if self.encoder is not None:
             return self.identity
@@ -179,7 +179,7 @@ class SigmaTextModel(torch.nn.Module):
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
-        from ...pixart_sigma.text.model import QUANTIZED
+        from ...pixart_sigma.settings import QUANTIZED
 
         if self.encoder is None or self.encoder.device == device:
             return
@@ -190,7 +190,9 @@ class SigmaTextModel(torch.nn.Module):
             with _normal_tensors():
                 self.encoder.model.to(device)
         except (RuntimeError, MemoryError) as error:
-            logging.warning(f"The text encoder does not fit on {device} and is dropped: {error}")
+            logging.getLogger(__name__).warning(
+                f"The text encoder does not fit on {device} and is dropped: {error}"
+            )
             self.drop()
 
     def drop(self):
@@ -290,7 +292,7 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:
         if patches and strength_patch and not self.model.told_about_patches:
             self.model.told_about_patches = True
-            logging.warning(
+            logging.getLogger(__name__).warning(
                 "LoRA: nothing is applied to the T5 text encoder of PixArt-Sigma, whose weights can not be "
                 "patched; the transformer's part is applied as usual. To patch T5, load it with CLIPLoader "
                 "(type pixart)."
@@ -299,7 +301,7 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
 
     def _description(self) -> tuple:
         """(tokenizer, bytes expected); read from the file once, kept after the weights are dropped."""
-        from ...pixart_sigma.text.encoder import describe_encoder
+        from ...pixart_sigma.text.loading import describe_encoder
 
         if self.model.description is None:
             self.model.description = describe_encoder(

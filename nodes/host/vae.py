@@ -10,7 +10,6 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 
-SDXL_WIDTHS = [128, 256, 512, 512]
 STEPS = 100  # of the progress bar, for each picture
 
 
@@ -23,13 +22,16 @@ class _Share(Fraction):
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """The host's VAE from a file or a diffusers folder; CheckpointError for anything but a VAE for Sigma."""
-    from ...pixart_sigma.vae.coding import read_vae
+    from ...pixart_sigma.vae.loading import SDXL_VAE, read_vae
 
     if (path / "vae").is_dir():
         path = path / "vae"
     state_dict, config = read_vae(path)
     widths = config["block_out_channels"]
-    return comfy.sd.VAE(sd=state_dict, config=None if widths == SDXL_WIDTHS else _host_config(config))
+    return comfy.sd.VAE(
+        sd=state_dict,
+        config=None if tuple(widths) == SDXL_VAE["block_out_channels"] else _host_config(config),
+    )
 
 
 def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | None = None) -> torch.Tensor:
@@ -40,27 +42,23 @@ def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | N
     Raises SigmaError where the VAE has to be in strips and can not, and for a budget that is too small.
     """
     from ...pixart_sigma.vae.layers import read_decoder
-    from ...pixart_sigma.vae.memory import least_budget, whole_decode_bytes
-    from ...pixart_sigma.vae.strips import decode_within
+    from ...pixart_sigma.vae.stage import decode_picture, ways_within
 
     decoder = read_decoder(vae.first_stage_model)
     if decoder is None and how == "strips":
         raise SigmaError(
             "This VAE is not built like the SDXL VAE and can not be decoded in strips. Choose auto."
         )
-    if decoder is None:
-        least = wanted = vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
-    else:
-        shape = (*latents.shape[2:], vae.vae_dtype.itemsize)
-        least = least_budget(decoder, *shape)
-        wanted = least if how == "strips" else whole_decode_bytes(decoder, *shape)
-    # The host makes room by moving other models away, and never fails if it can not. It must not take what is
-    # missing from the VAE's own weights, which every strip needs.
-    comfy.model_management.load_models_gpu(
-        [vae.patcher], memory_required=min(wanted, budget or wanted), force_full_load=True
-    )
-    budget = budget or max(vae.patcher.get_free_memory(vae.device), least)
+    budget = _make_room(vae, decoder, latents, how, budget)
     bar = comfy.utils.ProgressBar(len(latents) * STEPS)
+
+    def decode_whole(latent):
+        return vae.first_stage_model.decode(latent).to(vae.output_device).float()
+
+    # Where memory runs out in a decode that has to be whole, the host knows more ways than we do.
+    ways = []
+    if decoder is not None and how != "whole":
+        ways = ways_within(decoder, (*latents.shape[2:], vae.vae_dtype.itemsize), budget, how)
     pictures = []
     for number, latent in enumerate(latents):
 
@@ -68,16 +66,34 @@ def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | N
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(number * STEPS + STEPS * done // total)
 
-        picture = decode_within(
-            None if how == "whole" else decoder,
-            latent[None].to(vae.device, vae.vae_dtype),
-            budget,
-            lambda latent: vae.first_stage_model.decode(latent).to(vae.output_device).float(),
-            on_strip,
-            may_be_whole=how == "auto",
-        )
+        latent = latent[None].to(vae.device, vae.vae_dtype)
+        if ways:
+            picture, way = decode_picture(decoder, latent, ways, decode_whole, on_strip)
+            ways = ways[ways.index(way) :]  # what did not fit once is not tried again
+        else:
+            picture = decode_whole(latent)
         pictures.append(vae.process_output(picture.to(vae.output_device)))
     return torch.cat(pictures).movedim(1, -1)
+
+
+def _make_room(vae: comfy.sd.VAE, decoder, latents: torch.Tensor, how: str, budget: float | None) -> float:
+    """Load the VAE with room for the decode; the bytes that there are for it.
+
+    The host makes room by moving other models away, and never fails if it can not. It must not take what is
+    missing from the VAE's own weights, which every strip needs.
+    """
+    from ...pixart_sigma.vae.memory import least_budget, whole_decode_bytes
+
+    if decoder is None:
+        least = wanted = vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
+    else:
+        shape = (*latents.shape[2:], vae.vae_dtype.itemsize)
+        least = least_budget(decoder, *shape)
+        wanted = least if how == "strips" else whole_decode_bytes(decoder, *shape)
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=min(wanted, budget or wanted), force_full_load=True
+    )
+    return budget or max(vae.patcher.get_free_memory(vae.device), least)
 
 
 def _host_config(config: dict) -> dict:

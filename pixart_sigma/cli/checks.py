@@ -1,35 +1,64 @@
-"""What the terminal's commands check and read before anything is loaded. Each raises SigmaError."""
+"""What the terminal's commands check and read before torch is imported. Each raises SigmaError."""
 
 import math
 import os
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+from ..aspect_ratio import by_ratio, parse_size
 from ..errors import SigmaError
-from .options import T5_PRECISIONS
+from ..settings import T5_PRECISIONS, Settings, Ways, check_timesteps
 
 
-def check_settings(arguments):
-    """What can be known to be wrong before torch is imported."""
-    check_count(arguments.count)
-    if arguments.budget and (arguments.decode != "auto" or arguments.decode_budget):
-        raise SigmaError("--budget plans the decode too; give it, or --decode and --decode-budget.")
-    check_steps(arguments.steps)
-    check_guidance(arguments.guidance)
-    if arguments.size and arguments.aspect:
+def read_settings(arguments, base: Settings | None = None) -> Settings:
+    """The picture that the options describe, the rest as in `base`. A prompt is taken from them where it is
+    one text; --aspect is for `with_aspect`, once the checkpoint's base is known."""
+    given = _given(Settings, arguments)
+    size, aspect = getattr(arguments, "size", None), getattr(arguments, "aspect", None)
+    if size and aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")
-    check_seed(arguments.seed)
+    if size:
+        given["width"], given["height"] = parse_size(size)
+    if aspect:
+        by_ratio(aspect, 1024)
+    if isinstance(given.get("timesteps"), str):
+        given["timesteps"] = parse_timesteps(given["timesteps"])
+    return replace(base or Settings(), **given)
 
 
-def check_count(count: int):
-    if count < 1:
-        raise SigmaError(f"--count is {count}; give 1 or more.")
+def with_aspect(settings: Settings, aspect: str | None, base_size: int) -> Settings:
+    """The settings with the trained size of an aspect ratio, if there is one."""
+    if not aspect:
+        return settings
+    bucket = by_ratio(aspect, base_size)
+    return replace(settings, width=bucket.width, height=bucket.height)
 
 
-def check_prompt(arguments):
-    """One of PROMPT and --embeddings, and with the latter nothing that it already decides."""
+def read_ways(arguments, base: Ways | None = None) -> Ways:
+    """How the options want it to run, the rest as in `base`. What they say of the decode, or a budget for the
+    whole run, takes the place of all that `base` says of the decode."""
+    given = _given(Ways, arguments)
+    base = base or Ways()
+    if given.keys() & {"decode", "decode_budget", "budget"}:
+        base = replace(base, decode="auto", decode_budget=None, budget=None)
+    return replace(base, **given)
+
+
+def _given(cls: type, arguments) -> dict[str, Any]:
+    """The fields that an option sets."""
+    values = {field.name: getattr(arguments, field.name, None) for field in fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_prompt(arguments) -> None:
+    """One of PROMPT, --embeddings and --like, and with the second nothing that it already decides."""
     if arguments.embeddings is None:
-        if arguments.prompt is None:
-            raise SigmaError("There is nothing to draw; give a PROMPT, or --embeddings and a file of encode.")
+        if arguments.prompt is None and arguments.like is None:
+            raise SigmaError(
+                "There is nothing to draw; give a PROMPT, or --embeddings and a file of encode, or --like "
+                "and a picture of generate."
+            )
         return
     decided = {
         "PROMPT": arguments.prompt is not None,
@@ -41,21 +70,6 @@ def check_prompt(arguments):
     given = [name for name, value in decided.items() if value]
     if given:
         raise SigmaError(f"--embeddings brings encoded prompts; leave {' and '.join(given)} out.")
-
-
-def check_steps(steps: int):
-    if steps < 1:
-        raise SigmaError(f"--steps is {steps}; give 1 or more.")
-
-
-def check_seed(seed: int):
-    if not 0 <= seed < 2**64:
-        raise SigmaError(f"--seed is {seed}; give a whole number from 0 to 2^64 - 1.")
-
-
-def check_guidance(guidance: float | None):
-    if guidance is not None and not math.isfinite(guidance):
-        raise SigmaError(f"--guidance is {guidance}; give a number such as 4.5.")
 
 
 def parse_share(text: str) -> float:
@@ -77,10 +91,21 @@ def parse_precisions(text: str) -> tuple[str, str]:
             f"--precisions is {text!r}; give two different ones of {', '.join(T5_PRECISIONS)}, such as "
             "bf16,int8."
         )
-    return names
+    return names[0], names[1]
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """(999, 749) from "999,749"."""
+    try:
+        return check_timesteps([int(part) for part in text.split(",")])
+    except ValueError as error:
+        if isinstance(error, SigmaError):
+            raise
+        raise SigmaError(f"--timesteps is {text!r}; give whole numbers such as 999,749,499,249.") from None
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
+    """The prompts of a text file, one in each line."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
@@ -88,22 +113,14 @@ def read_prompts(path: str) -> tuple[str, ...]:
     return prompts
 
 
-def check_writable(path: Path):
+def check_writable(path: Path) -> None:
+    """That a file of this name can be written."""
     if path.is_dir():
         raise SigmaError(f"{path} is a folder; give a file name to write to.")
     if not path.parent.is_dir():
         raise SigmaError(f"{path.parent} is not a folder; make it first, or write elsewhere.")
     if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise SigmaError(f"{path.parent} cannot be written to; choose another place with --out.")
-
-
-def parse_timesteps(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise SigmaError(f"--timesteps is {text!r}; give whole numbers such as 999,749,499,249.") from None
 
 
 def read_picture(path: str):

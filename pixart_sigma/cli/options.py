@@ -1,12 +1,18 @@
-"""What the terminal's commands can be told."""
+"""What the terminal's commands can be told. What is not given is None: the defaults are those of Settings and
+Ways."""
 
 import argparse
 import math
 
 from ..errors import SigmaError
 from ..files.writing import say
+from ..settings import DECODES, QUANTIZED, RELEASES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 
-T5_PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+# Fields of Settings and Ways that an option sets under another name.
+OPTIONS = {
+    "guidance_scale": "--guidance",
+    "binning": "--no-binning",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,28 +27,44 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; `command` of what it parses is the command's name."""
     parser = Parser(prog="pixart-sigma", description="PixArt-Sigma pictures from the terminal.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _add_generate,
+        _add_encode,
+        _add_plan,
+        _add_calibrate,
+        _add_compare,
+        _add_inspect,
+        _add_quantize,
+        _add_download,
+    ):
+        add(commands)
+    return parser
 
+
+def _add_generate(commands):
     generate = commands.add_parser("generate", help="make a picture from a prompt")
     generate.set_defaults(command="generate")
     # Not nargs="?", which takes nothing as soon as an option comes before it.
-    generate.add_argument("prompt", help="left out with --embeddings").required = False
+    generate.add_argument("prompt", help="left out with --embeddings and --like").required = False
     generate.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompts")
+    generate.add_argument(
+        "--like",
+        metavar="PICTURE.png",
+        help="make a picture of generate again, bit for bit on the same machine; each option beside it "
+        "changes that one thing",
+    )
     _add_model(generate)
     _add_encoding(generate)
-    generate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+    _add_size(generate)
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
-    generate.add_argument(
-        "--no-binning", action="store_true", help="make exactly --size, not the nearest trained size"
-    )
-    generate.add_argument("--steps", type=int, default=20)
-    generate.add_argument("--guidance", type=float, help="default 4.5; 1 or less: no guidance, half the work")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--count", type=int, default=1)
-    generate.add_argument("--scheduler", default="dpmpp_2m")
+    _add_binning(generate)
+    _add_sampling(generate)
+    generate.add_argument("--count", type=int, help="pictures (default: 1)")
+    generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
     generate.add_argument("--image", help="start from this picture")
     generate.add_argument(
-        "--strength", type=float, default=0.6, help="with --image: 0 keeps it, 1 forgets it"
+        "--strength", type=float, help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6)"
     )
     generate.add_argument(
         "--kv-compression",
@@ -51,9 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--decode",
-        choices=("auto", "whole", "strips", "tiles"),
-        default="auto",
-        help="auto: whole where it fits, else in strips, which give the same picture; tiles differ in tone",
+        choices=DECODES,
+        help="auto (default): whole where it fits, else in strips, which give the same picture; tiles "
+        "differ in tone",
     )
     generate.add_argument(
         "--decode-budget", type=_bytes, metavar="SIZE", help="such as 2GB; default: the memory that is free"
@@ -64,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="plan all stages for this much memory on the device, such as 2GB; see the command plan",
     )
-    generate.add_argument("--release", choices=("keep", "offload", "free"), default="free")
+    generate.add_argument("--release", choices=RELEASES, help="each model after its stage (default: free)")
     generate.add_argument(
         "--memory-report",
         nargs="?",
@@ -74,6 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--out", default="picture.png")
 
+
+def _add_encode(commands):
     encode = commands.add_parser(
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
     )
@@ -83,32 +107,39 @@ def make_parser() -> argparse.ArgumentParser:
     _add_encoding(encode)
     encode.add_argument("--out", default="prompt.safetensors")
 
+
+def _add_plan(commands):
     plan = commands.add_parser(
         "plan", help="say what each stage needs in memory, and with which settings a budget holds"
     )
     plan.set_defaults(command="plan")
     plan.add_argument("--budget", type=_bytes, required=True, metavar="SIZE", help="such as 2GB or 1600MB")
     plan.add_argument("--size", metavar="WIDTHxHEIGHT", default="1024x1024")
-    plan.add_argument("--count", type=int, default=1)
-    plan.add_argument("--guidance", type=float, default=4.5)
+    _add_binning(plan)
+    plan.add_argument("--count", type=int, help="pictures (default: 1)")
+    plan.add_argument("--guidance", type=float, dest="guidance_scale")
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
-    plan.add_argument("--t5-precision", choices=T5_PRECISIONS)
+    plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+
+def _add_calibrate(commands):
     calibrate = commands.add_parser(
         "calibrate", help="measure how much KV compression a checkpoint bears, for --kv-compression auto"
     )
     calibrate.set_defaults(command="calibrate")
     _add_model(calibrate)
-    calibrate.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
-    calibrate.add_argument("--budget", default="5%", help="the error that is allowed (default: 5%%)")
+    _add_size(calibrate)
+    calibrate.add_argument(
+        "--budget", dest="error_budget", default="5%", help="the error that is allowed (default: 5%%)"
+    )
     calibrate.add_argument("--prompts", help="a text file, one prompt in a line; default: four of our own")
-    calibrate.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next")
-    calibrate.add_argument("--steps", type=int, default=20)
-    calibrate.add_argument("--guidance", type=float, default=4.5)
+    _add_sampling(calibrate, seed="of the first prompt; the next has the next")
     calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
     calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
 
+
+def _add_compare(commands):
     compare = commands.add_parser(
         "compare-t5", help="show what 8 or 4 bit cost: prompts and pictures in two precisions of T5"
     )
@@ -125,35 +156,64 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_model(compare, t5_precision=False)
     _add_encoding(compare)
-    compare.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
-    compare.add_argument("--steps", type=int, default=20)
-    compare.add_argument("--guidance", type=float, default=4.5)
-    compare.add_argument("--seed", type=int, default=0, help="of every picture")
+    _add_size(compare)
+    _add_sampling(compare, seed="of every picture")
     compare.add_argument(
         "--no-pictures", action="store_true", help="compare the embeddings alone: only T5 runs"
     )
     compare.add_argument("--json", action="store_true", help="print JSON, with every token, not a table")
     compare.add_argument("--out", default="comparison.png")
 
+
+def _add_inspect(commands):
     inspect = commands.add_parser("inspect", help="say what a checkpoint is")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
 
+
+def _add_quantize(commands):
     quantize = commands.add_parser("quantize-t5", help="write T5 once in 8 or 4 bit")
     quantize.set_defaults(command="quantize")
     quantize.add_argument("source", help="T5 folder or file")
     quantize.add_argument("out", help="folder to write")
-    quantize.add_argument("--precision", choices=("int8", "nf4", "fp4"), default="int8")
+    quantize.add_argument("--precision", choices=QUANTIZED, default="int8")
     quantize.add_argument("--tokenizer", help="tokenizer file or folder, if not beside the source")
 
+
+def _add_download(commands):
     download = commands.add_parser("download", help="get the official files into ComfyUI's folders")
     download.set_defaults(command="download")
-    download.add_argument("variant", choices=("256", "512", "1024", "2K"))
+    download.add_argument("variant", choices=tuple(VARIANTS))
     download.add_argument(
         "--to", help="ComfyUI's models folder (default: $COMFYUI_PATH/models, else ./models)"
     )
     download.add_argument("--yes", action="store_true", help="do not ask")
-    return parser
+
+
+def _add_size(command: argparse.ArgumentParser):
+    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+
+
+def _add_binning(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--no-binning",
+        dest="binning",
+        action="store_const",
+        const=False,
+        help="make exactly --size, not the nearest trained size",
+    )
+
+
+def _add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from"):
+    """How many steps, how much guidance, from which noise."""
+    command.add_argument("--steps", type=int, help="default: 20")
+    command.add_argument(
+        "--guidance",
+        type=float,
+        dest="guidance_scale",
+        help="default 4.5; 1 or less: no guidance, half the work",
+    )
+    command.add_argument("--seed", type=int, help=f"{seed} (default: 0)")
 
 
 def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
@@ -166,36 +226,35 @@ def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
         "--transformer-device",
-        choices=("auto", "stream"),
-        default="auto",
+        choices=TRANSFORMER_DEVICES,
         help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
         "same result",
     )
-    command.add_argument(
-        "--variant", choices=("256", "512", "1024", "2K"), help="what the transformer was trained for"
-    )
+    command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
 
 
 def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
-    command.add_argument("--model", default="demo", help="demo (default), or a pipeline folder")
+    command.add_argument("--model", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
     if t5_precision:
-        command.add_argument("--t5-precision", choices=T5_PRECISIONS)
+        command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     command.add_argument(
         "--t5-device",
-        choices=("auto", "cpu", "stream"),
-        default="auto",
+        choices=T5_DEVICES,
         help="stream: T5 stays in RAM and passes through the GPU block by block, in under 1 GB there (not "
         "nf4, fp4); cpu: it takes no graphics memory",
     )
-    command.add_argument("--device", default="auto")
+    command.add_argument("--device", help="auto (default), or one of torch's, such as cpu or cuda:1")
 
 
 def _add_encoding(command: argparse.ArgumentParser):
     """How prompts become embeddings."""
-    command.add_argument("--negative", default="", help="what the picture should not show")
+    command.add_argument("--negative", help="what the picture should not show")
     command.add_argument(
-        "--clean-caption", action="store_true", help="clean the prompt as the reference does"
+        "--clean-caption",
+        action="store_const",
+        const=True,
+        help="clean the prompt as the reference does",
     )
     command.add_argument(
         "--no-embedding-cache",

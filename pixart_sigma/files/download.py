@@ -126,7 +126,9 @@ def download(
         if not agreed:
             return None
     if fetch is None:
-        from huggingface_hub import hf_hub_download as fetch
+        from huggingface_hub import hf_hub_download
+
+        fetch = hf_hub_download
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ import struct
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,7 +136,7 @@ def _shards(index: Path) -> dict[str, list[str]]:
         raise CheckpointError(
             f"{index} has no weight_map, so it is not an index of shards. Download it again."
         )
-    shards = {}
+    shards: dict[str, list[str]] = {}
     for key, name in sorted(weight_map.items(), key=lambda item: item[1]):
         shards.setdefault(name, []).append(key)
     for name in shards:
@@ -155,7 +156,7 @@ def _merge(path: Path, read) -> dict:
     located = _locate(path)
     if not _is_index(located):
         return read(located)
-    merged = {}
+    merged: dict[str, Any] = {}
     for name, keys in _shards(located).items():
         shard = read(located.parent / name)
         for key in keys:

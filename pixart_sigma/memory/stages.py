@@ -1,23 +1,21 @@
 """Stages: a model is loaded when it is used, released when it is done, and what it cost is written down."""
 
 import gc
-import logging
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..errors import SigmaError
+from ..errors import SettingError
+from ..settings import RELEASES
+from ..table import align
+from .measure import live_bytes, make_meter, readable, weight_bytes
 
-RELEASES = ("keep", "offload", "free")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Stages:
 
     def __init__(self, device: str | torch.device = "cpu", release: str = "free", measure: bool = False):
         if release not in RELEASES:
-            raise SigmaError(f"release is {release!r}; choose one of {', '.join(RELEASES)}.")
+            raise SettingError("release", repr(release), f"choose one of {', '.join(RELEASES)}")
         self.device = torch.device(device)
         self.release = release
         self.measure = measure
@@ -55,16 +53,16 @@ class Stages:
         self,
         name: str,
         load: Callable[[], Any],
-        use: Callable[[Any], Any],
+        use: Callable[[Any], Result],
         on_cpu: bool = False,
-    ) -> Any:
+    ) -> Result:
         """use(model), the stage's model loaded by `load` unless it is held, and released before this returns.
 
         on_cpu: the model works there, wherever the others do.
         `use` must not keep the model. Where it raises, the frames of the traceback forget their variables, so
         that an error that somebody keeps does not keep the weights.
         """
-        meter = _meter(self.device) if self.measure else None
+        meter = make_meter(self.device) if self.measure else None
         start = time.perf_counter()
         weights = 0
         is_there = self._is_there(name, on_cpu)
@@ -120,52 +118,17 @@ class Stages:
 
     def table(self) -> str:
         """What each stage cost, as text for people; GB are 10^9 bytes."""
-        rows = [("stage", "before", "peak", "after", "weights", "loaded", "freed", "seconds")]
+        rows: list[tuple[str, ...]] = [
+            ("stage", "before", "peak", "after", "weights", "loaded", "freed", "seconds")
+        ]
         for name, cost in self.costs.items():
             sizes = (cost.before, cost.peak, cost.after, cost.weights, cost.loaded, cost.freed)
             rows.append((name, *(readable(size) for size in sizes), f"{cost.seconds:.1f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return align(rows)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """The costs per stage, ready for JSON."""
         return {name: asdict(cost) for name, cost in self.costs.items()}
-
-
-def first_that_fits(stage: str, ways: dict[str, Callable[[], Any]]) -> Any:
-    """What the first of a stage's ways gives that does not run out of memory; SigmaError after the last."""
-    for number, (name, run) in enumerate(ways.items(), start=1):
-        try:
-            return run()
-        except torch.OutOfMemoryError:
-            following = list(ways)[number : number + 1]
-            logging.getLogger(__name__).warning(
-                f"Memory ran out in the {stage} ({name})."
-                + "".join(f" It is released and runs again: {way}." for way in following)
-            )
-    raise SigmaError(
-        f"Memory ran out in the {stage}. Close other programs or make a smaller picture; `pixart-sigma plan` "
-        "says what each stage needs."
-    )
-
-
-def peak_bytes(device: torch.device, use: Callable[[], Any]) -> int:
-    """Bytes of storages alive at the peak of `use()`, beyond those alive before; on the meta device too."""
-    meter = _StorageMeter(device)
-    with meter:
-        use()
-    return meter.peak - meter.before
-
-
-def readable(size: float) -> str:
-    """Bytes for people; GB are 10^9."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _forget_variables(error: BaseException | None):
@@ -180,95 +143,6 @@ def _stage_bytes(model: Any) -> int:
     return weight_bytes(_module(model)) if nbytes is None else nbytes
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, each storage counted once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def live_bytes(device: torch.device) -> int:
-    """Bytes of tensors alive on the device: the allocator's count on CUDA, the live storages elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return sum(size for _, size in _live_storages(device).values())
-
-
-def _live_storages(device: torch.device) -> dict[int, tuple[StorageWeakRef, int]]:
-    storages = {}
-    for thing in gc.get_objects():
-        # type(), because isinstance asks lazy modules and proxies for their class, which imports them.
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
-            try:
-                storage = thing.untyped_storage()
-                storages[_key(thing)] = (StorageWeakRef(storage), storage.nbytes())
-            except (NotImplementedError, RuntimeError):
-                continue  # a tensor without storage, such as a fake or sparse one
-    return storages
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device: what the driver has and what torch keeps on CUDA, else
-    free RAM."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return psutil.virtual_memory().available
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _module(model: Any) -> Any:
     """The part of a stage's model that has `to`: a network, or a streamed encoder."""
     return model if isinstance(model, torch.nn.Module) else model.model
-
-
-def _meter(device: torch.device):
-    return _CudaMeter(device) if device.type == "cuda" else _StorageMeter(device)
-
-
-class _CudaMeter:
-    def __init__(self, device: torch.device):
-        self.device, self.before, self.peak = device, 0, 0
-
-    def __enter__(self):
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.before = self.peak = torch.cuda.memory_allocated(self.device)
-
-    def __exit__(self, *_):
-        self.look()
-
-    def look(self):
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
-
-
-class _StorageMeter(TorchDispatchMode):
-    """Follows the storages alive and those that operations make; counts them at a possible peak."""
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device = device
-        self.peak = 0
-        self.look()
-        self.before = self.peak
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device.type:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._storages:
-                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                    self._sum += storage.nbytes()
-        if self._sum > self.peak:
-            self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
-            self._sum = sum(size for _, size in self._storages.values())
-            self.peak = max(self.peak, self._sum)
-        return output
-
-    def look(self):
-        """Count everything alive afresh: files bring tensors that no operation made."""
-        self._storages = _live_storages(self.device)
-        self._sum = sum(size for _, size in self._storages.values())
-        self.peak = max(self.peak, self._sum)

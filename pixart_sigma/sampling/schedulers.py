@@ -5,8 +5,7 @@ model predicts the noise); the solvers are diffusers'.
 """
 
 import inspect
-import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,12 +19,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ..errors import SigmaError
+from ..errors import SettingError, SigmaError
+from ..settings import SCHEDULERS, Settings, check_sigmas, check_timesteps
 
-SCHEDULERS = ("dpmpp_2m", "sa_solver", "euler", "euler_ancestral", "ddim", "unipc", "lcm", "one_step")
-DEFAULT_GUIDANCE = 4.5
 ONE_STEP_TIMESTEP = 400
-MAX_STEPS = 999
 
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -69,50 +66,36 @@ def make_scheduler(name: str):
     raise SigmaError(f"Unknown scheduler {name!r}. Use one of {', '.join(SCHEDULERS)}.")
 
 
-def default_guidance(scheduler) -> float:
-    """The guidance scale of a run that gives none: 4.5, or 1 (off) for one_step, which is distilled."""
-    return 1.0 if scheduler == "one_step" else DEFAULT_GUIDANCE
+def get_timesteps(scheduler, settings: Settings, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Set the scheduler's timesteps by the settings and return those to run, highest first.
 
-
-def get_timesteps(
-    scheduler,
-    steps: int = 20,
-    timesteps: Sequence[int] | None = None,
-    sigmas: Sequence[float] | None = None,
-    strength: float = 1.0,
-    device: str | torch.device = "cpu",
-) -> torch.Tensor:
-    """Set the scheduler's timesteps and return those to run, highest first.
-
-    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them: timesteps are whole
-    numbers from 999 to 0, descending; sigmas descend and end with the last level, usually 0. With
-    strength < 1 only the last int(steps * strength) are run, as in diffusers' img2img pipelines. Raises
-    SigmaError with the value seen.
+    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them. With strength < 1
+    only the last int(steps * strength) are run, as in diffusers' img2img pipelines. Raises SigmaError with
+    the value seen.
     """
-    if not is_finite(strength) or not 0 < strength <= 1:
-        raise SigmaError(f"strength is {strength}; give a number above 0, and at most 1.")
-    if timesteps is not None and sigmas is not None:
-        raise SigmaError("Both timesteps and sigmas are given; give one of them.")
+    timesteps = settings.timesteps
+    if settings.scheduler == "one_step" and timesteps is None and settings.sigmas is None:
+        timesteps = (ONE_STEP_TIMESTEP,)
     if timesteps is not None:
-        own = {"timesteps": _check_timesteps(scheduler, timesteps)}
-    elif sigmas is not None:
-        own = {"sigmas": _check_sigmas(scheduler, sigmas)}
-    elif isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise SigmaError(f"steps is {steps!r}; give a whole number from 1 to {MAX_STEPS}.")
+        own: dict[str, Any] = {"timesteps": _own_timesteps(scheduler, timesteps)}
+    elif settings.sigmas is not None:
+        own = {"sigmas": _own_sigmas(scheduler, settings.sigmas)}
     else:
-        own = {"num_inference_steps": steps}
+        own = {"num_inference_steps": settings.steps}
     try:
         scheduler.set_timesteps(**own, device=device)
     except ValueError as error:
         raise SigmaError(f"{type(scheduler).__name__} refuses these steps: {error}") from error
-    if strength == 1:
+    if settings.strength == 1:
         return scheduler.timesteps
 
     order = scheduler.order
-    count = steps if "num_inference_steps" in own else len(scheduler.timesteps)
-    skipped = count - int(count * strength)
+    count = settings.steps if "num_inference_steps" in own else len(scheduler.timesteps)
+    skipped = count - int(count * settings.strength)
     if skipped == count:
-        raise SigmaError(f"strength {strength} of {count} steps leaves no step; raise one of them.")
+        raise SettingError(
+            "strength", settings.strength, f"of {count} steps it leaves none, so raise one of them"
+        )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped * order)
     return scheduler.timesteps[skipped * order :]
@@ -127,12 +110,12 @@ def check_scheduler(scheduler):
     return scheduler
 
 
-def get_step_arguments(scheduler, generator, eta, count):
+def get_step_arguments(scheduler, generator, eta: float, count: int) -> dict:
+    """Which of them the scheduler's `step` takes. Raises SigmaError for an eta that it does not take, and
+    where there is neither one generator nor one for each of `count` pictures."""
     accepted = inspect.signature(scheduler.step).parameters
-    if not is_finite(eta) or not 0 <= eta <= 1:
-        raise SigmaError(f"eta is {eta}; give a number from 0 to 1.")
     if eta and "eta" not in accepted:
-        raise SigmaError(f"eta is {eta}, but {type(scheduler).__name__} has none; use the scheduler ddim.")
+        raise SettingError("eta", eta, f"{type(scheduler).__name__} has none; use the scheduler ddim")
     if isinstance(generator, list) and len(generator) != count:
         raise SigmaError(
             f"There are {len(generator)} generators for {count} pictures; give one, or one each."
@@ -140,20 +123,16 @@ def get_step_arguments(scheduler, generator, eta, count):
     return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
 
-def _check_timesteps(scheduler, timesteps):
+def _own_timesteps(scheduler, timesteps) -> list[int]:
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise SigmaError(
             f"{type(scheduler).__name__} takes no timesteps of one's own. "
             "Give steps, or use dpmpp_2m, euler, lcm or one_step."
         )
-    timesteps = list(timesteps)
-    whole = all(is_finite(value) and value == int(value) and 0 <= value <= 999 for value in timesteps)
-    if not timesteps or not whole or not _descends(timesteps):
-        raise SigmaError(f"timesteps are {timesteps}; give whole numbers from 999 to 0, descending.")
-    return [int(value) for value in timesteps]
+    return list(check_timesteps(timesteps))
 
 
-def _check_sigmas(scheduler, sigmas):
+def _own_sigmas(scheduler, sigmas) -> list[float]:
     # UniPC has the argument too, but for flow models only.
     takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if not takes or isinstance(scheduler, UniPCMultistepScheduler):
@@ -161,24 +140,4 @@ def _check_sigmas(scheduler, sigmas):
             f"{type(scheduler).__name__} takes no sigmas of one's own. "
             "Give steps, or use the scheduler euler."
         )
-    sigmas = list(sigmas)
-    if (
-        len(sigmas) < 2
-        or not all(is_finite(value) and value >= 0 for value in sigmas)
-        or not _descends(sigmas)
-    ):
-        raise SigmaError(
-            f"sigmas are {sigmas}; give at least two numbers, descending, of which the last is the end."
-        )
-    return [float(value) for value in sigmas]
-
-
-def _descends(values):
-    return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
-
-
-def is_finite(value) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
+    return list(check_sigmas(sigmas))

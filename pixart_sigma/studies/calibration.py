@@ -1,34 +1,33 @@
-"""Which layers, ratios and steps of a checkpoint bear KV compression without trained weights, by measurement.
+"""Calibration of KV compression: whole runs are watched, measured and chosen from, whoever makes them.
 
-At a few points of uncompressed runs each layer is compressed by itself, and the picture that the step then
-predicts is compared with the uncompressed one: after guidance, which multiplies errors. What remains of such
-an error at the end differs from part to part of a run, so each part is measured once by whole runs, with one
-layer compressed. The errors are nearly independent, so that their squares add: of all choices with the same
-sum, the one that saves most is the one in which every further layer costs the same per multiply-add saved.
-The largest such choice is taken with which all whole runs end within the budget.
+`calibrate` is the driver. What makes the runs is a `Runs`: the engine's is here, the host's with the nodes.
 """
 
-import bisect
-import functools
-import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from ..errors import SigmaError
+from ..pipeline import SigmaPipeline
+from ..prompt_embeds import Prompts
+from ..sampling.denoise import denoise, predict_clean
+from ..sampling.guidance import Predict, guide
+from ..sampling.noise import get_noise
+from ..sampling.schedulers import make_scheduler
+from ..settings import Settings
 from ..transformer.config import TransformerConfig
-from ..transformer.cost import multiply_adds
-from ..transformer.kv_calibration import RATIOS, WINDOWS, Calibration, fingerprint_of
-from ..transformer.kv_rules import LAST_TIMESTEP, KVCompression
+from ..transformer.kv_calibration import Calibration, fingerprint_of
+from ..transformer.kv_rules import KVCompression, spell
+from ..transformer.network import SigmaTransformer
+from ..transformer.stage import Pass
+from .calibrator import Calibrator, Progress
 
-Progress = Callable[[int, int], None]
+Rules = tuple[KVCompression, ...]
+# (timestep, the clean latents that a step predicted, the same by other rules), see `Calibrator.see`.
+See = Callable[[float, torch.Tensor, Callable[[Rules], torch.Tensor]], None]
 
-# The one for weights that were not trained with compression.
-OPERATOR = "mean"
-# Of choices that whole runs are made with; each comes several times nearer to the budget.
-SEARCHES = 6
-PROMPT_TOKENS = 300
 # Different enough in content that no single picture decides.
 PROMPTS = (
     "a portrait of an old fisherman with a grey beard, soft window light",
@@ -45,276 +44,47 @@ DEMO_PROMPTS = (
 )
 
 
-class Calibrator:
-    """Collects points of uncompressed runs and measures: `start` a run, `see` its steps, `finish` it; then
-    `measure` the layers and `choose` among them.
+class Runs(Protocol):
+    """Whole runs of one model at one size, one for each prompt.
+
+    config: the model's. fingerprint: some of its weights, see `fingerprint_of`.
     """
 
-    def __init__(self, config: TransformerConfig, height: int, width: int, budget: float):
-        """height, width: of the pictures, in pixels. budget: the relative L2 error that is allowed."""
-        if not 0 < budget < 1:
-            raise SigmaError(f"The error budget is {budget}; give a share between 0 and 1, such as 0.05.")
-        if config.kv_compression is not None:
-            raise SigmaError(
-                "This checkpoint was trained with KV compression; there is nothing to calibrate."
-            )
-        self.config, self.height, self.width = config, height, width
-        self.budget = budget
-        self.points: list[tuple[int, Callable, torch.Tensor]] = []
-        self.finished = 0  # how many of them are of earlier runs
-        self.nearest: dict[int, float] = {}  # of this run: the timestep in each window
-        self.ended: list[torch.Tensor] = []
-        self.steps = 0  # of all runs
+    config: TransformerConfig
+    fingerprint: tuple[float, ...]
 
-    def start(self) -> None:
-        """Call it before each run."""
-        self.finished, self.nearest = len(self.points), {}
+    def run(self, index: int, rules: Rules, see: See | None = None) -> torch.Tensor:
+        """The latents that the run of prompt `index` ends with, compressed by the rules; `see` is told its
+        steps."""
+        ...
 
-    def see(self, timestep: float, predicted: torch.Tensor, predict: Callable) -> None:
-        """Offer one step: the clean latents it predicted uncompressed, and `predict(rules)` to repeat it.
-
-        Of each window the steps of the timestep nearest to its middle are kept.
-        """
-        self.steps += 1
-        progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
-        window = min(int(progress * WINDOWS), WINDOWS - 1)
-        nearest = self.nearest.get(window)
-        middle = LAST_TIMESTEP * (1 - (window + 0.5) / WINDOWS)
-        if nearest is not None and timestep != nearest:
-            if abs(timestep - middle) >= abs(nearest - middle):
-                return
-            this_run = self.points[self.finished :]
-            self.points[self.finished :] = [point for point in this_run if point[0] != window]
-        self.nearest[window] = timestep
-        self.points.append((window, predict, predicted.float()))
-
-    def finish(self, latents: torch.Tensor) -> None:
-        """Call it after each run, with the clean latents it ended with."""
-        self.ended.append(latents.float())
-
-    @property
-    def total(self) -> int:
-        """How many steps `measure` and `choose` repeat at most."""
-        return len(self.points) * self.config.num_layers * len(RATIOS) + (WINDOWS + SEARCHES) * self.steps
-
-    def measure(self, on_progress: Progress = lambda done, total: None) -> dict[int, list[list[float]]]:
-        """errors[ratio][layer][window] of each layer by itself; infinite where no step was seen.
-
-        `on_progress(done, total)` counts steps that were repeated, of `total`.
-        """
-        if not self.points:
-            raise SigmaError("No step was run, so there is nothing to measure.")
-        done = 0
-
-        def error_in(window, rules) -> float:
-            nonlocal done
-            found = []
-            for _, predict, predicted in (point for point in self.points if point[0] == window):
-                found.append(_relative(predict(rules).float(), predicted))
-                done += 1
-                on_progress(done, self.total)
-            return sum(found) / len(found) if found else math.inf
-
-        return {
-            ratio: [
-                [error_in(window, self._rules({layer: ratio})) for window in range(WINDOWS)]
-                for layer in range(self.config.num_layers)
-            ]
-            for ratio in RATIOS
-        }
-
-    def choose(
-        self,
-        errors: dict[int, list[list[float]]],
-        run: Callable[[int, tuple[KVCompression, ...]], torch.Tensor],
-        on_progress: Progress = lambda done, total: None,
-    ) -> tuple[tuple[KVCompression, ...], float]:
-        """The rules and their error, from the `errors` of `measure`.
-
-        `run(index, rules)` repeats a whole run, counted from 0, and returns the latents it ends with.
-        `on_progress` goes on from where it was in `measure`.
-        """
-        done = self.total - (WINDOWS + SEARCHES) * self.steps
-
-        def error_of(chosen) -> float:
-            nonlocal done
-            rules, found = self._join(chosen), []
-            for index, latents in enumerate(self.ended):
-                found.append(_relative(run(index, rules).float(), latents))
-                done += self.steps // len(self.ended)
-                on_progress(done, self.total)
-            return max(found)
-
-        windows = [
-            self._at_the_end(
-                window, {ratio: [layer[window] for layer in errors[ratio]] for ratio in RATIOS}, error_of
-            )
-            for window in range(WINDOWS)
-        ]
-        chosen, error = self._search(windows, error_of)
-        on_progress(self.total, self.total)
-        return self._join(chosen), error
-
-    def _at_the_end(self, window: int, alone: dict[int, list[float]], error_of) -> dict[int, list[float]]:
-        """The errors of the layers in a window, as large as they are at the end of a run.
-
-        Measured with the layer that errs least, lightly compressed, and taken to be in proportion for others.
-        """
-        lightly = alone[RATIOS[0]]
-        layer = min(range(len(lightly)), key=lightly.__getitem__)
-        if not 0 < lightly[layer] < math.inf:
-            return alone
-        only = [{layer: RATIOS[0]} if other == window else {} for other in range(WINDOWS)]
-        times = error_of(only) / lightly[layer]
-        return {ratio: [times * error for error in layers] for ratio, layers in alone.items()}
-
-    def _search(self, windows: list[dict[int, list[float]]], error_of) -> tuple[list[dict[int, int]], float]:
-        """The largest choice, in each window a ratio for some layers, whose error is within the budget, and
-        that error.
-        """
-        prices = sorted(set().union(*map(self._prices, windows)))
-
-        def choose(price):
-            return [self._choose(alone, price) for alone in windows]
-
-        def expected(chosen) -> float:
-            return math.hypot(
-                *(
-                    alone[ratio][layer]
-                    for alone, ratios in zip(windows, chosen, strict=True)
-                    for layer, ratio in ratios.items()
-                )
-            )
-
-        within, error, limit = [{}] * WINDOWS, 0.0, self.budget
-        low, high = 0, len(prices) + 1  # so many prices are within the budget, and so many are not
-        for _ in range(SEARCHES):
-            if high - low < 2:
-                break
-            affordable = bisect.bisect_right(prices, limit, key=lambda price: expected(choose(price)))
-            affordable = min(max(affordable, low + 1), high - 1)
-            chosen = choose(prices[affordable - 1])
-            measured = error_of(chosen)
-            if measured <= self.budget:
-                low, within, error = affordable, chosen, measured
-            else:
-                high = affordable
-            # The expectation was too high or too low by this much, and will be again nearby.
-            limit = expected(chosen) * self.budget / measured if measured else math.inf
-        return within, error
-
-    def saved(self, rules: tuple[KVCompression, ...]) -> float:
-        """The share of multiply-adds that the rules save over the whole schedule."""
-        middles = [LAST_TIMESTEP * (1 - (window + 0.5) / WINDOWS) for window in range(WINDOWS)]
-        count = [self._count(rules, timestep) for timestep in middles]
-        return 1 - sum(count) / (WINDOWS * self._count((), 0))
-
-    def _count(self, rules, timestep: float) -> int:
-        return multiply_adds(self.config, self.height, self.width, PROMPT_TOKENS, rules, timestep)
-
-    def _gain(self, ratio: int) -> int:
-        """Multiply-adds that one layer saves."""
-        return self._count((), 0) - self._count(self._rules({0: ratio}), 0)
-
-    def _rules(self, ratios: dict[int, int]) -> tuple[KVCompression, ...]:
-        """The rules that compress each of these layers by its ratio."""
-        named = {ratio: tuple(layer for layer in ratios if ratios[layer] == ratio) for ratio in RATIOS}
-        return tuple(KVCompression(OPERATOR, ratio, named[ratio]) for ratio in RATIOS if named[ratio])
-
-    def _prices(self, alone: dict[int, list[float]]) -> set[float]:
-        """The squared errors per multiply-add at which some layer takes a further ratio."""
-        prices = set()
-        for layer in range(self.config.num_layers):
-            steps = [(0, 0.0), *((self._gain(ratio), alone[ratio][layer] ** 2) for ratio in RATIOS)]
-            for (gain, error), (further, worse) in itertools.combinations(steps, 2):
-                if worse < math.inf:
-                    prices.add(max(0.0, worse - error) / (further - gain))
-        return prices
-
-    def _choose(self, alone: dict[int, list[float]], price: float) -> dict[int, int]:
-        """The ratio that saves most where a multiply-add may cost `price`, for each layer that has one."""
-        price *= 1 + 1e-9  # rounding must not decide whether a layer is worth its own price
-
-        def worth(layer, ratio):
-            return price * self._gain(ratio) - alone[ratio][layer] ** 2
-
-        best = {
-            layer: max(RATIOS, key=functools.partial(worth, layer)) for layer in range(self.config.num_layers)
-        }
-        return {layer: ratio for layer, ratio in best.items() if worth(layer, ratio) >= 0}
-
-    def _join(self, chosen: list[dict[int, int]]) -> tuple[KVCompression, ...]:
-        """The rules of the whole run, from the ratios chosen in each window."""
-        layers: dict[tuple[int, int, int], list[int]] = {}
-        for layer in range(self.config.num_layers):
-            window = 0
-            for ratio, stretch in itertools.groupby(ratios.get(layer) for ratios in chosen):
-                end = window + len(list(stretch))
-                if ratio is not None:
-                    layers.setdefault((ratio, window, end), []).append(layer)
-                window = end
-        return tuple(
-            KVCompression(OPERATOR, ratio, tuple(named), start / WINDOWS, end / WINDOWS)
-            for (ratio, start, end), named in sorted(layers.items())
-        )
-
-
-def _relative(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((latents - reference).norm() / reference.norm())
+    def repeating(self):
+        """A context in which steps that were seen can be repeated."""
+        ...
 
 
 def calibrate(
-    transformer,
-    runs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    runs: Runs,
     prompts: tuple[str, ...],
+    settings: Settings,
+    budget: float,
     *,
-    budget: float = 0.05,
-    steps: int = 20,
-    guidance_scale: float = 4.5,
-    on_progress: Progress = lambda done, total: None,
+    on_step: Progress = lambda done, total: None,
+    on_run: Progress = lambda done, total: None,
 ) -> Calibration:
-    """Measure a `SigmaTransformer`. `runs` are (latents, prompt_embeds, negative_embeds) as for `denoise`,
-    all of one size; `prompts` say what they show. `on_progress(done, total)` counts steps that were repeated.
+    """Measure how much KV compression a model bears at the settings' size, see `calibrator`.
+
+    Prompt k is drawn from the seed + k. budget: the error allowed, a share of 1. on_step(done, total) counts
+    the steps that were repeated, on_run goes on from there with whole runs.
     """
-    from ..sampling.denoise import denoise, guide, predict_clean
-    from ..sampling.schedulers import make_scheduler
-
-    height, width = (8 * side for side in runs[0][0].shape[-2:])
-    calibrator = Calibrator(transformer.sigma_config, height, width, budget)
-    scheduler = make_scheduler("dpmpp_2m")
-
-    def watched(latents, timestep, embeds, mask, kv_compression):
-        def noise(rules):
-            return transformer(latents, timestep, embeds, mask, kv_compression=rules)
-
-        def predicted(noise):
-            if guidance_scale > 1:
-                noise = guide(noise, guidance_scale)
-            return predict_clean(scheduler, latents[: len(noise)].float(), noise.float(), timestep)
-
-        uncompressed = noise(())
-        calibrator.see(float(timestep), predicted(uncompressed), lambda rules: predicted(noise(rules)))
-        return uncompressed
-
-    def run(index, rules, network=transformer):
-        latents, prompt_embeds, negative_embeds = runs[index]
-        return denoise(
-            network,
-            latents,
-            prompt_embeds,
-            negative_embeds=negative_embeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            kv_compression=rules,
-        )
-
-    for index in range(len(runs)):
+    width, height = settings.asked_size(runs.config.sample_size * 8)
+    calibrator = Calibrator(runs.config, height, width, budget)
+    for index in range(len(prompts)):
         calibrator.start()
-        calibrator.finish(run(index, (), watched))
-    with torch.no_grad():
-        errors = calibrator.measure(on_progress)
-        rules, error = calibrator.choose(errors, run, on_progress)
+        calibrator.finish(runs.run(index, (), calibrator.see))
+    with torch.no_grad(), runs.repeating():
+        errors = calibrator.measure(on_step)
+    rules, error = calibrator.choose(errors, runs.run, on_run)
     return Calibration(
         rules=rules,
         error=error,
@@ -322,8 +92,91 @@ def calibrate(
         saved=calibrator.saved(rules),
         width=width,
         height=height,
-        steps=steps,
+        steps=settings.steps,
         prompts=prompts,
         errors=errors,
-        fingerprint=fingerprint_of(transformer.state_dict()),
+        fingerprint=runs.fingerprint,
     )
+
+
+@dataclass
+class EngineRuns:
+    """Runs of a `SigmaTransformer`, from the noise (1, 4, h, w) and the prompts of each."""
+
+    transformer: SigmaTransformer
+    starts: list[tuple[torch.Tensor, Prompts]]
+    settings: Settings
+    in_turn: bool = False
+
+    def __post_init__(self):
+        self.config = self.transformer.sigma_config
+        self.fingerprint = fingerprint_of(self.transformer.state_dict())
+
+    def run(self, index: int, rules: Rules, see: See | None = None) -> torch.Tensor:
+        noise, _ = self.starts[index]
+        predict = self._predict(index, rules)
+        return denoise(self._watch(index, predict, see) if see else predict, noise, self.settings)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        yield
+
+    def _predict(self, index: int, rules: Rules) -> Predict:
+        settings = replace(self.settings, kv_compression=spell(rules))
+        return guide(self.transformer, self.starts[index][1], settings, self.in_turn)
+
+    def _watch(self, index: int, predict: Predict, see: See) -> Predict:
+        scheduler = make_scheduler(self.settings.scheduler)
+
+        def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            def clean(noise: torch.Tensor) -> torch.Tensor:
+                return predict_clean(scheduler, latents, noise, timestep)
+
+            noise = predict(latents, timestep)
+            see(
+                float(timestep),
+                clean(noise),
+                lambda rules: clean(self._predict(index, rules)(latents, timestep)),
+            )
+            return noise
+
+        return watched
+
+
+def calibrate_pipeline(
+    pipeline: SigmaPipeline,
+    prompts: tuple[str, ...],
+    settings: Settings,
+    budget: float = 0.05,
+    *,
+    on_progress: Progress = lambda done, total: None,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Calibration:
+    """Calibrate the pipeline's transformer at exactly the settings' size; see `calibrate`.
+
+    Raises SigmaError for a budget that is no share, and for a checkpoint that was trained with KV
+    compression.
+    """
+    settings = replace(settings.complete(pipeline.base_size), binning=False)
+    width, height = settings.made_size(pipeline.base_size)
+    settings = replace(settings, width=width, height=height)
+    on_stage("text encoder")
+    (*encoded, negative), _, _ = pipeline.text.encode((*prompts, settings.negative), pipeline.ways)
+    on_stage("transformer")
+    device, dtype = pipeline.device, pipeline.dtype
+    channels = pipeline.checkpoint.config.in_channels
+
+    def measure(transformer: SigmaTransformer, in_turn: bool) -> Calibration:
+        unwanted = negative.prompt_embeds.to(device, dtype)
+        starts = [
+            (
+                get_noise(1, height, width, settings.seed + index, dtype, device, channels),
+                Prompts(prompt.prompt_embeds.to(device, dtype), negative_embeds=unwanted),
+            )
+            for index, prompt in enumerate(encoded)
+        ]
+        runs = EngineRuns(transformer, starts, settings, in_turn)
+        return calibrate(runs, prompts, settings, budget, on_step=on_progress, on_run=on_progress)
+
+    work = Pass(height, width, guided=settings.guided)
+    return pipeline.transformer.run(measure, work, pipeline.ways)[0]

@@ -6,24 +6,28 @@ ratio, and the two pictures of the same noise by their peak signal-to-noise rati
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageChops, ImageStat
 
-from ..aspect_ratio import check_size
 from ..errors import SigmaError
-from ..memory.stages import readable
-from ..sampling.denoise import Step, check_settings
-from ..text.embeddings import EmbeddingCache, PromptEmbeddings
-from ..text.encoder import describe_encoder, read_encoder
+from ..memory.measure import readable
+from ..pipeline import SigmaPipeline
+from ..prompt_embeds import Encoded
+from ..sampling.denoise import Step
+from ..settings import T5_PRECISIONS, Settings
+from ..table import align
+from ..text.cache import EmbeddingCache
+from ..text.cleaning import prepare_prompt
+from ..text.embeddings import PromptEmbeddings
+from ..text.loading import describe_encoder, read_encoder
 from ..text.model import check_4bit_widths, check_packages
 
-if TYPE_CHECKING:
-    from ..pipeline import SigmaPipeline
-
+# Of the settings, what pictures that are compared are said to be made with.
+DRAWN_WITH = ("width", "height", "steps", "guidance_scale", "seed")
 # Words of several kinds: plain ones, names and numbers, a relation, and a long sentence.
 PROMPTS = (
     "a portrait of an old fisherman with a grey beard, soft window light",
@@ -125,18 +129,10 @@ class PrecisionComparison:
         rows = [("prompt", "cosine", "least", "at", "SNR", *(("PSNR",) if self.pictures else ()))]
         for prompt in self.prompts:
             word, least = prompt.least
-            psnr = (decibels(prompt.psnr),) if self.pictures else ()
+            psnr = () if prompt.psnr is None else (decibels(prompt.psnr),)
             shown = prompt.prompt if len(prompt.prompt) <= 40 else prompt.prompt[:37] + "..."
             rows.append((shown, f"{prompt.cosine:.5f}", f"{least:.5f}", word, decibels(prompt.snr), *psnr))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join([self.summary(), *lines])
+        return "\n".join([self.summary(), align(rows)])
 
     def as_dict(self) -> dict:
         """All figures, ready for JSON."""
@@ -148,19 +144,106 @@ class PrecisionComparison:
         }
 
 
+class Subject(Protocol):
+    """What a comparison is made with: the encoder in each precision, and if there are pictures what draws
+    them."""
+
+    @property
+    def settings(self) -> dict:
+        """What the pictures are made with, ready for JSON; empty without pictures."""
+        ...
+
+    def encode(self, precision: str, texts: tuple[str, ...]) -> list[Encoded]:
+        """The embeddings of each text; nothing of the encoder is left afterwards."""
+        ...
+
+    def tokens(self, prompt: str, count: int) -> list[str]:
+        """The pieces of the `count` tokens, end token included, that T5 reads of a prompt."""
+        ...
+
+    def draw(self) -> list[tuple[Image.Image, Image.Image]]:
+        """Both pictures of each prompt, from the same noise, once both precisions have encoded; or none at
+        all."""
+        ...
+
+
+def compare(
+    subject: Subject,
+    prompts: tuple[str, ...],
+    precisions: tuple[str, str],
+    nbytes: tuple[int, int],
+    negative: str = "",
+) -> PrecisionComparison:
+    """Compare prompts in both precisions, the reference first. nbytes: what each encoder takes on its
+    device."""
+    references, others = (subject.encode(precision, (*prompts, negative)) for precision in precisions)
+    drawn = subject.draw()
+    compared = []
+    for index, prompt in enumerate(prompts):
+        reference, other = references[index], others[index]
+        tokens = subject.tokens(prompt, reference.prompt_embeds.shape[1])
+        pair = drawn[index] if drawn else ()
+        compared.append(
+            compare_prompt(
+                prompt, tokens, reference.prompt_embeds, other.prompt_embeds, pair, reference.truncated
+            )
+        )
+    return PrecisionComparison(precisions, nbytes, tuple(compared), subject.settings, tuple(drawn))
+
+
+@dataclass
+class PipelineSubject:
+    """A pipeline's T5, and its transformer and VAE where `pictures` are to be drawn."""
+
+    pipeline: SigmaPipeline
+    prompts: tuple[str, ...]
+    chosen: Settings
+    tokenizer: Any
+    pictures: bool
+    embedding_cache: EmbeddingCache | None
+    on_stage: Callable[[str], None]
+    callback: Callable[[Step], bool | None] | None
+    encoded: dict[str, list[Encoded]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict:
+        chosen = self.chosen.as_dict() if self.pictures else {}
+        return {name: chosen[name] for name in DRAWN_WITH if name in chosen}
+
+    def encode(self, precision: str, texts: tuple[str, ...]) -> list[Encoded]:
+        self.on_stage(f"T5 in {precision}")
+        ways = replace(self.pipeline.ways, t5_precision=precision)
+        found, _, _ = self.pipeline.text.encode(texts, ways, self.chosen.clean_caption, self.embedding_cache)
+        self.encoded[precision] = [Encoded(one.prompt_embeds.cpu(), one.truncated) for one in found]
+        return self.encoded[precision]
+
+    def tokens(self, prompt: str, count: int) -> list[str]:
+        return read_tokens(self.tokenizer, prompt, count, self.chosen.clean_caption)
+
+    def draw(self) -> list[tuple[Image.Image, Image.Image]]:
+        if not self.pictures:
+            return []
+        settings = replace(self.chosen, prompt="", negative="", clean_caption=False)
+        drawn = []
+        for index, prompt in enumerate(self.prompts):
+            pair = []
+            for precision, found in self.encoded.items():
+                self.on_stage(f"{prompt[:20]!r} in {precision}")
+                positive, negative = found[index].prompt_embeds, found[-1].prompt_embeds
+                embeddings = PromptEmbeddings(positive, negative, prompt, self.chosen.negative, precision)
+                made = self.pipeline.generate(settings, embeddings=embeddings, callback=self.callback)
+                pair.append(made.images[0])
+            drawn.append((pair[0], pair[1]))
+        return drawn
+
+
 def compare_t5(
-    pipeline: "SigmaPipeline",
+    pipeline: SigmaPipeline,
     prompts: tuple[str, ...],
     precisions: tuple[str, str] = ("bf16", "int8"),
+    settings: Settings | None = None,
     *,
-    negative: str = "",
     pictures: bool = True,
-    width: int | None = None,
-    height: int | None = None,
-    steps: int = 20,
-    guidance_scale: float = 4.5,
-    seed: int = 0,
-    clean_caption: bool = False,
     embedding_cache: EmbeddingCache | None = None,
     on_stage: Callable[[str], None] = lambda name: None,
     callback: Callable[[Step], bool | None] | None = None,
@@ -169,51 +252,33 @@ def compare_t5(
 
     The settings are those of `SigmaPipeline.generate`; with `pictures` False only T5 is loaded. One model is
     in memory at a time, each released before the next, whatever the pipeline does in its own runs.
-    Raises SigmaError before anything is loaded for what `check_comparison` says and for wrong settings.
+    Raises SigmaError before anything is loaded for what `check_comparison` says.
     """
     text = pipeline.text
     if text.text_encoder is None:
         raise SigmaError("This pipeline has no text encoder to compare; give it one.")
+    place = pipeline.ways.t5_device
     tokenizer, nbytes = check_comparison(
         prompts,
         precisions,
         text.text_encoder,
         tokenizer=text.tokenizer,
-        device="cpu" if text.place == "cpu" else pipeline.device,
-        stream=text.place == "stream",
+        device="cpu" if place == "cpu" else pipeline.device,
+        stream=place == "stream",
         caption_channels=pipeline.checkpoint.config.caption_channels if pictures else None,
     )
-    base = pipeline.base_size
-    size = {"width": base if width is None else width, "height": base if height is None else height}
-    if pictures:
-        check_size(**size)
-        check_settings("dpmpp_2m", steps, guidance_scale)
-
-    pipeline = pipeline.apart()
-    encoded = []
-    for precision in precisions:
-        on_stage(f"T5 in {precision}")
-        texts = (*prompts, negative)
-        found, _ = pipeline.text.encode(texts, clean_caption, embedding_cache, precision)
-        encoded.append([(one.prompt_embeds.cpu(), one.truncated) for one in found])
-
-    settings = {}
-    if pictures:
-        settings = size | {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-    compared, drawn = [], []
-    for index, prompt in enumerate(prompts):
-        pair = []
-        for precision, found in zip(precisions, encoded, strict=True) if pictures else ():
-            on_stage(f"{prompt[:20]!r} in {precision}")
-            embeddings = PromptEmbeddings(found[index][0], found[-1][0], prompt, negative, precision)
-            made = pipeline.generate(embeddings, callback=callback, **settings)
-            pair.append(made.images[0])
-        if pair:
-            drawn.append(tuple(pair))
-        (reference, truncated), (other, _) = (found[index] for found in encoded)
-        tokens = read_tokens(tokenizer, prompt, reference.shape[1], clean_caption)
-        compared.append(compare_prompt(prompt, tokens, reference, other, tuple(pair), truncated))
-    return PrecisionComparison(tuple(precisions), nbytes, tuple(compared), settings, tuple(drawn))
+    settings = (settings or Settings()).complete(pipeline.base_size)
+    subject = PipelineSubject(
+        pipeline=pipeline.apart(),
+        prompts=prompts,
+        chosen=settings,
+        tokenizer=tokenizer,
+        pictures=pictures,
+        embedding_cache=embedding_cache,
+        on_stage=on_stage,
+        callback=callback,
+    )
+    return compare(subject, prompts, precisions, nbytes, settings.negative)
 
 
 def check_comparison(
@@ -249,7 +314,7 @@ def check_comparison(
                 f"{caption_channels}. Choose the encoder that belongs to it, or compare without pictures."
             )
         check_packages(precision)
-        if precision in ("nf4", "fp4"):
+        if T5_PRECISIONS[precision].bits == 4:
             check_4bit_widths(config, precision)
         loaded_tokenizer, size = describe_encoder(text_encoder, tokenizer, precision, device, stream)
         nbytes.append(size)
@@ -286,8 +351,6 @@ def peak_signal_to_noise(reference: Image.Image, other: Image.Image) -> float:
 
 def read_tokens(tokenizer, prompt: str, count: int, clean_caption: bool = False) -> list[str]:
     """The pieces of the `count` tokens, end token included, that T5 reads of a prompt."""
-    from ..text.cleaning import prepare_prompt
-
     ids = tokenizer(prepare_prompt(prompt, clean_caption), verbose=False)["input_ids"]
     return [*tokenizer.convert_ids_to_tokens(ids[: count - 1]), END]
 

@@ -70,7 +70,8 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 def _lay_out(prompt: PromptComparison, width: int, font) -> list[list[tuple[float, str, float]]]:
     """Lines of (x, word, cosine); of a long prompt the first ones."""
-    lines, x = [[]], 0.0
+    lines: list[list[tuple[float, str, float]]] = [[]]
+    x = 0.0
     for word, cosine in prompt.words():
         length = font.getlength(word) + 8
         if x + length > width and lines[-1]:

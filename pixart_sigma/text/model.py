@@ -7,23 +7,21 @@ from pathlib import Path
 
 import torch
 
+from ..devices import half_precision
 from ..errors import CheckpointError, SigmaError
-
-PRECISIONS = ("int8", "nf4", "fp4", "bf16", "fp16", "fp32")
-QUANTIZED = ("int8", "nf4", "fp4")
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from ..settings import QUANTIZED, T5_PRECISIONS
 
 
 def build_model(config, weights: dict, precision: str, device: torch.device, path: Path):
     """Build transformers' T5EncoderModel from weights that were checked, quantising layer by layer."""
     from transformers import T5EncoderModel
 
-    dtype = PLAIN.get(precision) or compute_dtype(device)
+    dtype = compute_dtype(precision, device)
     quantization = None
     if precision in QUANTIZED:
         check_packages(precision)
         quantization = quantization_config(config, precision, dtype)
-        if precision != "int8":
+        if T5_PRECISIONS[precision].bits == 4:
             check_4bit_widths(config, precision)
         quiet_int8_casts()
     try:
@@ -65,9 +63,9 @@ def quantization_config(config, precision: str, dtype: torch.dtype):
     if saved is not None:
         saved["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         return None
-    if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=dtype)
+    facts = T5_PRECISIONS[precision]
+    computing = {"bnb_4bit_compute_dtype": dtype} if facts.bits == 4 else {}
+    return BitsAndBytesConfig(**(facts.bitsandbytes or {}), **computing)
 
 
 def check_4bit_widths(config, precision: str) -> None:
@@ -81,11 +79,10 @@ def check_4bit_widths(config, precision: str) -> None:
             )
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on the CPU and on GPUs that compute in it, fp16 on the others."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.float16 if device.type == "mps" else torch.bfloat16
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What an encoder computes in: the precision's dtype, or half precision where it is quantised."""
+    named = T5_PRECISIONS[precision].dtype
+    return getattr(torch, named) if named else half_precision(device)
 
 
 def _without_int8_casts(record: logging.LogRecord) -> bool:

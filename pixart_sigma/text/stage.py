@@ -1,28 +1,58 @@
-"""The text stage of a run: T5 is loaded for texts that the cache lacks, in a smaller way where it must."""
+"""The text stage of a run: T5 is loaded for texts that the cache lacks, in a smaller way where it must; and
+the ways it has."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..components import T5_PLACES
+from ..devices import half_precision
 from ..errors import CheckpointError, SigmaError
-from ..memory.stages import Stages, first_that_fits
+from ..memory.stages import Stages
+from ..memory.ways import Needs, Way, first_that_fits
+from ..prompt_embeds import Encoded
+from ..settings import T5_PRECISIONS, Ways
+from .cache import EmbeddingCache, cache_key
 from .cleaning import prepare_prompt
-from .embeddings import EmbeddingCache, EncoderIdentity, cache_key, identify
-from .encoder import Encoded, TextEncoder
-from .streaming import STREAMED
+from .encoder import TextEncoder
+from .identity import EncoderIdentity, identify
+from .needs import EncoderShapes
+
+# The places from the fastest to the smallest, in words for people.
+SUFFIXES = {"auto": "", "stream": ", streamed", "cpu": " on the CPU"}
+
+
+def list_ways(
+    precisions: Iterable[str], places: Iterable[str], needs: Callable[[str, str], Needs]
+) -> Iterator[Way]:
+    """The ways to run T5 in one of these precisions, the best first, and in one of these places of
+    T5_DEVICES: on the device in each precision, streamed in the best, on the CPU in the smallest.
+
+    needs(precision, place): what a way needs.
+    """
+    best, *smaller = precisions
+    tried = [(name, "auto") for name in (best, *smaller)]
+    if T5_PRECISIONS[best].streams:
+        tried.append((best, "stream"))
+    tried.append(((best, *smaller)[-1], "cpu"))
+    for precision, place in tried:
+        if place in places:
+            yield _way(precision, place, needs)
+
+
+def _way(precision: str, place: str, needs: Callable[[str, str], Needs]) -> Way:
+    chosen = {"t5_precision": precision, "t5_device": place}
+    return Way(f"T5 in {precision}{SUFFIXES[place]}", chosen, partial(needs, precision, place))
 
 
 @dataclass
 class TextStage:
-    """T5 by its files, the precision and the place (of T5_PLACES) it runs in, and the run's stages."""
+    """T5 by its files, the device and the run's stages."""
 
     text_encoder: Path | None
     tokenizer: Path | None
-    precision: str | None
-    place: str
     device: torch.device
     stages: Stages = field(repr=False)
     _held: EncoderIdentity | None = field(default=None, repr=False)
@@ -30,51 +60,48 @@ class TextStage:
     def encode(
         self,
         texts: tuple[str, ...],
+        ways: Ways,
         clean_caption: bool = False,
         cache: EmbeddingCache | None = None,
-        precision: str | None = None,
-        place: str | None = None,
-    ) -> tuple[list[Encoded], EncoderIdentity]:
-        """What T5 makes of each text, and which T5; it is loaded only for what `cache` lacks.
+    ) -> tuple[list[Encoded], EncoderIdentity, Ways]:
+        """What T5 makes of each text, which T5, and the ways as it ran; it is loaded only for what `cache`
+        lacks.
 
-        T5 runs in the stage's precision and place unless others are given; where memory runs out it is
-        streamed, and if that is not possible or not enough, it runs on the CPU.
+        Where memory runs out T5 is streamed, and if that is not possible or not enough, it runs on the CPU.
         """
-        precision, place = precision or self.precision, place or self.place
-        encoder = self._held or self._identify(precision)
+        encoder = self._held or self.identify(ways.t5_precision)
         keys: list[str | None] = [None] * len(texts)
         if cache is not None and encoder is not None:
             prepared = [prepare_prompt(text, clean_caption) for text in texts]
-            keys = [cache_key(encoder, self._device_of(place), text=text) for text in prepared]
-        found = [key and cache.get(key) for key in keys]
-        if all(found):
-            return found, encoder
+            keys = [cache_key(encoder, self._device_of(ways.t5_device), text=text) for text in prepared]
+        found = [cache.get(key) if cache is not None and key else None for key in keys]
+        known = [one for one in found if one is not None]
+        if encoder is not None and len(known) == len(texts):
+            return known, encoder, replace(ways, t5_precision=encoder.precision)
 
-        def encode_missing(text_encoder: TextEncoder):
+        def encode_missing(text_encoder: TextEncoder) -> tuple[list[Encoded], str]:
             encoded = [
-                known or text_encoder.encode(text, clean_caption=clean_caption)
-                for text, known in zip(texts, found, strict=True)
+                one or text_encoder.encode(text, clean_caption=clean_caption)
+                for text, one in zip(texts, found, strict=True)
             ]
             return encoded, text_encoder.precision
 
-        def run_in(place: str):
-            load = partial(self.load, precision, place)
+        def run(way: Way) -> tuple[list[Encoded], str]:
+            place = way.chosen["t5_device"]
+            load = partial(self.load, ways.t5_precision, place)
             return self.stages.run("text encoder", load, encode_missing, on_cpu=place == "cpu")
 
-        places = [place]
-        if self.device.type != "cpu":
-            streamable = encoder is None or encoder.precision in STREAMED
-            smaller = ("stream", "cpu") if streamable else ("cpu",)
-            places += [other for other in smaller if place not in (other, "cpu")]
-        ways = {T5_PLACES[place]: partial(run_in, place) for place in places}
-        encoded, loaded_precision = first_that_fits("text encoder", ways)
-        encoder = encoder or EncoderIdentity("", loaded_precision)
+        precision = encoder.precision if encoder else ways.t5_precision or "int8"
+        (encoded, precision), way = first_that_fits(
+            "text encoder", self._ways(precision, ways.t5_device), run
+        )
+        encoder = encoder or EncoderIdentity("", precision)
         if self.stages.release != "free":
             self._held = encoder  # whatever its files are by the next run
-        for key, known, new in zip(keys, found, encoded, strict=True):
-            if key and known is None:
+        for key, one, new in zip(keys, found, encoded, strict=True):
+            if cache is not None and key and one is None:
                 cache.put(key, new)
-        return encoded, encoder
+        return encoded, encoder, replace(ways, t5_precision=precision, t5_device=way.chosen["t5_device"])
 
     def load(self, precision: str | None, place: str) -> TextEncoder:
         """Load T5 in a precision for a place. Raises CheckpointError if the run has no T5."""
@@ -88,7 +115,7 @@ class TextStage:
             stream=place == "stream",
         )
 
-    def _identify(self, precision: str | None) -> EncoderIdentity | None:
+    def identify(self, precision: str | None) -> EncoderIdentity | None:
         """The T5 that will be loaded; None where its files are unusable, which loading it says better."""
         if self.text_encoder is None:
             return None
@@ -96,6 +123,20 @@ class TextStage:
             return identify(self.text_encoder, self.tokenizer, precision)
         except (SigmaError, OSError):
             return None
+
+    def _ways(self, precision: str, place: str) -> list[Way]:
+        """As it is asked for, then in smaller ways."""
+        places = list(SUFFIXES)
+        smaller = [] if self.device.type == "cpu" else places[places.index(place) + 1 :]
+        return [
+            _way(precision, place, self._needs),
+            *list_ways((precision,), smaller, self._needs),
+        ]
+
+    def _needs(self, precision: str, place: str) -> Needs:
+        if self.text_encoder is None:
+            raise CheckpointError("This pipeline has no text encoder; give it encoded prompts.")
+        return EncoderShapes.read(self.text_encoder).needs(precision, place, half_precision(self.device))
 
     def _device_of(self, place: str) -> torch.device:
         return torch.device("cpu") if place == "cpu" else self.device

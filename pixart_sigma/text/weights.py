@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.weight_files import check_file, read_state_dict
+from ..settings import QUANTIZED, T5_PRECISIONS
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What bitsandbytes stores beside a quantised weight.
@@ -227,7 +228,7 @@ def check_weights(weights: dict, config, precision: str | None, path: Path) -> N
     """Raise CheckpointError unless `weights` are exactly those of T5EncoderModel(config), in the right
     shapes."""
     expected = expected_shapes(config, path)
-    companions = {}
+    companions: dict[str, set[str]] = {}
     given = {}
     for key, weight in weights.items():
         match = QUANTIZED_COMPANION.match(key) if precision else None
@@ -275,6 +276,7 @@ def expected_shapes(config, path: Path | str = "config") -> dict[str, tuple[int,
 
 def expected_nbytes(weights: dict, precision: str, dtype: torch.dtype) -> int:
     """Bytes the encoder will occupy in a precision, computing in dtype."""
+    bits = T5_PRECISIONS[precision].bits if precision in QUANTIZED else 0
     total = 0
     for key, weight in weights.items():
         stored = weight.weight if isinstance(weight, Float8Weight) else weight
@@ -283,9 +285,9 @@ def expected_nbytes(weights: dict, precision: str, dtype: torch.dtype) -> int:
             total += stored.nbytes
         elif linear and linear[1] == "wo":  # never quantised, and never in fp16
             total += stored.numel() * (2 if dtype == torch.bfloat16 else 4)
-        elif linear and precision == "int8":  # one fp32 scale per row
+        elif linear and bits == 8:  # one fp32 scale per row
             total += stored.numel() + 4 * stored.shape[0]
-        elif linear and precision in ("nf4", "fp4"):  # one fp32 scale per 64 numbers
+        elif linear and bits == 4:  # one fp32 scale per 64 numbers
             total += stored.numel() // 2 + 4 * math.ceil(stored.numel() / 64) + 64
         else:
             total += stored.numel() * dtype.itemsize

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -169,8 +170,8 @@ def _find_spelling(keys, source: Path) -> tuple[str, str]:
         "original": [f"{name}.weight" for name in MODULES],
         "diffusers": [f"{name}.weight" for name in MODULES.values()],
     }
-    prefixes = dict.fromkeys(PREFIX.match(key)[0] for key in keys)
-    best, spelling = 0, None
+    prefixes = dict.fromkeys(match[0] for key in keys if (match := PREFIX.match(key)))
+    best, spelling = 0, ("", "diffusers")
     for prefix in sorted(prefixes, key=len):
         for key_style, names in fixed.items():
             found = sum(prefix + name in keys for name in names)
@@ -189,7 +190,7 @@ def _split_shape(value, parts: int):
 
 def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> dict:
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for full_key, value in values.items():
         if not full_key.startswith(prefix):
             raise left_over_key(full_key, source)
@@ -197,7 +198,7 @@ def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> d
         refuse_alpha(key, source)
         if key_style == "diffusers":
             # The names that diffusers' own converter writes for qk-norm.
-            names = (re.sub(r"\.attn1\.([qk])_norm\.", r".attn1.norm_\1.", key),)
+            names: tuple[str, ...] = (re.sub(r"\.attn1\.([qk])_norm\.", r".attn1.norm_\1.", key),)
         elif key in DROPPED:
             continue
         else:
@@ -255,7 +256,7 @@ def _set_variant(config: TransformerConfig, variant: str, settings: dict, source
 
 
 def _storage_dtype(header: dict, source: Path) -> torch.dtype:
-    counts = Counter()
+    counts: Counter[torch.dtype] = Counter()
     for key, (shape, dtype) in header.items():
         if dtype not in STORAGE_DTYPES:
             raise CheckpointError(

@@ -129,13 +129,13 @@ def _find_heads(width: int, settings: dict, source: Path) -> tuple[int, int]:
             raise CheckpointError(
                 f"The config.json of {source} says {name} {value!r}, but the width is {width}."
             )
-    if heads is None and head_dim is None:
-        head_dim = next((dim for dim in (72, 64, 32) if width % dim == 0), None)
+    if heads is None:
+        head_dim = head_dim or next((dim for dim in (72, 64, 32) if width % dim == 0), None)
         if head_dim is None:
             raise CheckpointError(
                 f"{source} has width {width}; its number of heads is needed from a config.json."
             )
-    heads = heads or width // head_dim
+        heads = width // head_dim
     if head_dim is not None and heads * head_dim != width:
         raise CheckpointError(
             f"The config.json of {source} says {heads} heads of {head_dim}, "
@@ -172,7 +172,7 @@ def _expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     def module(name, *shape):
         return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
-    shapes = {"scale_shift_table": (2, width)}
+    shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (2, width)}
     shapes |= module("pos_embed.proj", width, config.in_channels, patch, patch)
     shapes |= module("adaln_single.emb.timestep_embedder.linear_1", width, TIME_CHANNELS)
     shapes |= module("adaln_single.emb.timestep_embedder.linear_2", width, width)

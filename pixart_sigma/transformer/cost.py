@@ -49,7 +49,7 @@ def multiply_adds(
         projected = tokens if rule is None or rule.operator == "conv" else kept
         total += 12 * tokens * square + 2 * projected * square + 2 * prompt_tokens * square
         total += 2 * tokens * (kept + prompt_tokens) * channels
-        if kept < tokens == projected:
+        if rule is not None and kept < tokens == projected:
             total += 2 * kept * rule.ratio**2 * channels
     return total
 

@@ -20,7 +20,7 @@ from .attention import SigmaAttnProcessor
 from .config import TransformerConfig
 from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, BlockCall, Hooks
-from .kv_rules import KVCompression, acting, as_trained
+from .kv_rules import KVCompression, acting, resolve
 
 LAYER_CLASSES = (
     "Linear",
@@ -85,7 +85,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
         timestep: torch.Tensor | float,
         prompt_embeds: torch.Tensor,
         prompt_mask: torch.Tensor | None = None,
-        kv_compression: tuple[KVCompression, ...] | None = None,
+        kv_compression: str | tuple[KVCompression, ...] | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
@@ -93,17 +93,14 @@ class SigmaTransformer(PixArtTransformer2DModel):
         latents (B, 4, h, w) of any h and w from 1; sizes off the patch grid are continued at the right and
         bottom by their last column and row, and cropped back. timestep 0 to 999, one or (B,). prompt_embeds
         (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
-        which is the fast path. kv_compression: rules, none of them for no compression; None is as the
-        checkpoint was trained (not at all, for all public ones). hooks: what to change on the way. Settings
-        hold for this call alone.
-        Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
-        Raises SigmaError if shapes or the compression do not fit this transformer.
+        which is the fast path. kv_compression: rules or their spelling, none of them for no compression; None
+        is as the checkpoint was trained (not at all, for all public ones). hooks: what to change on the way.
+        Settings hold for this call alone. Returns the predicted noise (B, 4, h, w); the learned-variance
+        channels are dropped. Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
         self._check(latents, timestep, prompt_embeds, prompt_mask)
-        rules = as_trained(self.sigma_config) if kv_compression is None else kv_compression
-        for rule in rules:
-            rule.check(self.sigma_config)
+        rules = resolve(kv_compression, self.sigma_config, 8 * latents.shape[-2], 8 * latents.shape[-1])
         # Reading the timestep waits for the device.
         now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
 

@@ -1,103 +1,104 @@
-"""The transformer's stage of a run: noise and embeddings in, latents out, in a smaller way where it must."""
+"""The transformer's stage of a run: it is loaded, used and released, in a smaller way where it must; and the
+ways it has."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from ..errors import SigmaError
-from ..memory.stages import Stages, first_that_fits
-from ..sampling.denoise import denoise, get_noise
-from ..studies.calibration import calibrate
-from ..text.encoder import Encoded, pad_embeds
+from ..memory.stages import Stages
+from ..memory.ways import Needs, Way, first_that_fits
+from ..prompt_embeds import MAX_TOKENS
+from ..settings import TRANSFORMER_DEVICES, Ways
 from .checkpoint import Checkpoint, load_transformer_state_dict
+from .config import TransformerConfig
+from .cost import activation_bytes
 from .kv_calibration import Calibration, find_calibrated, fingerprint_of
 from .kv_rules import KVCompression, resolve
 from .loading import load_transformer
+from .network import SigmaTransformer, build_transformer
+from .streaming import parked_nbytes, window_nbytes
+
+Result = TypeVar("Result")
+
+
+def list_ways(places: Iterable[str], guided: bool, needs: Callable[[str, bool], Needs]) -> Iterator[Way]:
+    """The ways to run the transformer in these places of TRANSFORMER_DEVICES: in each of them both prompts in
+    one pass, and with guidance in turn.
+
+    needs(place, in turn): what a way needs.
+    """
+    for place in places:
+        for in_turn in (False, True) if guided else (False,):
+            how = "prompt and negative prompt in turn" if in_turn else "in one pass"
+            yield Way(
+                how + (", streamed" if place == "stream" else ""),
+                {"transformer_device": place, "guidance_in_turn": in_turn},
+                partial(needs, place, in_turn),
+            )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward pass is over: latents of height x width pixels, and prompts of so many tokens."""
+
+    height: int
+    width: int
+    count: int = 1
+    guided: bool = True
+    tokens: int = MAX_TOKENS
+
+
+def predict_needs(
+    config: TransformerConfig, work: Pass, dtype: torch.dtype, place: str, in_turn: bool
+) -> Needs:
+    """Bytes of a transformer of this config, in a dtype, in a place of TRANSFORMER_DEVICES."""
+    transformer = build_transformer(config)
+    if place == "stream":
+        weights, in_ram = window_nbytes(transformer, dtype), parked_nbytes(transformer, dtype)
+    else:
+        weights, in_ram = sum(weight.numel() for weight in transformer.parameters()) * dtype.itemsize, 0
+    batch = work.count * (2 if work.guided and not in_turn else 1)
+    size = (-(-work.height // 8), -(-work.width // 8))
+    return Needs(
+        weights + activation_bytes(config, batch, *size, work.tokens, dtype.itemsize), weights, in_ram
+    )
 
 
 @dataclass
 class TransformerStage:
-    """The transformer by its files, the place (of TRANSFORMER_PLACES), device and dtype it runs in, and the
-    run's stages."""
+    """The transformer by its files, the device and dtype it runs in, and the run's stages."""
 
     checkpoint: Checkpoint
-    place: str
     device: torch.device
     dtype: torch.dtype
     stages: Stages = field(repr=False)
     _held_place: str = field(default="", repr=False)
 
-    def denoise(
-        self,
-        noise: torch.Tensor,
-        prompt: Encoded,
-        negative: Encoded | None,
-        generator: torch.Generator,
-        place: str | None = None,
-        guidance_in_turn: bool = False,
-        **settings,
-    ) -> torch.Tensor:
-        """The clean latents (B, 4, h, w) that unit noise of that shape becomes; `settings` of `denoise`.
+    def run(
+        self, use: Callable[[SigmaTransformer, bool], Result], work: Pass, ways: Ways
+    ) -> tuple[Result, Ways]:
+        """use(transformer, guidance in turn), and the ways as it ran: as they ask for it, or in a smaller way
+        where memory runs out."""
 
-        Without `negative` there is no guidance. The transformer runs in the stage's place unless another is
-        given. Where memory runs out, prompt and negative prompt take turns, and then it is streamed.
-        """
-        embeds, mask = self._batch(prompt, len(noise))
-        negative_embeds, negative_mask = self._batch(negative, len(noise)) if negative else (None, None)
-        state = generator.get_state()
+        def run_in(way: Way) -> Result:
+            in_turn = way.chosen["guidance_in_turn"]
+            return self._hold(way.chosen["transformer_device"], lambda transformer: use(transformer, in_turn))
 
-        def run(place: str, in_turn: bool) -> torch.Tensor:
-            def use(transformer):
-                return denoise(
-                    transformer,
-                    noise,
-                    embeds,
-                    mask,
-                    negative_embeds,
-                    negative_mask,
-                    generator=generator.set_state(state),
-                    guidance_in_turn=in_turn,
-                    **settings,
-                )
+        places = TRANSFORMER_DEVICES if self.device.type != "cpu" else (ways.transformer_device,)
+        needs = partial(predict_needs, self.checkpoint.config, work, self.dtype)
+        possible = list(list_ways(places, work.guided, needs))
+        asked = (ways.transformer_device, ways.guidance_in_turn and work.guided)
+        while tuple(possible[0].chosen.values()) != asked:
+            possible.pop(0)
+        result, way = first_that_fits("transformer", possible, run_in)
+        return result, replace(ways, **way.chosen)
 
-            return self._run(place, use)
-
-        ways = self._ways(run, place or self.place, guidance_in_turn, negative is not None)
-        return first_that_fits("transformer", ways)
-
-    def calibrate(
-        self,
-        prompts: tuple[str, ...],
-        encoded: list[Encoded],
-        negative: Encoded,
-        width: int,
-        height: int,
-        seed: int,
-        **settings,
-    ) -> Calibration:
-        """Measure KV compression at a size in pixels, each prompt from a seed of its own; `settings` of
-        `calibrate`."""
-        channels = self.checkpoint.config.in_channels
-        unwanted, _ = self._batch(negative, 1)
-
-        def measure(transformer) -> Calibration:
-            runs = [
-                (
-                    get_noise(1, height, width, seed + index, self.dtype, self.device, channels),
-                    self._batch(prompt, 1)[0],
-                    unwanted,
-                )
-                for index, prompt in enumerate(encoded)
-            ]
-            return calibrate(transformer, runs, prompts, **settings)
-
-        return self._run(self.place, measure)
-
-    def load(self, place: str):
+    def load(self, place: str) -> SigmaTransformer:
         """Load the transformer for a place."""
         return load_transformer(
             self.checkpoint, dtype=self.dtype, device=self.device, stream=place == "stream"
@@ -123,24 +124,7 @@ class TransformerStage:
         calibrated = find_calibrated(checkpoint.path, fingerprint) if setting == "auto" else None
         return resolve(setting, checkpoint.config, height, width, calibrated)
 
-    def _batch(self, encoded: Encoded, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        embeds, mask = pad_embeds([encoded.prompt_embeds] * count)
-        return embeds.to(self.device, self.dtype), mask
-
-    def _ways(
-        self, run: Callable[[str, bool], torch.Tensor], place: str, in_turn: bool, guided: bool
-    ) -> dict[str, Callable[[], torch.Tensor]]:
-        """run(place, guidance in turn) as it is asked for, then in smaller ways."""
-        ways = {}
-        for other in dict.fromkeys((place, place if self.device.type == "cpu" else "stream")):
-            suffix = ", streamed" if other == "stream" else ""
-            if not (guided and in_turn and other == place):
-                ways["one pass" + suffix] = partial(run, other, False)
-            if guided:
-                ways["prompt and negative in turn" + suffix] = partial(run, other, True)
-        return ways
-
-    def _run(self, place: str, use: Callable[[Any], Any]) -> Any:
+    def _hold(self, place: str, use: Callable[[SigmaTransformer], Result]) -> Result:
         """use(transformer), the transformer in this place, also where another run left it in another one."""
         if self._held_place != place:
             self.stages.drop("transformer")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
-from ..memory.stages import weight_bytes
+from ..memory.measure import weight_bytes
 from .network import SigmaTransformer
 
 BLOCKS = "transformer_blocks"

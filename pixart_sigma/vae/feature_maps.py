@@ -45,7 +45,7 @@ class Parking:
 
     def fetch(self, piece: torch.Tensor | InRAM) -> torch.Tensor:
         """A piece on the device."""
-        if id(piece) in self._stays:
+        if isinstance(piece, torch.Tensor) and id(piece) in self._stays:
             return piece
         self.moved += piece.nbytes
         return piece.to(self.device)
@@ -97,8 +97,8 @@ class Rows:
     def __init__(self, parking: Parking):
         self.parking = parking
         self.edges = [0]  # the rows between which it was made
-        self._pieces: list[tuple[int, torch.Tensor]] = []
-        self._mean = self._variance = None
+        self._pieces: list[tuple[int, torch.Tensor | InRAM]] = []
+        self._mean = self._variance = torch.empty(0)  # until there are rows
 
     @property
     def height(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -119,7 +120,7 @@ class Layer:
     waits between two strips. beside: what stays on the device throughout.
     """
 
-    block: nn.Conv2d | Resnet | Attention | Upsample
+    block: Any  # nn.Conv2d, Resnet, Attention or Upsample
     channels: int
     height: int
     width: int

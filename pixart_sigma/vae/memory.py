@@ -53,7 +53,7 @@ def decode_memory(
     room = max(room - bytes_beside(layers, itemsize, budget), 0)
     if in_ram:
         room = math.inf
-    edges, device, ram = [0, height], 0, 0
+    edges, device, ram = [0, height], 0.0, 0.0
     for layer in layers:
         row = layer.width // layer.scale * itemsize
         strips = list(split_rows(edges, layer.at_work * row, working))

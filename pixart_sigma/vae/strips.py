@@ -7,10 +7,8 @@ Between two layers a map waits on the device while there is room, and then in RA
 the next layer consumes them.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch import nn
 from torch.nn import functional
@@ -18,7 +16,7 @@ from torch.nn import functional
 from ..errors import SigmaError
 from .feature_maps import Parking, Rows
 from .layers import Attention, Decoder, Layer, Resnet, Upsample, layers_of
-from .memory import bytes_beside, decode_memory, least_budget, shares, split_rows, whole_decode_bytes
+from .memory import bytes_beside, shares, split_rows
 
 # Enough to fill a GPU with one head; without a fused kernel their scores stay near 2 GB at 4096x4096.
 QUERIES = 4096
@@ -63,46 +61,6 @@ def decode_in_strips(
         return run.finish(last, rows, decoder.norm_out)
     finally:
         run.parking.close()
-
-
-def decode_within(
-    decoder: Decoder | None,
-    latent: torch.Tensor,
-    budget: float,
-    decode_whole: Callable[[torch.Tensor], torch.Tensor],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    may_be_whole: bool = True,
-) -> torch.Tensor:
-    """The picture of a latent as `decode_in_strips` takes and makes it: whole where the budget allows that,
-    else in strips; in strips too where memory runs out, and in smaller ones if it does once more.
-
-    A decoder of None can only be decoded whole. Raises SigmaError that says what would fit: in too little
-    memory on the device, and where the maps that wait need more RAM than is free.
-    """
-    if decoder is None:
-        return decode_whole(latent)
-    shape = (latent.shape[2], latent.shape[3], latent.dtype.itemsize)
-    if may_be_whole and whole_decode_bytes(decoder, *shape) <= budget:
-        try:
-            return decode_whole(latent)
-        except torch.OutOfMemoryError:
-            logging.warning("Memory ran out while the picture was decoded whole; decoding it in strips.")
-    least = least_budget(decoder, *shape)
-    for limit in (budget, max(budget / 2, least)):
-        try:
-            needed = decode_memory(decoder, *shape, limit).ram
-            if latent.device.type != "cpu" and needed > (free := psutil.virtual_memory().available):
-                raise SigmaError(
-                    f"The decode keeps {needed / 1e9:.1f} GB in RAM, and {free / 1e9:.1f} GB is free. Close "
-                    "other programs, give the decode a larger budget, or decode in tiles."
-                )
-            return decode_in_strips(decoder, latent, limit, on_progress)
-        except torch.OutOfMemoryError:
-            logging.warning(f"Memory ran out at a decode budget of {limit / 1e6:.0f} MB.")
-    raise SigmaError(
-        f"The decode does not fit in the memory that is free. It needs at least {least / 1e6:.0f} MB beside "
-        "the VAE's weights: close other programs, make a smaller picture, or decode in tiles."
-    )
 
 
 class _Run:
@@ -192,11 +150,11 @@ class _Run:
         block: Attention = layer.block
         normalise = source.normalise(block.norm)
         width = source.width
-        keys = values = None
+        keys = values = torch.empty(0)
         for first, last in self.strips(layer, source):
             rows = normalise(source.take(first, last))
             key, value = _project(block.key, rows), _project(block.value, rows)
-            if keys is None:
+            if first == 0:
                 keys, values = (
                     part.new_empty((1, source.height * width, part.shape[2])) for part in (key, value)
                 )

@@ -1,7 +1,8 @@
 import torch
 
 from pixart_sigma.pipeline import DEMO
-from pixart_sigma.vae.coding import decode, load_vae
+from pixart_sigma.vae.loading import load_vae
+from pixart_sigma.vae.stage import decode
 
 # ComfyUI computes a level's width as `ch * ch_mult[level]` and wants whole numbers; the demo's levels are
 # 96, 32, 32 and 96 wide.

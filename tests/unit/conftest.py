@@ -6,6 +6,7 @@ Two transformer layers of 2 heads of 72, a T5 of width 64 with a real SentencePi
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,24 +193,15 @@ def to_original():
 
 @pytest.fixture(scope="session")
 def write_original(diffusers_state_dict):
-    """`write_original(path, top=None, prefix="", pos_embed=0, kv_layers=(), kv_ratio=2, qk_norm=False,
-    dtype=None, extra=None) -> Path`: the tiny transformer in the authors' keys, as the suffix of `path` says.
+    """`write_original(path, top=None, prefix="", pos_embed=0, dtype=None, extra=None, **trained) -> Path`:
+    the tiny transformer in the authors' keys, as the suffix of `path` says; `trained` as
+    for `trained_state_dict`.
 
     `top` is the key of the pickle that holds the weights, `pos_embed` its number of patches (0: left out).
     """
 
-    def write(
-        path,
-        top=None,
-        prefix="",
-        pos_embed=0,
-        kv_layers=(),
-        kv_ratio=2,
-        qk_norm=False,
-        dtype=None,
-        extra=None,
-    ):
-        weights = invert_keys(with_trained_extras(diffusers_state_dict, kv_layers, kv_ratio, qk_norm))
+    def write(path, top=None, prefix="", pos_embed=0, dtype=None, extra=None, **trained):
+        weights = invert_keys(with_trained_extras(diffusers_state_dict, **trained))
         weights["y_embedder.y_embedding"] = torch.zeros(300, CAPTION_CHANNELS)
         if pos_embed:
             weights["pos_embed"] = torch.zeros(1, pos_embed, WIDTH)
@@ -232,13 +224,10 @@ def write_original(diffusers_state_dict):
 def trained_state_dict(diffusers_state_dict):
     """`trained_state_dict(kv_layers=(), kv_ratio=2, qk_norm=False)`: diffusers' keys, trained extras."""
 
-    def make(kv_layers=(), kv_ratio=2, qk_norm=False):
-        return with_trained_extras(diffusers_state_dict, kv_layers, kv_ratio, qk_norm)
-
-    return make
+    return partial(with_trained_extras, diffusers_state_dict)
 
 
-def with_trained_extras(state_dict, kv_layers, kv_ratio, qk_norm):
+def with_trained_extras(state_dict, kv_layers=(), kv_ratio=2, qk_norm=False):
     generator = torch.Generator().manual_seed(2)
 
     def near(value, *shape):

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,28 @@ import pytest
 import pixart_sigma
 
 PACKAGE = Path(pixart_sigma.__file__).parent
+PACK = PACKAGE.parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-NODES = PACKAGE.parent / "nodes"
+NODES = PACK / "nodes"
 NODE_SOURCES = sorted(NODES.rglob("*.py"))
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCES}
+
+SETTINGS_OBJECTS = ("settings", "ways")
+BASE = {"aspect_ratio", "devices", "errors", "prompt_embeds", "settings", "table"}
+STAGES = {"sampling", "text", "transformer", "vae"}
+# What a folder, or a module beside the folders, may import; the package itself is known to all.
+ALLOWED = {
+    **{name: BASE for name in BASE},
+    "files": BASE,
+    "memory": BASE,
+    **{name: BASE | {"files", "memory", name} for name in STAGES},  # and never one another
+    "components": BASE | {"files", "memory"} | STAGES,
+    "planner": BASE | {"files", "memory"} | STAGES,
+    "pipeline": BASE | {"files", "memory", "components", "planner"} | STAGES,
+    "studies": BASE | {"files", "memory", "components", "planner", "pipeline"} | STAGES,
+    "cli": BASE | {"files", "memory", "components", "planner", "pipeline", "studies"} | STAGES,
+    "__main__": {"cli"},
+}
 
 
 def imported_names(source: str) -> list[tuple[int, str]]:
@@ -24,6 +44,20 @@ def imported_names(source: str) -> list[tuple[int, str]]:
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found.append((node.level, node.module or ""))
+    return found
+
+
+def engine_imports(module: str) -> set[str]:
+    """The engine's modules that a module imports, also within functions; the package itself is "__init__"."""
+    path = MODULES[module]
+    package = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parent = [*package[: len(package) + 1 - node.level], *filter(None, [node.module])]
+            for alias in node.names:
+                name = ".".join([*parent, alias.name])
+                found.add(name if name in MODULES else ".".join(parent) or "__init__")
     return found
 
 
@@ -89,3 +123,55 @@ def test_the_import_reader_sees_every_form():
         "import comfy.ops\ndef f():\n    from nodes import x\n    from ..host import y\n    from . import z\n"
     )
     assert imported_names(source) == [(0, "comfy.ops"), (0, "nodes"), (2, "host"), (1, "")]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__"}))
+def test_arrows_between_rooms_point_down(module):
+    room = module.partition(".")[0]
+    reached = {name.partition(".")[0] for name in engine_imports(module)} - {"__init__"}
+    assert not reached - ALLOWED[room] - {room}, f"{module} may not import {reached - ALLOWED[room] - {room}}"
+
+
+def test_no_module_of_the_engine_imports_itself_in_a_circle():
+    graph = {module: engine_imports(module) for module in MODULES}
+    graph["__init__"] = set()  # which imports a name when it is first asked for
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_rooms_are_one_level_deep_and_their_doors_are_empty():
+    for path in SOURCES:
+        parts = path.relative_to(PACKAGE).parts
+        assert len(parts) <= 2, path
+        if path.name == "__init__.py" and len(parts) == 2:
+            assert not path.read_text(encoding="utf-8"), f"{path} is not empty"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for folder in ("pixart_sigma", "nodes", "tools", "benchmarks", "tests")
+        for path in sorted((PACK / folder).rglob("*.py"))
+    ],
+    ids=lambda path: path.relative_to(PACK).as_posix(),
+)
+def test_functions_are_short_and_take_few_arguments(path):
+    """At most 60 lines, or a comment that begins with `Long` above it; at most 8 parameters."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        explained = lines[first - 2].strip().startswith("# Long")
+        assert node.end_lineno - node.lineno < 60 or explained, f"{node.name} has more than 60 lines"
+        given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        counted = [argument for argument in given if argument.arg not in ("self", "cls") + SETTINGS_OBJECTS]
+        assert len(counted) <= 8, f"{node.name} takes {len(counted)} parameters"
+
+
+def test_loggers_are_named_after_their_modules():
+    for path in [*SOURCES, *NODE_SOURCES]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "logging":
+                assert node.attr in {"getLogger", "LogRecord"}, f"{path.name} uses logging.{node.attr}"

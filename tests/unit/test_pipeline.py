@@ -9,6 +9,7 @@ import torch
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.transformer.stage import TransformerStage
 
 STEPS = 3
@@ -26,7 +27,7 @@ def folder(tmp_path_factory, pipeline_folder):
 
 
 def pipeline(folder, **settings) -> SigmaPipeline:
-    return SigmaPipeline.from_path(folder, **{"device": "cpu", "t5_precision": "fp32"} | settings)
+    return SigmaPipeline.from_path(folder, Ways(**{"device": "cpu", "t5_precision": "fp32"} | settings))
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,15 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
         output_type="pil",
     ).images[0]
     result = pipeline(folder).generate(
-        "A knight in silver armor",
-        negative,
-        width=width,
-        height=height,
-        steps=STEPS,
-        guidance_scale=guidance_scale,
-        seed=7,
+        Settings(
+            "A knight in silver armor",
+            negative,
+            width=width,
+            height=height,
+            steps=STEPS,
+            guidance_scale=guidance_scale,
+            seed=7,
+        )
     )
     assert result.images[0].size == size
     ours, theirs = (
@@ -69,7 +72,7 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
 
 def test_each_stage_is_measured_and_gone_after_it(folder):
     made = pipeline(folder, measure=True)
-    made.generate("a boat", width=256, height=256, steps=1)
+    made.generate(Settings("a boat", width=256, height=256, steps=1))
     costs = made.stages.costs
     assert list(costs) == ["text encoder", "transformer", "VAE decode"]
     for cost in costs.values():
@@ -90,8 +93,8 @@ def test_release_decides_what_the_next_run_loads(folder, release, monkeypatch):
         return original(self, place)
 
     monkeypatch.setattr(TransformerStage, "load", load)
-    first = made.generate("a boat", steps=1, width=256, height=256)
-    second = made.generate("a boat", steps=1, width=256, height=256)
+    first = made.generate(Settings("a boat", steps=1, width=256, height=256))
+    second = made.generate(Settings("a boat", steps=1, width=256, height=256))
     assert len(loads) == {"keep": 1, "free": 2}[release]
     assert torch.equal(first.latents, second.latents)
 
@@ -116,7 +119,7 @@ def test_an_interrupt_in_the_middle_leaves_no_weight(folder, error, monkeypatch)
         raise error("in the middle")
 
     with pytest.raises(error) as kept:
-        pipeline(folder).generate("a boat", steps=2, width=256, height=256, callback=stop)
+        pipeline(folder).generate(Settings("a boat", steps=2, width=256, height=256), callback=stop)
     gc.collect()
     assert kept.value is not None and len(weights) > 20
     assert not [weight for weight in weights if weight() is not None]
@@ -124,8 +127,8 @@ def test_an_interrupt_in_the_middle_leaves_no_weight(folder, error, monkeypatch)
 
 def test_picture_k_depends_on_the_seed_not_on_the_count(folder):
     made = pipeline(folder, release="keep")
-    one = made.generate("a boat", steps=1, width=256, height=256, seed=3)
-    three = made.generate("a boat", steps=1, width=256, height=256, seed=3, count=3)
+    one = made.generate(Settings("a boat", steps=1, width=256, height=256, seed=3))
+    three = made.generate(Settings("a boat", steps=1, width=256, height=256, seed=3, count=3))
     assert len(three.images) == 3
     assert torch.allclose(one.latents[0], three.latents[0], atol=1e-5)
     assert not torch.allclose(three.latents[0], three.latents[1], atol=0.1)
@@ -138,15 +141,15 @@ def test_a_callback_stops_the_run(folder):
         seen.append(step.index)
         return step.index < 1
 
-    pipeline(folder).generate("a boat", steps=4, width=256, height=256, callback=stop_at_second)
+    pipeline(folder).generate(Settings("a boat", steps=4, width=256, height=256), callback=stop_at_second)
     assert seen == [0, 1]
 
 
 def test_img2img_with_little_strength_stays_near_the_picture(folder):
     made = pipeline(folder, release="keep")
     image = torch.rand(3, 96, 128)
-    little = made.generate("a boat", image=image, strength=0.1, steps=20, width=256, height=192)
-    much = made.generate("a boat", image=image, strength=1.0, steps=2, width=256, height=192)
+    little = made.generate(Settings("a boat", strength=0.1, steps=20, width=256, height=192), image=image)
+    much = made.generate(Settings("a boat", strength=1.0, steps=2, width=256, height=192), image=image)
     assert little.images[0].size == (256, 192)
     assert not torch.allclose(little.latents, much.latents, atol=0.1)
 
@@ -154,7 +157,7 @@ def test_img2img_with_little_strength_stays_near_the_picture(folder):
 def test_prompts_of_every_kind_make_a_picture(folder):
     made = pipeline(folder, release="keep")
     for prompt in ("", "雪の中の狐 🦊", "word " * 10_000):
-        result = made.generate(prompt, steps=1, width=256, height=256)
+        result = made.generate(Settings(prompt, steps=1, width=256, height=256))
         assert result.images[0].size == (256, 256)
     assert result.truncated.endswith("word word")
 
@@ -174,8 +177,14 @@ def test_a_transformer_alone_says_what_is_missing(folder):
         ({"guidance_scale": float("nan")}, "nan"),
         ({"count": 0}, "count is 0"),
         ({"scheduler": "magic"}, "magic"),
-        ({"kv_compression_setting": "mean:7:all"}, "7"),
+        ({"kv_compression": "mean:7:all"}, "7"),
         ({"strength": 0.0}, "strength"),
+        ({"strength": 0.5}, "no picture to start from"),
+        ({"eta": 0.5}, "eta is 0.5"),
+        ({"seed": 2**70}, "seed is"),
+        ({"seed": "x"}, "seed is x"),
+        ({"kv_compression": "conv:2:all"}, "trained weights"),
+        ({"scheduler": "lcm", "steps": 999}, "999"),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_loaded(folder, settings, message, monkeypatch):
@@ -184,4 +193,27 @@ def test_a_wrong_setting_is_named_before_anything_is_loaded(folder, settings, me
 
     monkeypatch.setattr(Stages, "run", loads)
     with pytest.raises(SigmaError, match=message):
-        pipeline(folder).generate("a boat", **settings)
+        pipeline(folder).generate(Settings("a boat", **settings))
+
+
+@pytest.mark.parametrize(
+    "ways, message",
+    [
+        ({"decode": "strip"}, "decode is 'strip'"),
+        ({"decode_budget": -1}, "decode_budget is -1"),
+        ({"release": "keep"}, "the pipeline has 'free' for all its runs"),
+        ({"device": "cpu", "budget": 1e5}, "too small for the"),
+    ],
+)
+def test_a_wrong_way_is_named_before_anything_is_loaded(folder, ways, message, monkeypatch):
+    monkeypatch.setattr(Stages, "run", lambda *_, **__: 1 / 0)
+    made = pipeline(folder)
+    with pytest.raises(SigmaError, match=message):
+        made.generate(Settings("a boat"), Ways(**{"device": "cpu", "t5_precision": "fp32"} | ways))
+
+
+def test_a_missing_vae_is_named_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stages, "run", lambda *_, **__: 1 / 0)
+    made = SigmaPipeline.from_path(folder, Ways(device="cpu"), vae=tmp_path / "vae.safetensors")
+    with pytest.raises(SigmaError, match="There is no file .*vae.safetensors"):
+        made.generate(Settings("a boat"))

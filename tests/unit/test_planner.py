@@ -1,33 +1,47 @@
 """What a plan says a stage needs, against what it then uses; and which way it chooses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from pixart_sigma import planner
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.planner import plan, published_models
+from pixart_sigma.planner import Models, Plan
+from pixart_sigma.planner import plan as make_plan
+from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
+from pixart_sigma.sampling.guidance import guide
+from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.vae.loading import SDXL_VAE, build_vae
 
 GB = 10**9
 
 
+def plan(budget, width, height, models, guidance_scale=4.5, **settings) -> Plan:
+    """Of exactly this size."""
+    asked = Settings(width=width, height=height, binning=False, guidance_scale=guidance_scale)
+    return make_plan(asked, Ways(budget=budget), models, **settings)
+
+
+def measured(**ways) -> Ways:
+    return Ways(device="cpu", measure=True, **ways)
+
+
 @pytest.fixture(scope="module")
 def published():
-    return published_models()
+    return Models.published()
 
 
 @pytest.mark.parametrize("size, count", [((256, 256), 1), ((512, 320), 2)])
 def test_a_run_uses_what_its_plan_says(size, count):
-    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
-    made = pipeline.plan(GB, *size, count)
-    pipeline.generate(
-        "red " * 400, "blue " * 400, width=size[0], height=size[1], count=count, steps=1, plan=made
-    )
+    pipeline = SigmaPipeline.from_path("demo", measured())
+    settings = Settings(width=size[0], height=size[1], count=count, steps=1)
+    made = pipeline.plan(settings, measured(budget=GB))
+    pipeline.generate(replace(settings, prompt="red " * 400, negative="blue " * 400), made.ways)
     for name in ("transformer", "VAE decode"):
         cost = pipeline.stages.costs[name]
         assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.1), name
@@ -35,24 +49,24 @@ def test_a_run_uses_what_its_plan_says(size, count):
 
 
 def test_t5_uses_what_its_plan_says():
-    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
-    pipeline.encode_prompts("red " * 400)
+    pipeline = SigmaPipeline.from_path("demo", measured())
+    pipeline.encode_prompts(Settings("red " * 400))
     cost = pipeline.stages.costs["text encoder"]
-    planned = pipeline.plan(GB, 256, 256).stages["text encoder"]
+    planned = pipeline.plan(Settings(), measured(budget=GB)).stages["text encoder"]
     assert cost.peak - cost.before == pytest.approx(planned.peak, rel=0.1)
     assert cost.weights == pytest.approx(planned.weights, rel=0.02)
 
 
 def test_strips_use_what_their_plan_says():
-    pipeline = SigmaPipeline.from_path("demo", device="cpu", measure=True)
-    made = pipeline.plan(100e6, 256, 256)
+    pipeline = SigmaPipeline.from_path("demo", measured())
+    made = pipeline.plan(Settings(), measured(budget=100e6))
     planned = made.stages["VAE decode"].peak
-    assert made.decode_how == "strips" and planned <= 100e6
-    result = pipeline.generate("a red circle", width=256, height=256, steps=1, plan=made)
+    assert made.ways.decode == "strips" and planned <= 100e6
+    result = pipeline.generate(Settings("a red circle", width=256, height=256, steps=1), made.ways)
     cost = pipeline.stages.costs["VAE decode"]
     assert cost.peak - cost.before == pytest.approx(planned, rel=0.1)
-    whole = SigmaPipeline.from_path("demo", device="cpu").generate(
-        "a red circle", width=256, height=256, steps=1
+    whole = SigmaPipeline.from_path("demo", Ways(device="cpu")).generate(
+        Settings("a red circle", width=256, height=256, steps=1)
     )
     difference = np.asarray(result.images[0]).astype(int) - np.asarray(whole.images[0])
     assert abs(difference).max() <= 1
@@ -71,9 +85,9 @@ def test_strips_use_what_their_plan_says():
 )
 def test_the_published_model_fits(published, budget, size, precision, place, decode):
     made = plan(budget * GB, size, size, models=published)
-    assert (made.t5_precision, made.t5_device, made.decode_how) == (precision, place, decode)
+    assert (made.ways.t5_precision, made.ways.t5_device, made.ways.decode) == (precision, place, decode)
     assert made.peak <= budget * GB
-    assert made.transformer_device == "auto"
+    assert made.ways.transformer_device == "auto"
     assert made.stages["transformer"].weights == pytest.approx(1.22 * GB, rel=0.01)
     for name, stage in made.stages.items():
         assert stage.weights <= stage.peak
@@ -90,32 +104,25 @@ def test_in_float16_the_vae_is_planned_as_it_decodes(published):
 
 def test_prompt_and_negative_take_turns_where_both_do_not_fit(published):
     made = plan(2.5 * GB, 4096, 4096, models=published)
-    assert made.guidance_in_turn and "in turn" in made.why
-    assert not plan(2.5 * GB, 4096, 4096, models=published, guided=False).guidance_in_turn
+    assert made.ways.guidance_in_turn and "in turn" in made.why
+    assert not plan(2.5 * GB, 4096, 4096, models=published, guidance_scale=1).ways.guidance_in_turn
 
 
 def test_a_budget_that_nothing_keeps_is_named_with_what_would(published):
     with pytest.raises(SigmaError, match="too small for the transformer of 1024x1024 pixels, .* at least"):
         plan(0.2 * GB, 1024, 1024, models=published)
     with pytest.raises(SigmaError, match="too small for the VAE decode of 512x512 pixels"):
-        plan(60e6, 512, 512, models=SigmaModels.of_the_demo())
+        plan(60e6, 512, 512, models=demo_with_a_large_vae())
     for budget in (0, -1, float("nan")):
         with pytest.raises(SigmaError, match="give more than 0"):
             plan(budget, 1024, 1024, models=published)
 
 
-class SigmaModels:
-    @staticmethod
-    def of_the_demo():
-        pipeline = SigmaPipeline.from_path("demo", device="cpu")
-        models = planner.read_models(
-            pipeline.checkpoint, pipeline.components.text_encoder, pipeline.components.vae
-        )
-        with torch.device("meta"):
-            large = planner.AutoencoderKL.from_config(planner.SDXL_VAE)
-        return planner.Models(
-            models.transformer, models.text_config, models.text_weights, models.text_saved, large
-        )
+def demo_with_a_large_vae() -> Models:
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu"))
+    found = pipeline.components
+    models = Models.read(found.checkpoint, found.text_encoder, found.vae)
+    return replace(models, vae=build_vae(SDXL_VAE))
 
 
 def test_guidance_in_turn_gives_the_same_latents_in_half_batches():
@@ -127,17 +134,20 @@ def test_guidance_in_turn_gives_the_same_latents_in_half_batches():
 
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     positive, negative = torch.randn(2, 5, 8), torch.randn(1, 3, 8)
-    arguments = (model, noise, positive, None, negative)
-    together = denoise(*arguments, steps=3)
+    settings, prompts = Settings(steps=3), Prompts(positive, negative_embeds=negative)
+    together = denoise(guide(model, prompts, settings), noise, settings)
     assert sizes == [4] * 3
     sizes.clear()
-    torch.testing.assert_close(denoise(*arguments, steps=3, guidance_in_turn=True), together)
+    in_turn = guide(model, prompts, settings, in_turn=True)
+    torch.testing.assert_close(denoise(in_turn, noise, settings), together)
     assert sizes == [2] * 6
 
 
 def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch, caplog):
-    pipeline = SigmaPipeline.from_path("demo", device="cpu")
-    expected = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu"))
+    expected = pipeline.generate(
+        Settings("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
+    )
     load = pipeline.transformer.load
     together = []
 
@@ -155,8 +165,10 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
         return transformer
 
     monkeypatch.setattr(pipeline.transformer, "load", load_small)
-    actual = pipeline.generate("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
-    assert together == [2] and "runs again: prompt and negative in turn" in caplog.text
+    actual = pipeline.generate(
+        Settings("a red circle", width=64, height=64, steps=2, scheduler="euler_ancestral")
+    )
+    assert together == [2] and "runs again: prompt and negative prompt in turn" in caplog.text
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-2, atol=5e-3)
 
     def fails(*_):
@@ -164,13 +176,13 @@ def test_a_stage_that_runs_out_of_memory_runs_again_in_a_smaller_way(monkeypatch
 
     monkeypatch.setattr(pipeline.transformer, "load", fails)
     with pytest.raises(SigmaError, match="Memory ran out in the transformer. Close other programs"):
-        pipeline.generate("a red circle", width=64, height=64, steps=1)
+        pipeline.generate(Settings("a red circle", width=64, height=64, steps=1))
     assert not pipeline.stages._held
 
 
 def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch, caplog):
-    pipeline = SigmaPipeline.from_path("demo", device="cpu")
-    expected = pipeline.encode_prompts("a red circle")
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu"))
+    expected = pipeline.encode_prompts(Settings("a red circle"))
     load = pipeline.text.load
     pipeline.text.device = torch.device("cuda")  # as far as choosing goes
     places = []
@@ -182,15 +194,14 @@ def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch,
         return load(precision, place)
 
     monkeypatch.setattr(pipeline.text, "load", full)
-    actual = pipeline.encode_prompts("a red circle")
-    assert places == ["auto", "stream", "cpu"] and "runs again: streamed" in caplog.text
+    actual = pipeline.encode_prompts(Settings("a red circle"))
+    assert places == ["auto", "stream", "cpu"] and "runs again: T5 in fp32, streamed" in caplog.text
     assert torch.equal(actual.positive, expected.positive)
     places.clear()
-    pipeline.text.place = "stream"
-    pipeline.encode_prompts("a red circle")
+    pipeline.encode_prompts(Settings("a red circle"), Ways(device="cpu", t5_device="stream"))
     assert places == ["stream", "cpu"]
-    with pytest.raises(SigmaError, match="choose one of auto, stream, cpu"):
-        SigmaPipeline.from_path("demo", device="cpu", t5_device="gpu")
+    with pytest.raises(SigmaError, match="choose one of auto, cpu, stream"):
+        SigmaPipeline.from_path("demo", Ways(device="cpu", t5_device="gpu"))
 
 
 def test_the_command(capsys):
@@ -204,7 +215,7 @@ def test_the_command(capsys):
         (["--budget", "2 parsecs"], "no size"),
         (["--budget", "100MB"], "too small"),
         (["--budget", "2GB", "--size", "9000x9000"], "9000"),
-        (["--budget", "2GB", "--count", "0"], "give 1 or more"),
+        (["--budget", "2GB", "--count", "0"], "--count is 0; give a whole number of pictures, 1 or more"),
     ):
         assert main(["plan", *arguments]) == 2
         assert words in capsys.readouterr().err
@@ -220,4 +231,31 @@ def test_generate_keeps_a_budget(tmp_path, capsys):
     assert figures["budget"] == 100e6
     assert all(cost["peak"] - cost["before"] < 100e6 * 1.1 for cost in stages.values())
     assert main(["generate", *arguments, "--decode", "whole"]) == 2
-    assert "--budget plans the decode too" in capsys.readouterr().err
+    assert "it plans the decode too" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_the_size_that_is_made():
+    pipeline = SigmaPipeline.from_path("demo", measured())
+    large = Settings(width=1024, height=1024)
+    binned = pipeline.plan(large, measured(budget=GB))
+    assert (binned.width, binned.height) == (256, 256)
+    exact = pipeline.plan(replace(large, binning=False), measured(budget=GB))
+    assert (exact.width, exact.height) == (1024, 1024)
+    assert exact.stages["VAE decode"].peak > 2 * binned.stages["VAE decode"].peak
+
+
+def test_a_budget_is_kept_without_binning(tmp_path, capsys):
+    """Where the whole decode of the trained size would keep it, and that of the exact size would not."""
+    report = tmp_path / "report.json"
+    arguments = ["a red circle", "--size", "512x512", "--no-binning", "--steps", "1", "--budget", "300MB"]
+    arguments += ["--out", str(tmp_path / "picture.png"), "--memory-report", str(report)]
+    assert main(["generate", *arguments]) == 0
+    stages = json.loads(report.read_text())["stages"]
+    assert all(cost["peak"] - cost["before"] < 300e6 * 1.1 for cost in stages.values()), stages
+
+
+def test_what_cannot_be_planned_is_named(published):
+    with pytest.raises(SigmaError, match="T5 in nf4 cannot be streamed"):
+        make_plan(Settings(), Ways(budget=GB, t5_precision="nf4", t5_device="stream"), published)
+    with pytest.raises(SigmaError, match="give more than 0 bytes"):
+        make_plan(Settings(), Ways(), published)

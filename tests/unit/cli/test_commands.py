@@ -96,7 +96,7 @@ def test_memory_report_as_a_table_and_as_json(generate, tmp_path):
         (("--scheduler", "magic"), ["magic"]),
         (("--kv-compression", "mean:0:all"), ["0"]),
         (("--device", "toaster"), ["toaster"]),
-        (("--image", "nowhere.png"), ["nowhere.png"]),
+        (("--image", "nowhere.png", "--steps", "2"), ["nowhere.png"]),
         (("--model", "/nowhere"), ["/nowhere"]),
         (("--out", "/nowhere/picture.png"), ["/nowhere"]),
         (("--steps", "many"), ["--steps", "many"]),
@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line_and_status_2(generate, tmp_path, options, words):
 
 def test_an_unreadable_picture_is_named(generate, tmp_path):
     (tmp_path / "from.png").write_text("no picture")
-    assert_mistake(generate("--image", tmp_path / "from.png"), "from.png")
+    assert_mistake(generate("--image", tmp_path / "from.png", "--steps", "2"), "from.png")
 
 
 def test_a_folder_as_output_is_refused(generate, tmp_path):
@@ -151,7 +151,7 @@ def test_an_interrupt_is_status_130_and_writes_nothing(generate, tmp_path, monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.transformer.stage.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
     status, _, err = generate()
     assert status == 130 and "Interrupted" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -294,7 +294,7 @@ def test_quantize_t5_makes_a_folder_that_generates(generate, pipeline_folder, tm
     )
     assert status == 0
     with Image.open(tmp_path / "picture.png") as picture:
-        assert json.loads(picture.text["pixart_sigma"])["t5_precision"] == "int8"
+        assert json.loads(picture.text["pixart_sigma"])["ways"]["t5_precision"] == "int8"
 
 
 def test_new_files_have_the_usual_permissions(generate, tmp_path):

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from pixart_sigma import DEMO, DEMO_KV
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.transformer.checkpoint import inspect
 from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.kv_rules import AUTO_PIXELS, resolve
@@ -47,7 +48,7 @@ def test_its_shapes_suit_comfyui_and_bitsandbytes():
 
 @pytest.fixture(scope="module")
 def demo():
-    return SigmaPipeline.from_path("demo", device="cpu", release="keep")
+    return SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def demo():
     ],
 )
 def test_it_draws_what_it_is_asked_for(demo, prompt, ground, color, shape, position):
-    picture = demo.generate(prompt, seed=0).images[0]
+    picture = demo.generate(Settings(prompt, seed=0)).images[0]
     assert picture.size == (256, 256)
     seen_ground, seen = look(np.asarray(picture))
     assert seen_ground == ground
@@ -69,7 +70,7 @@ def test_it_draws_what_it_is_asked_for(demo, prompt, ground, color, shape, posit
 
 def test_it_places_two_objects(demo):
     prompt = "a pink square to the left of a cyan circle on a brown background"
-    ground, seen = look(np.asarray(demo.generate(prompt, seed=0).images[0]))
+    ground, seen = look(np.asarray(demo.generate(Settings(prompt, seed=0)).images[0]))
     first, second = sorted(seen[:2], key=lambda one: one.x)
     assert (ground, first.color, second.color) == ("brown", "pink", "cyan")
     assert first.shape == "square"
@@ -82,10 +83,10 @@ def test_the_one_trained_with_kv_compression_needs_no_setting():
     (rule,) = resolve("auto", trained, 256, 256)
     assert (rule.operator, rule.ratio, rule.layers) == ("conv", 2, (2, 3, 4))
 
-    pipeline = SigmaPipeline.from_path("demo", transformer="demo-kv", device="cpu", release="keep")
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"), transformer="demo-kv")
     for prompt, ground, color, shape in (
         ("a large yellow triangle on a purple background", "purple", "yellow", "triangle"),
         ("a red circle on a blue background", "blue", "red", "circle"),
     ):
-        seen_ground, seen = look(np.asarray(pipeline.generate(prompt, seed=0).images[0]))
+        seen_ground, seen = look(np.asarray(pipeline.generate(Settings(prompt, seed=0)).images[0]))
         assert (seen_ground, [(one.color, one.shape) for one in seen]) == (ground, [(color, shape)])

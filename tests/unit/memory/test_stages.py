@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.memory.stages import Stages, live_bytes, weight_bytes
+from pixart_sigma.memory.measure import live_bytes, weight_bytes
+from pixart_sigma.memory.stages import Stages
 
 MEGABYTE = 1_000_000
 

@@ -1,5 +1,6 @@
 """The denoising loop against diffusers' own pipeline, and against arithmetic that needs no pipeline."""
 
+import inspect
 import math
 
 import diffusers
@@ -12,9 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.sampling import denoise as sampling
-from pixart_sigma.sampling.denoise import denoise, get_noise
-from pixart_sigma.sampling.schedulers import SCHEDULERS, get_timesteps, make_scheduler
+from pixart_sigma.prompt_embeds import Prompts
+from pixart_sigma.sampling import denoise as loop
+from pixart_sigma.sampling.guidance import guide
+from pixart_sigma.sampling.noise import get_noise
+from pixart_sigma.sampling.schedulers import get_timesteps, make_scheduler
+from pixart_sigma.settings import SCHEDULERS, Settings
 from pixart_sigma.transformer import network as engine
 from pixart_sigma.transformer.config import TransformerConfig
 from pixart_sigma.transformer.network import build_transformer
@@ -115,6 +119,17 @@ def run_reference(reference, scheduler, noise, positive, negative=None, **settin
         use_resolution_binning=False,
         **settings,
     ).images
+
+
+def denoise(transformer, noise, *prompts, scheduler="dpmpp_2m", callback=None, **settings):
+    """A run from noise and `Prompts`; those of the settings that are not in `Settings` go elsewhere."""
+    beside = {name: settings.pop(name) for name in ("image_latents", "generator") if name in settings}
+    named = ("prompt_mask", "negative_embeds", "negative_mask")
+    embeds = Prompts(*prompts, **{name: settings.pop(name) for name in named if name in settings})
+    if not isinstance(scheduler, str):
+        beside["scheduler"], scheduler = scheduler, "dpmpp_2m"
+    settings = Settings(scheduler=scheduler, **settings)
+    return loop.denoise(guide(transformer, embeds, settings), noise, settings, callback=callback, **beside)
 
 
 def assert_equal(ours, reference):
@@ -265,9 +280,9 @@ def test_embeddings_padded_as_the_reference_pads_them_are_trimmed(pair):
     )
     seen = []
 
-    def spy(latents, timestep, embeds, mask, kv_compression):
+    def spy(latents, timestep, embeds, mask):
         seen.append((tuple(embeds.shape), mask is None))
-        return ours(latents, timestep, embeds, mask, kv_compression=kv_compression)
+        return ours(latents, timestep, embeds, mask)
 
     trimmed = denoise(spy, noise, positive, None, negative, steps=3)
     full, mask = padded(positive)
@@ -483,9 +498,9 @@ def test_the_first_picture_does_not_depend_on_the_count(height, width):
 
 
 def test_published_timesteps():
-    timesteps = get_timesteps(make_scheduler("dpmpp_2m"), 20).tolist()
+    timesteps = get_timesteps(make_scheduler("dpmpp_2m"), Settings()).tolist()
     assert timesteps[:4] == [999, 949, 899, 849] and timesteps[-2:] == [100, 50] and len(timesteps) == 20
-    assert get_timesteps(make_scheduler("dpmpp_2m"), 20, strength=0.3).tolist() == timesteps[14:]
+    assert get_timesteps(make_scheduler("dpmpp_2m"), Settings(strength=0.3)).tolist() == timesteps[14:]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -521,28 +536,28 @@ NAN = float("nan")
         ({"strength": 0.0, "image_latents": NOISE}, "strength is 0.0"),
         ({"strength": 1.2, "image_latents": NOISE}, "strength is 1.2"),
         ({"strength": NAN, "image_latents": NOISE}, "strength is nan"),
-        ({"strength": 0.01, "image_latents": NOISE}, "strength 0.01 of 20 steps"),
+        ({"strength": 0.01, "image_latents": NOISE}, "strength is 0.01; of 20 steps"),
         ({"strength": 0.5}, "no image_latents"),
         ({"image_latents": NOISE[..., :4]}, r"\(2, 4, 8, 4\)"),
         ({"image_latents": NOISE * NAN}, "image_latents hold NaN"),
-        ({"scheduler": "dpm"}, "Unknown scheduler 'dpm'"),
+        ({"scheduler": "dpm"}, "scheduler is 'dpm'"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler"),
         ({"scheduler": diffusers.EDMEulerScheduler()}, "EDMEulerScheduler"),
         ({"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")}, "DDIMScheduler"),
-        ({"scheduler": "ddim", "timesteps": [999, 500]}, "DDIMScheduler takes no timesteps"),
-        ({"scheduler": "sa_solver", "timesteps": [999, 500]}, "SASolverScheduler takes no timesteps"),
-        ({"sigmas": [10.0, 0.0]}, "DPMSolverMultistepScheduler takes no sigmas"),
-        ({"scheduler": "unipc", "sigmas": [10.0, 0.0]}, "UniPCMultistepScheduler takes no sigmas"),
-        ({"scheduler": "euler", "sigmas": [1.0], "timesteps": [1]}, "Both timesteps and sigmas"),
-        ({"timesteps": []}, r"timesteps are \[\]"),
-        ({"timesteps": [500, 999]}, r"timesteps are \[500, 999\]"),
-        ({"timesteps": [500, 500]}, r"timesteps are \[500, 500\]"),
-        ({"timesteps": [1000, 500]}, r"timesteps are \[1000, 500\]"),
-        ({"timesteps": [500, -1]}, r"timesteps are \[500, -1\]"),
-        ({"timesteps": [500.5]}, r"timesteps are \[500.5\]"),
-        ({"scheduler": "euler", "sigmas": []}, r"sigmas are \[\]"),
-        ({"scheduler": "euler", "sigmas": [NAN, 0]}, r"sigmas are \[nan, 0\]"),
-        ({"scheduler": "euler", "sigmas": [1.0, 2.0]}, r"sigmas are \[1.0, 2.0\]"),
+        ({"scheduler": "ddim", "timesteps": [999, 500]}, "the scheduler ddim takes none"),
+        ({"scheduler": "sa_solver", "timesteps": [999, 500]}, "the scheduler sa_solver takes none"),
+        ({"sigmas": [10.0, 0.0]}, "the scheduler dpmpp_2m takes none; use euler"),
+        ({"scheduler": "unipc", "sigmas": [10.0, 0.0]}, "the scheduler unipc takes none"),
+        ({"scheduler": "euler", "sigmas": [1.0], "timesteps": [1]}, "timesteps are given too"),
+        ({"timesteps": []}, r"timesteps is \[\]"),
+        ({"timesteps": [500, 999]}, r"timesteps is \[500, 999\]"),
+        ({"timesteps": [500, 500]}, r"timesteps is \[500, 500\]"),
+        ({"timesteps": [1000, 500]}, r"timesteps is \[1000, 500\]"),
+        ({"timesteps": [500, -1]}, r"timesteps is \[500, -1\]"),
+        ({"timesteps": [500.5]}, r"timesteps is \[500.5\]"),
+        ({"scheduler": "euler", "sigmas": []}, r"sigmas is \[\]"),
+        ({"scheduler": "euler", "sigmas": [NAN, 0]}, r"sigmas is \[nan, 0\]"),
+        ({"scheduler": "euler", "sigmas": [1.0, 2.0]}, r"sigmas is \[1.0, 2.0\]"),
         ({"eta": 0.5}, "eta is 0.5"),
         ({"scheduler": "ddim", "eta": 2.0}, "eta is 2.0"),
         ({"generator": [seeded()]}, "1 generators for 2 pictures"),
@@ -638,5 +653,16 @@ def test_multiply_adds_of_a_step():
     assert counted.get_total_flops() <= 0.93 * counted_reference.get_total_flops()
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_a_scheduler_takes_is_what_diffusers_says(name):
+    kind, facts = type(make_scheduler(name)), SCHEDULERS[name]
+    schedule, step = (inspect.signature(method).parameters for method in (kind.set_timesteps, kind.step))
+    assert facts.timesteps == ("timesteps" in schedule)
+    # UniPC's are for flow models.
+    assert facts.sigmas == ("sigmas" in schedule and name != "unipc")
+    assert facts.eta == ("eta" in step)
+
+
 def test_default_guidance():
-    assert sampling.default_guidance("one_step") == 1 and sampling.default_guidance("dpmpp_2m") == 4.5
+    assert Settings(scheduler="one_step").guidance == 1 and Settings().guidance == 4.5
+    assert not Settings(scheduler="one_step").guided and Settings(guidance_scale=1.5).guided

@@ -11,10 +11,14 @@ import torch
 from pixart_sigma.cli import commands as cli
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
+from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.schedulers import make_scheduler
-from pixart_sigma.studies.calibration import DEMO_PROMPTS, SEARCHES, Calibrator, calibrate
+from pixart_sigma.settings import Settings
+from pixart_sigma.studies.calibration import DEMO_PROMPTS, EngineRuns, calibrate
 from pixart_sigma.studies.calibration_picture import draw
+from pixart_sigma.studies.calibrator import SEARCHES, Calibrator
 from pixart_sigma.transformer.config import KVWeights, TransformerConfig
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_calibration import (
@@ -25,7 +29,7 @@ from pixart_sigma.transformer.kv_calibration import (
     find_calibrated,
     fingerprint_of,
 )
-from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, parse
+from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, parse, spell
 from pixart_sigma.transformer.loading import load_transformer
 
 LAYERS = 3
@@ -215,15 +219,18 @@ def test_nonsense_is_refused():
 def measured(transformer_folder):
     transformer = load_transformer(transformer_folder)
     generator = torch.Generator().manual_seed(0)
-    runs = [
+    starts = [
         (
             torch.randn(1, 4, 16, 24, generator=generator),
-            torch.randn(1, 6, 64, generator=generator),
-            torch.randn(1, 1, 64, generator=generator),
+            Prompts(
+                torch.randn(1, 6, 64, generator=generator),
+                negative_embeds=torch.randn(1, 1, 64, generator=generator),
+            ),
         )
         for _ in range(2)
     ]
-    return calibrate(transformer, runs, ("one", "two"), budget=0.02, steps=8)
+    settings = Settings(width=192, height=128, steps=8)
+    return calibrate(EngineRuns(transformer, starts, settings), ("one", "two"), settings, budget=0.02)
 
 
 def test_what_is_measured_is_saved_and_read(measured, tmp_path):
@@ -247,16 +254,8 @@ def test_the_rules_are_as_good_as_promised(measured, transformer_folder):
     shapes = (1, 4, 16, 24), (1, 6, 64), (1, 1, 64)
     latents, embeds, negative = (torch.randn(shape, generator=generator) for shape in shapes)
     plain, changed = (
-        denoise(
-            transformer,
-            latents,
-            embeds,
-            negative_embeds=negative,
-            steps=8,
-            guidance_scale=4.5,
-            kv_compression=rules,
-        )
-        for rules in ((), measured.rules)
+        denoise(guide(transformer, Prompts(embeds, negative_embeds=negative), settings), latents, settings)
+        for settings in (Settings(steps=8, kv_compression=spell(rules)) for rules in ((), measured.rules))
     )
     assert 0 < (changed - plain).norm() / plain.norm() < 2 * measured.budget
 
@@ -268,7 +267,7 @@ class WrongByAConstant:
 
     def __call__(self, latents, timestep, embeds, mask, kv_compression):
         noise = torch.zeros_like(latents)
-        if kv_compression:
+        if kv_compression != spell(()):
             noise[len(noise) // 2 :] = 0.01
         return noise
 
@@ -284,9 +283,9 @@ def test_an_error_counts_as_the_guided_picture_shows_it():
     # Without noise, each step predicts what the first one sees.
     picture = latents / table[999].sqrt()
     for guidance_scale in (4.5, 9.0):
-        measured = calibrate(
-            WrongByAConstant(), [(latents, embeds, embeds)], ("",), guidance_scale=guidance_scale
-        )
+        settings = Settings(width=64, height=64, guidance_scale=guidance_scale)
+        starts = [(latents, Prompts(embeds, negative_embeds=embeds))]
+        measured = calibrate(EngineRuns(WrongByAConstant(), starts, settings), ("",), settings, 0.05)
         for window, middle in enumerate(MIDDLES):
             timestep = min(scheduler.timesteps.tolist(), key=lambda timestep: abs(timestep - middle))
             sigma = ((1 - table[timestep]) / table[timestep]).sqrt()

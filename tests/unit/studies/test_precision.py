@@ -14,6 +14,7 @@ from pixart_sigma.cli import commands as cli
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.studies.precision import (
     END,
     PromptComparison,
@@ -22,7 +23,8 @@ from pixart_sigma.studies.precision import (
     peak_signal_to_noise,
 )
 from pixart_sigma.studies.precision_picture import AMPLIFIED, amplified_difference, draw
-from pixart_sigma.text.encoder import TextEncoder, quantize_t5
+from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.quantize import quantize_t5
 
 PROMPTS = ("A small red house", "the old sailor looks at the grey sea")
 QUICK = {"width": 64, "height": 96, "steps": 1}
@@ -41,14 +43,14 @@ def folder(tmp_path_factory, pipeline_folder) -> Path:
 
 @pytest.fixture
 def pipeline(folder) -> SigmaPipeline:
-    return SigmaPipeline.from_path(folder, device="cpu")
+    return SigmaPipeline.from_path(folder, Ways(device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def compared(folder):
     """Both precisions and pictures of the tiny pipeline, by a run of its own."""
-    pipeline = SigmaPipeline.from_path(folder, device="cpu")
-    return compare_t5(pipeline, PROMPTS, ("fp32", "nf4"), seed=3, **QUICK)
+    pipeline = SigmaPipeline.from_path(folder, Ways(device="cpu"))
+    return compare_t5(pipeline, PROMPTS, ("fp32", "nf4"), Settings(seed=3, **QUICK))
 
 
 def embeds(*rows) -> torch.Tensor:
@@ -99,8 +101,8 @@ def test_a_comparison_is_of_what_each_precision_encodes_and_draws(folder, compar
     for precision in ("fp32", "nf4"):
         encoder = TextEncoder.load(folder, precision=precision)
         encoded[precision] = [encoder.encode(prompt).prompt_embeds.float() for prompt in PROMPTS]
-        alone = SigmaPipeline.from_path(folder, device="cpu", t5_precision=precision)
-        drawn[precision] = alone.generate(PROMPTS[1], seed=3, **QUICK).images[0]
+        alone = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_precision=precision))
+        drawn[precision] = alone.generate(Settings(PROMPTS[1], seed=3, **QUICK)).images[0]
     for prompt, one, other in zip(compared.prompts, encoded["fp32"], encoded["nf4"], strict=True):
         assert len(prompt.tokens) == one.shape[1] and prompt.tokens[-1] == END
         assert "".join(prompt.tokens[:-1]).replace("▁", " ").strip() == prompt.prompt.lower()
@@ -166,8 +168,8 @@ def loaded(monkeypatch):
 
 @pytest.mark.parametrize("release", ["keep", "free"])
 def test_one_model_is_in_memory_at_a_time(folder, loaded, release):
-    pipeline = SigmaPipeline.from_path(folder, device="cpu", release=release)
-    compare_t5(pipeline, PROMPTS[:1], ("fp32", "int8"), **QUICK)
+    pipeline = SigmaPipeline.from_path(folder, Ways(device="cpu", release=release))
+    compare_t5(pipeline, PROMPTS[:1], ("fp32", "int8"), Settings(**QUICK))
     names = [name for name, _, _ in loaded]
     assert names == ["text encoder"] * 2 + ["transformer", "VAE decode"] * 2
     assert all(alive == [] for _, _, alive in loaded)
@@ -185,7 +187,8 @@ def test_an_interrupt_leaves_no_weight(pipeline, loaded, stage):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
-        compare_t5(pipeline, PROMPTS, ("fp32", "int8"), on_stage=on_stage, callback=stop, **QUICK)
+        settings = Settings(**QUICK)
+        compare_t5(pipeline, PROMPTS, ("fp32", "int8"), settings, on_stage=on_stage, callback=stop)
     gc.collect()
     assert kept.value is not None and len(loaded) == {"T5 in int8": 1, "picture": 3}[stage]
     assert not any(weight() is not None for _, weights, _ in loaded for weight in weights)
@@ -207,19 +210,19 @@ def test_a_mistake_is_known_before_anything_is_loaded(
     pipeline, loaded, prompts, precisions, settings, message
 ):
     with pytest.raises(SigmaError, match=message):
-        compare_t5(pipeline, prompts, precisions, **settings)
+        compare_t5(pipeline, prompts, precisions, Settings(**settings))
     assert loaded == []
 
 
 def test_an_encoder_that_cannot_be_compared_is_named(folder, loaded, tmp_path):
     quantize_t5(folder, tmp_path / "t5")
-    quantized = SigmaPipeline.from_path(folder, text_encoder=tmp_path / "t5", device="cpu")
+    quantized = SigmaPipeline.from_path(folder, Ways(device="cpu"), text_encoder=tmp_path / "t5")
     with pytest.raises(SigmaError, match="saved in int8, so it can not be loaded in bf16"):
         compare_t5(quantized, PROMPTS, ("bf16", "int8"))
-    other = SigmaPipeline.from_path(folder, text_encoder=DEMO, device="cpu")
+    other = SigmaPipeline.from_path(folder, Ways(device="cpu"), text_encoder=DEMO)
     with pytest.raises(SigmaError, match="128 wide, and the transformer reads 64"):
         compare_t5(other, PROMPTS, ("bf16", "int8"))
-    streamed = SigmaPipeline.from_path(folder, device="cpu", t5_device="stream")
+    streamed = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_device="stream"))
     with pytest.raises(SigmaError, match="can not be streamed"):
         compare_t5(streamed, PROMPTS, ("bf16", "nf4"))
     assert loaded == []
@@ -301,6 +304,6 @@ def test_an_interrupt_writes_nothing(compare, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.transformer.stage.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
     assert compare("a boat")[0] == 130
     assert not list(tmp_path.iterdir())

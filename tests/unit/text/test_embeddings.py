@@ -18,16 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.pipeline import DEMO, SigmaPipeline
-from pixart_sigma.text.embeddings import (
-    CACHE_BYTES,
-    EmbeddingCache,
-    EncoderIdentity,
-    PromptEmbeddings,
-    cache_key,
-    identify,
-    user_cache_folder,
-)
-from pixart_sigma.text.encoder import Encoded, TextEncoder, quantize_t5
+from pixart_sigma.prompt_embeds import Encoded
+from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text.cache import CACHE_BYTES, EmbeddingCache, cache_key, user_cache_folder
+from pixart_sigma.text.embeddings import PromptEmbeddings
+from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.identity import EncoderIdentity, identify
+from pixart_sigma.text.quantize import quantize_t5
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[3]
@@ -67,8 +64,10 @@ def test_a_file_gives_back_all_of_it(tmp_path, dtype):
 
 
 def test_a_file_holds_the_prompts_embeddings_and_where_they_are_from(pipeline_folder, tmp_path):
-    pipeline = SigmaPipeline.from_path(pipeline_folder, device="cpu", t5_precision="bf16")
-    pipeline.encode_prompts("A Boat " + "boat " * 400, "blurry").save(tmp_path / "prompt.safetensors")
+    pipeline = SigmaPipeline.from_path(pipeline_folder, Ways(device="cpu", t5_precision="bf16"))
+    pipeline.encode_prompts(Settings("A Boat " + "boat " * 400, "blurry")).save(
+        tmp_path / "prompt.safetensors"
+    )
     read = PromptEmbeddings.load(tmp_path / "prompt.safetensors")
     expected = TextEncoder.load(pipeline_folder, precision="bf16").encode("A Boat " + "boat " * 400)
     assert torch.equal(read.positive, expected.prompt_embeds)
@@ -187,8 +186,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys, torch
-from pixart_sigma.text.embeddings import EmbeddingCache, PromptEmbeddings
-from pixart_sigma.text.encoder import Encoded
+from pixart_sigma.prompt_embeds import Encoded
+from pixart_sigma.text.cache import EmbeddingCache
+from pixart_sigma.text.embeddings import PromptEmbeddings
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 folder, key = sys.argv[1:]
 new = torch.ones(1, 9, 64)
@@ -275,8 +275,9 @@ def test_a_folder_that_cannot_be_made_is_told_and_no_error(tmp_path, caplog):
 
 MANY = """
 import sys, torch
-from pixart_sigma.text.embeddings import EmbeddingCache, EncoderIdentity, cache_key
-from pixart_sigma.text.encoder import Encoded
+from pixart_sigma.prompt_embeds import Encoded
+from pixart_sigma.text.cache import EmbeddingCache, cache_key
+from pixart_sigma.text.identity import EncoderIdentity
 folder, max_bytes, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 cache = EmbeddingCache(folder, max_bytes)
 random = torch.Generator().manual_seed(seed)
@@ -378,12 +379,12 @@ def draw(pipeline_folder, tmp_path, loads):
 
     def run(prompt="a boat", negative="", cache=None, folder=pipeline_folder, release="free", **settings):
         pipeline = SigmaPipeline.from_path(
-            folder, device="cpu", t5_precision=settings.pop("t5_precision", "fp32"), release=release
+            folder, Ways(device="cpu", t5_precision=settings.pop("t5_precision", "fp32"), release=release)
         )
         before = len(loads)
         cache = cache or EmbeddingCache(tmp_path / "cache")
-        size = {"width": 64, "height": 64, "steps": 1, "use_resolution_binning": False}
-        result = pipeline.generate(prompt, negative, embedding_cache=cache, **size, **settings)
+        size = {"width": 64, "height": 64, "steps": 1, "binning": False}
+        result = pipeline.generate(Settings(prompt, negative, **size, **settings), embedding_cache=cache)
         return result, len(loads) > before
 
     return run
@@ -397,7 +398,7 @@ def test_a_prompt_seen_before_draws_the_same_without_t5(draw, release):
     second, loaded = draw(long.lower(), "blurry", release=release)
     assert not loaded and torch.equal(first.latents, second.latents)
     assert first.truncated == second.truncated != ""
-    assert second.settings["t5_precision"] == "fp32"
+    assert second.metadata.ways.t5_precision == "fp32"
     assert draw(long, "blurry", guidance_scale=1.0)[1] is False
 
 
@@ -434,14 +435,14 @@ def test_a_t5_that_is_kept_answers_for_itself(pipeline_folder, tmp_path, loads):
     """Its files are replaced while it is in memory."""
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline_folder, folder)
-    held = SigmaPipeline.from_path(folder, device="cpu", t5_precision="fp32", release="keep")
+    held = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_precision="fp32", release="keep"))
     cache = EmbeddingCache(tmp_path / "cache")
-    held.encode_prompts("a boat", embedding_cache=cache)
+    held.encode_prompts(Settings("a boat"), embedding_cache=cache)
     weights = folder / "text_encoder" / "model.safetensors"
     save_file({key: weight * 1.01 for key, weight in load_file(weights).items()}, weights)
-    old = held.encode_prompts("a house", embedding_cache=cache)
-    fresh = SigmaPipeline.from_path(folder, device="cpu", t5_precision="fp32")
-    new = fresh.encode_prompts("a house", embedding_cache=cache)
+    old = held.encode_prompts(Settings("a house"), embedding_cache=cache)
+    fresh = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_precision="fp32"))
+    new = fresh.encode_prompts(Settings("a house"), embedding_cache=cache)
     assert len(loads) == 2 and not torch.equal(old.positive, new.positive)
 
 
@@ -460,9 +461,9 @@ def test_a_full_disk_does_not_stop_the_run(draw, monkeypatch, caplog):
 
 def test_encoded_prompts_need_no_t5(draw, pipeline_folder, tmp_path, loads):
     expected, _ = draw("a boat", "blurry")
-    embeddings = SigmaPipeline.from_path(pipeline_folder, device="cpu", t5_precision="fp32").encode_prompts(
-        "a boat", "blurry"
-    )
+    embeddings = SigmaPipeline.from_path(
+        pipeline_folder, Ways(device="cpu", t5_precision="fp32")
+    ).encode_prompts(Settings("a boat", "blurry"))
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline_folder, folder)
     shutil.rmtree(folder / "text_encoder")
@@ -470,22 +471,22 @@ def test_encoded_prompts_need_no_t5(draw, pipeline_folder, tmp_path, loads):
     del index["text_encoder"]
     (folder / "model_index.json").write_text(json.dumps(index))
     del loads[:]
-    without = SigmaPipeline.from_path(folder, device="cpu", needs_text_encoder=False)
-    size = {"width": 64, "height": 64, "steps": 1, "use_resolution_binning": False}
-    result = without.generate(embeddings, **size)
+    without = SigmaPipeline.from_path(folder, Ways(device="cpu"), needs_text_encoder=False)
+    size = {"width": 64, "height": 64, "steps": 1, "binning": False}
+    result = without.generate(Settings(**size), embeddings=embeddings)
     assert torch.equal(result.latents, expected.latents) and not loads
-    assert result.settings["prompt"] == "a boat" and result.settings["negative"] == "blurry"
+    assert result.metadata.settings.prompt == "a boat" and result.metadata.settings.negative == "blurry"
     with pytest.raises(SigmaError, match="no text encoder"):
-        without.generate("a boat", **size)
+        without.generate(Settings("a boat", **size))
     with pytest.raises(SigmaError, match="negative"):
-        without.generate(embeddings, "ugly", **size)
+        without.generate(Settings(negative="ugly", **size), embeddings=embeddings)
 
 
 def test_embeddings_of_another_width_are_named_before_anything_loads(pipeline_folder, monkeypatch):
     monkeypatch.setattr("pixart_sigma.memory.stages.Stages.run", lambda *_: 1 / 0)
     wrong = made(positive=embeds(width=4096), negative=embeds(1, width=4096))
     with pytest.raises(SigmaError, match="4096 wide.*64"):
-        SigmaPipeline.from_path(pipeline_folder, device="cpu").generate(wrong)
+        SigmaPipeline.from_path(pipeline_folder, Ways(device="cpu")).generate(Settings(), embeddings=wrong)
 
 
 def test_the_users_cache_folder(monkeypatch, tmp_path):
@@ -504,5 +505,7 @@ def test_the_demos_embeddings_are_of_the_demos_t5():
     --no-embedding-cache --out pixart_sigma/demo/prompt_embeddings.safetensors"""
     embeddings = PromptEmbeddings.load(DEMO / "prompt_embeddings.safetensors")
     assert embeddings.fingerprint == identify(DEMO).fingerprint
-    result = SigmaPipeline.from_path("demo", device="cpu").generate(embeddings, steps=1)
-    assert result.settings["prompt"] == "a red circle on a blue background"
+    result = SigmaPipeline.from_path("demo", Ways(device="cpu")).generate(
+        Settings(steps=1), embeddings=embeddings
+    )
+    assert result.metadata.settings.prompt == "a red circle on a blue background"

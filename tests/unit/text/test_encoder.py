@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.prompt_embeds import pad_embeds
 from pixart_sigma.text.cleaning import prepare_prompt
-from pixart_sigma.text.encoder import TextEncoder, describe_encoder, pad_embeds, quantize_t5
+from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.loading import describe_encoder
 from pixart_sigma.text.model import compute_dtype
+from pixart_sigma.text.quantize import quantize_t5
 from pixart_sigma.text.weights import config_from_shapes, expected_shapes
 
 WORDS = "a small red fox with happy face in the snow, lake and mountain at night".split()
@@ -264,9 +267,10 @@ def test_int8_does_not_log_a_cast_per_layer(folder, caplog):
 def test_precision_and_device_are_checked(folder):
     with pytest.raises(SigmaError, match="int7.*use one of int8"):
         TextEncoder.load(folder, precision="int7")
-    with pytest.raises(SigmaError, match="not a torch device"):
+    with pytest.raises(SigmaError, match="device 'gpu' cannot be used here"):
         TextEncoder.load(folder, device="gpu")
-    assert compute_dtype(torch.device("cpu")) == torch.bfloat16
+    assert compute_dtype("int8", torch.device("cpu")) == torch.bfloat16
+    assert compute_dtype("fp16", torch.device("cpu")) == torch.float16
 
 
 def test_4bit_refuses_widths_its_kernels_do_not_take(tokenizer_folder, tmp_path):

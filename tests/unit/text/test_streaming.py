@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.memory.block_buffers import PinnedMemory
-from pixart_sigma.memory.stages import Stages, live_bytes
+from pixart_sigma.memory.measure import live_bytes
+from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.text.encoder import TextEncoder, describe_encoder, quantize_t5
+from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.loading import describe_encoder
+from pixart_sigma.text.quantize import quantize_t5
 from pixart_sigma.text.streaming import StreamedT5
 from pixart_sigma.text.weights import expected_shapes
 
@@ -424,9 +428,11 @@ def test_a_file_that_changes_while_it_is_streamed_is_named(folder, tmp_path, way
 
 def test_the_pipeline_streams(pipeline_folder):
     settings = dict(device="cpu", t5_precision="fp32", measure=True)
-    resident = SigmaPipeline.from_path(pipeline_folder, **settings)
-    streamed = SigmaPipeline.from_path(pipeline_folder, t5_device="stream", **settings)
-    expected, result = (pipeline.encode_prompts("a fox", "snow") for pipeline in (resident, streamed))
+    resident = SigmaPipeline.from_path(pipeline_folder, Ways(**settings))
+    streamed = SigmaPipeline.from_path(pipeline_folder, Ways(t5_device="stream", **settings))
+    expected, result = (
+        pipeline.encode_prompts(Settings("a fox", "snow")) for pipeline in (resident, streamed)
+    )
     assert torch.equal(result.positive, expected.positive)
     assert torch.equal(result.negative, expected.negative)
     needed = [pipeline.stages.costs["text encoder"].weights for pipeline in (resident, streamed)]

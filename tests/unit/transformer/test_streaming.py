@@ -12,9 +12,10 @@ from pixart_sigma import planner
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory.block_buffers import BlockBuffers, PinnedMemory
-from pixart_sigma.memory.stages import live_bytes, peak_bytes
+from pixart_sigma.memory.measure import live_bytes, peak_bytes
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.planner import plan, published_models
+from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.transformer import streaming as transformer_streaming
 from pixart_sigma.transformer.config import XL_2, KVWeights
 from pixart_sigma.transformer.kv_rules import KVCompression
@@ -205,12 +206,12 @@ def test_ram_that_can_not_be_pinned_serves_as_well(parked, monkeypatch):
 
 
 def demo(**settings) -> SigmaPipeline:
-    return SigmaPipeline.from_path("demo", device="cpu", **settings)
+    return SigmaPipeline.from_path("demo", Ways(device="cpu", **settings))
 
 
 def draw(pipeline, **settings) -> torch.Tensor:
     settings = {"width": 128, "height": 64, "steps": 2, "use_resolution_binning": False} | settings
-    return pipeline.generate("a red circle", "blue", **settings).latents
+    return pipeline.generate(Settings("a red circle", "blue", **settings)).latents
 
 
 @pytest.mark.parametrize("release", ["free", "offload", "keep"])

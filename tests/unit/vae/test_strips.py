@@ -8,14 +8,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_sigma.errors import SigmaError
-from pixart_sigma.memory.stages import _StorageMeter
-from pixart_sigma.vae import feature_maps
-from pixart_sigma.vae import strips as strip_decode
-from pixart_sigma.vae.coding import decode
+from pixart_sigma.memory.measure import StorageMeter
+from pixart_sigma.vae import feature_maps, stage
 from pixart_sigma.vae.feature_maps import Parking, Rows
 from pixart_sigma.vae.layers import read_decoder
 from pixart_sigma.vae.memory import decode_memory, least_budget, shares, whole_decode_bytes
-from pixart_sigma.vae.strips import decode_in_strips, decode_within
+from pixart_sigma.vae.stage import decode, decode_picture, ways_within
+from pixart_sigma.vae.strips import decode_in_strips
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
@@ -124,7 +123,7 @@ class Watched(Parking):
         super().leave(piece)
 
 
-class DeviceMeter(_StorageMeter):
+class DeviceMeter(StorageMeter):
     """The most that was alive but for what waits in RAM."""
 
     def __init__(self, parking):
@@ -184,7 +183,7 @@ def test_it_needs_a_part_of_what_the_whole_decode_needs(published):
     published.to(torch.float32)
     latent = torch.empty(1, 4, 128, 128, device="meta")
     with Fused():
-        meter = _StorageMeter(latent.device)
+        meter = StorageMeter(latent.device)
         with meter:
             published.decode(latent)
         whole = meter.peak - meter.before
@@ -262,8 +261,10 @@ def out_of_memory(*_):
 def test_where_memory_runs_out_it_takes_strips_then_smaller_ones(decoder, monkeypatch, caplog):
     latent = latent_of(16, 16)
     whole = decode_in_strips(decoder, latent)
-    assert (decode_within(decoder, latent, 1e9, out_of_memory) - whole).abs().max() < 1e-4
-    assert "decoding it in strips" in caplog.text
+    ways = ways_within(decoder, (16, 16, 4), 1e9)
+    picture, way = decode_picture(decoder, latent, ways, out_of_memory)
+    assert (picture - whole).abs().max() < 1e-4 and way.chosen["decode"] == "strips"
+    assert "runs again: in strips" in caplog.text
 
     budgets = []
 
@@ -271,25 +272,42 @@ def test_where_memory_runs_out_it_takes_strips_then_smaller_ones(decoder, monkey
         budgets.append(budget)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(strip_decode, "decode_in_strips", fails)
+    monkeypatch.setattr(stage, "decode_in_strips", fails)
     with pytest.raises(SigmaError, match="It needs at least [0-9]+ MB beside the VAE's weights"):
-        decode_within(decoder, latent, 64e6, out_of_memory)
-    assert budgets == [64e6, 32e6]
+        decode_picture(decoder, latent, ways_within(decoder, (16, 16, 4), 64e6), out_of_memory)
+    assert budgets[:3] == [64e6, 32e6, 16e6] and budgets == sorted(set(budgets), reverse=True)
 
 
 def test_too_little_ram_for_the_maps_that_wait_is_named(published, monkeypatch):
     published.to(torch.bfloat16)
     latent = torch.empty(1, 4, 512, 512, device="meta", dtype=torch.bfloat16)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 4e9})())
+    decoder = read_decoder(published)
     with pytest.raises(SigmaError, match=r"keeps [0-9.]+ GB in RAM, and 4.0 GB is free"):
-        decode_within(read_decoder(published), latent, 2e9, out_of_memory)
+        decode_picture(decoder, latent, ways_within(decoder, (512, 512, 2), 2e9, "strips"), out_of_memory)
 
 
-def test_another_kind_of_vae_is_left_to_its_own_decode():
+def test_another_kind_of_vae_is_left_to_its_own_decode(vae, monkeypatch):
     from diffusers import AutoencoderTiny
 
-    tiny = AutoencoderTiny()
-    assert read_decoder(tiny) is None
-    asked = []
-    decode_within(None, latent_of(8, 8), 1.0, lambda latent: asked.append(latent.shape))
-    assert asked == [(1, 4, 8, 8)]
+    assert read_decoder(AutoencoderTiny()) is None
+    latents = latent_of(8, 8)
+    whole = decode(vae, latents, "whole")
+    monkeypatch.setattr(stage, "read_decoder", lambda vae: None)
+    assert torch.equal(decode(vae, latents, "auto", 1.0), whole)
+    with pytest.raises(SigmaError, match="cannot be decoded in strips"):
+        decode(vae, latents, "strips")
+
+
+def test_pictures_after_the_first_do_not_try_again_what_did_not_fit(vae, monkeypatch):
+    latents = torch.cat([latent_of(8, 8), latent_of(8, 8, 1), latent_of(8, 8, 2)])
+    tried = []
+
+    def fails(latent):
+        tried.append(latent.shape)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    whole = decode(vae, latents, "whole")
+    monkeypatch.setattr(vae, "decode", fails)
+    assert (decode(vae, latents, "auto", 1e9) - whole).abs().max() < 1e-4
+    assert tried == [(1, 4, 8, 8)]

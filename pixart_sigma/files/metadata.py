@@ -1,0 +1,98 @@
+"""What a picture's file says of how it was made, so that it can be made again."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import SigmaError
+from ..settings import Settings, Ways
+
+KEY = "pixart_sigma"  # of the PNG's text
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that took part: its name for people, and its fingerprint; "" for one that is not known."""
+
+    name: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """All that makes a picture again.
+
+    settings: with nothing left open. ways: as the stages ran in the end. models: by component. versions: of
+    this package and of those that compute. image_sha256: of the picture that it started from.
+    embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
+    """
+
+    settings: Settings
+    ways: Ways
+    models: dict[str, Model]
+    versions: dict[str, str] = field(default_factory=lambda: current_versions())
+    image_sha256: str = ""
+    embeddings_sha256: str = ""
+
+    def as_json(self) -> str:
+        """The settings' fields, and beside them ways, models, versions and digests."""
+        content = asdict(self)
+        return json.dumps(content.pop("settings") | content, ensure_ascii=False)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Metadata":
+        """What `as_json` wrote into a PNG. A picture of an earlier version has the settings alone.
+
+        Raises SigmaError for a file that is no picture, or none of ours.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as picture:
+                text = getattr(picture, "text", {}).get(KEY)
+        except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise SigmaError(
+                f"{path} is not a picture that can be read; give a PNG of `generate`."
+            ) from error
+        if text is None:
+            raise SigmaError(
+                f"{path} does not say how it was made; give a PNG that `pixart-sigma generate` wrote. Other "
+                "programs drop what a PNG says when they save it."
+            )
+        try:
+            return cls._of(json.loads(text))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise SigmaError(
+                f"{path} does not say how it was made in a way that can be read: {error}"
+            ) from error
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> "Metadata":
+        if str(content.get("kv_compression")).endswith(".json"):
+            raise ValueError("its KV compression is a file, which is not trusted")
+        known = {name: content[name] for name in ("image_sha256", "embeddings_sha256") if name in content}
+        # Before the ways were written down there was this one of them.
+        ways = content.get("ways") or {"t5_precision": content.get("t5_precision")}
+        return cls(
+            settings=Settings.from_dict(content),
+            ways=Ways.from_dict(ways),
+            models={name: Model(**model) for name, model in content.get("models", {}).items()},
+            versions=dict(content.get("versions", {})),
+            **{name: str(value) for name, value in known.items()},
+        )
+
+
+def current_versions() -> dict[str, str]:
+    """Of this package and of those that compute; of one that is not installed as a package there is none."""
+    from .. import __version__
+
+    found = {"pixart_sigma": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,106 @@
+"""Classifier-free guidance (arXiv 2207.12598): from the transformer to the noise that a step removes.
+
+The seam is `Predict`: what `denoise` asks at each step. A further kind of guidance is another function that
+returns one.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..errors import SigmaError
+from ..prompt_embeds import Prompts
+from ..settings import Settings
+
+# (latents (B, 4, h, w) as the scheduler scales them, timestep) -> the noise in them (B, 4, h, w), float32.
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def guide(
+    transformer: Callable[..., torch.Tensor], prompts: Prompts, settings: Settings, in_turn: bool = False
+) -> Predict:
+    """The guided noise, `negative + guidance_scale * (prompt - negative)`.
+
+    transformer: called as `transformer(latents, timestep, prompt_embeds, prompt_mask)`, with
+    `kv_compression=settings.kv_compression` where that is not None; returns the noise in the latents. Both
+    prompts go through it in one batch, negative first, or `in_turn` one after the other, in half the memory.
+    A guidance_scale of 1 or less runs the prompt alone. The transformer sees latents in the embeddings'
+    dtype. Raises SigmaError for embeddings or masks that cannot work.
+    """
+    named = {} if settings.kv_compression is None else {"kv_compression": settings.kv_compression}
+    passes = 2 if settings.guided and in_turn else 1
+    batch_of = functools.cache(functools.partial(batch_prompts, prompts, settings.guided))
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        embeds, mask = batch_of(len(latents))
+        batch = torch.cat([latents] * 2) if settings.guided else latents
+        noise = torch.cat(
+            [
+                transformer(part, timestep, part_embeds, part_mask, **named).float()
+                for part, part_embeds, part_mask in _parts(batch.to(embeds.dtype), embeds, mask, passes)
+            ]
+        )
+        return combine(noise, settings.guidance) if settings.guided else noise
+
+    return predict
+
+
+def combine(noise: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """The guided noise (B, 4, h, w) of a batch (2 B, 4, h, w), negative first."""
+    negative, positive = noise.chunk(2)
+    return negative + guidance_scale * (positive - negative)
+
+
+def batch_prompts(prompts: Prompts, guided: bool, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings (rows, L, C) and mask (rows, L) or None of the transformer's batch for `count` latents:
+    count rows, or with guidance twice as many, negative first. Raises SigmaError for what does not fit
+    together."""
+    embeds, mask = _check_embeds("prompt_embeds", count, prompts.prompt_embeds, prompts.prompt_mask)
+    if guided:
+        if prompts.negative_embeds is None:
+            raise SigmaError(
+                "Guidance above 1 needs negative_embeds: encode an empty prompt, or set it to 1."
+            )
+        unwanted, unwanted_mask = _check_embeds(
+            "negative_embeds", count, prompts.negative_embeds, prompts.negative_mask
+        )
+        if unwanted.shape[-1] != embeds.shape[-1]:
+            raise SigmaError(
+                f"prompt_embeds have {embeds.shape[-1]} channels, negative_embeds {unwanted.shape[-1]}; "
+                "encode both with one text encoder."
+            )
+        length = max(embeds.shape[1], unwanted.shape[1])
+        embeds = torch.cat([_pad(part, length) for part in (unwanted.to(embeds), embeds)])
+        mask = torch.cat([_pad(part, length) for part in (unwanted_mask, mask)])
+    # Padding that no row needs is dropped; it costs time and changes nothing.
+    used = mask.any(0)
+    embeds, mask = embeds[:, used], mask[:, used]
+    return embeds, None if mask.all() else mask
+
+
+def _parts(latents, embeds, mask, count):
+    """The transformer's arguments for `count` passes over equal parts of a batch."""
+    masks = [None] * count if mask is None else mask.chunk(count)
+    return zip(latents.chunk(count), embeds.chunk(count), masks, strict=True)
+
+
+def _check_embeds(name, count, embeds, mask):
+    """Embeddings (count, L, C) and their boolean mask (count, L), one row repeated if need be."""
+    if embeds.ndim != 3 or 0 in embeds.shape or len(embeds) not in (1, count):
+        raise SigmaError(f"{name} must be ({count} or 1, tokens, channels), not {tuple(embeds.shape)}.")
+    if not embeds.isfinite().all():
+        raise SigmaError(f"{name} hold NaN or infinity; encode again in another precision, such as bf16.")
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    elif mask.shape != embeds.shape[:2]:
+        raise SigmaError(f"The mask of {name} must be {tuple(embeds.shape[:2])}, not {tuple(mask.shape)}.")
+    mask = mask.to(embeds.device, torch.bool)
+    if not mask.any(1).all():
+        raise SigmaError(f"The mask of {name} leaves no token; even an empty prompt has one.")
+    return embeds.expand(count, -1, -1), mask.expand(count, -1)
+
+
+def _pad(rows, length):
+    padding = rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])
+    return torch.cat([rows, padding], dim=1)

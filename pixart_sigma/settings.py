@@ -1,0 +1,341 @@
+"""What a run makes and how it runs: every option's words, once, and two objects that are checked when they
+are made.
+
+Nothing here imports torch, so that a mistake is known at once.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .aspect_ratio import BINNING, check_side, nearest
+from .errors import SettingError
+
+
+@dataclass(frozen=True)
+class T5Precision:
+    """A precision of T5: torch's name of the dtype of all weights, or how bitsandbytes quantises linear
+    layers.
+
+    bits: of a linear layer's weight. bitsandbytes: arguments of transformers' BitsAndBytesConfig. streams:
+    whether its blocks can pass through a device one by one.
+    """
+
+    bits: int
+    dtype: str | None = None
+    bitsandbytes: dict[str, Any] | None = None
+    streams: bool = True
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """What a scheduler takes beside a number of steps, and the guidance scale of a run that gives none."""
+
+    timesteps: bool = False
+    sigmas: bool = False
+    eta: bool = False
+    guidance_scale: float = 4.5
+
+
+T5_PRECISIONS = {
+    "int8": T5Precision(8, bitsandbytes={"load_in_8bit": True}),
+    # bitsandbytes repacks 4-bit weights where they run, so they cannot be streamed.
+    "nf4": T5Precision(4, bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, streams=False),
+    "fp4": T5Precision(4, bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, streams=False),
+    "bf16": T5Precision(16, dtype="bfloat16"),
+    "fp16": T5Precision(16, dtype="float16"),
+    "fp32": T5Precision(32, dtype="float32"),
+}
+QUANTIZED = tuple(name for name, precision in T5_PRECISIONS.items() if precision.bitsandbytes)
+# Of the transformer and the VAE, with torch's names; auto is what the device computes best in.
+DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Where a model's weights are. auto: on the device; stream: in RAM, two blocks at a time on the device.
+T5_DEVICES = ("auto", "cpu", "stream")
+TRANSFORMER_DEVICES = ("auto", "stream")
+# auto: whole where it fits, else in strips, which give the same picture; tiles differ in tone.
+DECODES = ("auto", "whole", "strips", "tiles")
+# What happens to a model after its stage.
+RELEASES = ("keep", "offload", "free")
+# The sizes that checkpoints were trained for: the latent's side (pixels / 8) and the scale of the positions,
+# which span 0 to 32 for each of them.
+VARIANTS = {"256": (32, 0.5), "512": (64, 1.0), "1024": (128, 2.0), "2K": (256, 4.0)}
+# one_step and lcm are for checkpoints that were distilled for them; one_step without guidance.
+SCHEDULERS = {
+    "dpmpp_2m": Scheduler(timesteps=True),
+    "sa_solver": Scheduler(),
+    "euler": Scheduler(timesteps=True, sigmas=True),
+    "euler_ancestral": Scheduler(),
+    "ddim": Scheduler(eta=True),
+    "unipc": Scheduler(),
+    "lcm": Scheduler(timesteps=True),
+    "one_step": Scheduler(timesteps=True, guidance_scale=1.0),
+}
+MAX_STEPS = 999
+LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which picture: all that decides it, apart from the models, a picture to start from and encoded prompts.
+
+    width, height: pixels; None is the checkpoint's base. binning: the transformer works at the trained size
+    nearest in shape, and the picture is scaled and cropped to the asked size, as the reference pipeline does.
+    count: pictures; number k starts from the k-th noise of the seed. guidance_scale: 1 or less is none, None
+    the scheduler's own. timesteps or sigmas of one's own replace steps, where the scheduler takes them. eta:
+    ddim's share of fresh noise. strength: in (0, 1], how much of a picture to start from is forgotten.
+    kv_compression: as on the command line; None is as the checkpoint was trained. clean_caption: clean the
+    prompts as the training captions were. Raises SettingError, naming the first field that is wrong.
+    """
+
+    prompt: str = ""
+    negative: str = ""
+    width: int | None = None
+    height: int | None = None
+    binning: bool = True
+    count: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float | None = None
+    scheduler: str = "dpmpp_2m"
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    eta: float = 0.0
+    strength: float = 1.0
+    kv_compression: str | None = None
+    clean_caption: bool = False
+
+    def __post_init__(self):
+        _check_texts(self, "prompt", "negative")
+        _check_switches(self, "binning", "clean_caption")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None:
+                _set(self, name, check_side(name, side))
+        _set(self, "count", _whole(self, "count", 1, None, "give a whole number of pictures, 1 or more"))
+        _set(self, "seed", _whole(self, "seed", 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1"))
+        _set(self, "steps", _whole(self, "steps", 1, MAX_STEPS, f"give a whole number from 1 to {MAX_STEPS}"))
+        if self.guidance_scale is not None and not is_finite(self.guidance_scale):
+            raise SettingError(
+                "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
+            )
+        _check_word(self, "scheduler", SCHEDULERS)
+        _check_schedule(self)
+        if not is_finite(self.strength) or not 0 < self.strength <= 1:
+            raise SettingError("strength", self.strength, "give a number above 0, and at most 1")
+        if int(self.schedule_length * self.strength) < 1:
+            raise SettingError(
+                "strength",
+                self.strength,
+                f"of {self.schedule_length} steps it leaves none, so raise one of them",
+            )
+        if self.kv_compression is not None:
+            _check_texts(self, "kv_compression")
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale, the scheduler's own where none is given."""
+        own = SCHEDULERS[self.scheduler].guidance_scale
+        return own if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is used."""
+        return self.guidance > 1
+
+    @property
+    def schedule_length(self) -> int:
+        """The steps of a run from pure noise."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        if self.sigmas is not None:
+            return len(self.sigmas) - 1
+        return 1 if self.scheduler == "one_step" else self.steps
+
+    def complete(self, base_size: int) -> "Settings":
+        """These settings with what is left open filled in, for a checkpoint of this base (a side in
+        pixels)."""
+        width, height = self.asked_size(base_size)
+        return replace(self, width=width, height=height, guidance_scale=self.guidance)
+
+    def asked_size(self, base_size: int) -> tuple[int, int]:
+        """(width, height) of the pictures, for a checkpoint of this base."""
+        return self.width or base_size, self.height or base_size
+
+    def made_size(self, base_size: int) -> tuple[int, int]:
+        """(width, height) at which the transformer works: of a bucket of the checkpoint's base, or of whole
+        latents."""
+        width, height = self.asked_size(base_size)
+        if not self.binning or base_size // 8 not in BINNING:
+            return -(-width // 8) * 8, -(-height // 8) * 8
+        bucket = nearest(width, height, base_size, binning=True)
+        return bucket.width, bucket.height
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "Settings":
+        """What `as_dict` gave; other entries are left alone, missing ones have their defaults."""
+        return cls(**_known(cls, found))
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a run computes: where, in which precision, and within what memory. The picture changes by rounding
+    alone, but for T5's precision.
+
+    device: a torch device, or auto for the first GPU. dtype: of the transformer and the VAE. t5_precision:
+    None is the one that a quantised T5 was saved in, else int8 (for the demo fp32). t5_device,
+    transformer_device: stream keeps the weights in RAM and passes them through the device; cpu leaves the
+    device to the others. guidance_in_turn: prompt and negative prompt one after the other, in half the
+    memory. decode_budget: bytes on the device for the decode, the VAE's weights apart; None is what is free.
+    budget: bytes on the device for the whole run, for which the planner then chooses all that is not given.
+    release: what happens to each model after its stage. measure: write down what each stage costs. Raises
+    SettingError, naming the first field that is wrong.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    t5_precision: str | None = None
+    t5_device: str = "auto"
+    transformer_device: str = "auto"
+    guidance_in_turn: bool = False
+    decode: str = "auto"
+    decode_budget: float | None = None
+    budget: float | None = None
+    release: str = "free"
+    measure: bool = False
+
+    def __post_init__(self):
+        _check_texts(self, "device")
+        _check_word(self, "dtype", DTYPES)
+        if self.t5_precision is not None:
+            _check_word(self, "t5_precision", T5_PRECISIONS)
+        _check_word(self, "t5_device", T5_DEVICES)
+        _check_word(self, "transformer_device", TRANSFORMER_DEVICES)
+        _check_word(self, "decode", DECODES)
+        _check_word(self, "release", RELEASES)
+        _check_switches(self, "guidance_in_turn", "measure")
+        for name in ("decode_budget", "budget"):
+            size = getattr(self, name)
+            if size is not None and not (is_finite(size) and size > 0):
+                raise SettingError(name, size, "give more than 0 bytes, such as 2 GB (2e9)")
+        if self.budget is not None and (self.decode != "auto" or self.decode_budget is not None):
+            raise SettingError(
+                "budget", self.budget, "it plans the decode too, so leave decode and decode_budget out"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "Ways":
+        """What `as_dict` gave; other entries are left alone, missing ones have their defaults."""
+        return cls(**_known(cls, found))
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that is neither NaN nor infinite."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _check_schedule(settings: Settings) -> None:
+    """Timesteps, sigmas and eta, which not every scheduler takes, and that strength leaves a step."""
+    scheduler = SCHEDULERS[settings.scheduler]
+    if settings.timesteps is not None and settings.sigmas is not None:
+        raise SettingError("sigmas", settings.sigmas, "timesteps are given too; give one of them")
+    for name, takes in (("timesteps", scheduler.timesteps), ("sigmas", scheduler.sigmas)):
+        given = getattr(settings, name)
+        if given is None:
+            continue
+        if not takes:
+            takers = [other for other, facts in SCHEDULERS.items() if getattr(facts, name)]
+            raise SettingError(
+                name, given, f"the scheduler {settings.scheduler} takes none; use {' or '.join(takers)}"
+            )
+        _set(settings, name, CHECKS[name](given))
+    if not is_finite(settings.eta) or not 0 <= settings.eta <= 1:
+        raise SettingError("eta", settings.eta, "give a number from 0 to 1")
+    if settings.eta and not scheduler.eta:
+        raise SettingError(
+            "eta", settings.eta, f"the scheduler {settings.scheduler} has none; use the scheduler ddim"
+        )
+
+
+def check_timesteps(timesteps: Iterable[Any]) -> tuple[int, ...]:
+    """Whole numbers from 999 to 0, descending. Raises SettingError."""
+    values = tuple(timesteps)
+    whole = all(is_finite(value) and value == int(value) and 0 <= value <= LAST_TIMESTEP for value in values)
+    if not values or not whole or not _descends(values):
+        raise SettingError("timesteps", list(values), "give whole numbers from 999 to 0, descending")
+    return tuple(int(value) for value in values)
+
+
+def check_sigmas(sigmas: Iterable[Any]) -> tuple[float, ...]:
+    """At least two noise levels, descending; the last one is the end. Raises SettingError."""
+    values = tuple(sigmas)
+    levels = all(is_finite(value) and value >= 0 for value in values)
+    if len(values) < 2 or not levels or not _descends(values):
+        raise SettingError(
+            "sigmas", list(values), "give at least two numbers, descending, of which the last is the end"
+        )
+    return tuple(float(value) for value in values)
+
+
+CHECKS = {"timesteps": check_timesteps, "sigmas": check_sigmas}
+
+
+def _descends(values: tuple) -> bool:
+    return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+
+
+def _whole(settings, name: str, least: int, most: int | None, advice: str) -> int:
+    value = getattr(settings, name)
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise SettingError(name, value, advice)
+    return number
+
+
+def _check_word(settings, name: str, words: Iterable[str]) -> None:
+    value = getattr(settings, name)
+    if not isinstance(value, str) or value not in words:
+        raise SettingError(name, repr(value), f"choose one of {', '.join(words)}")
+
+
+def _check_texts(settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, str):
+            raise SettingError(name, repr(value), "give one text")
+
+
+def _check_switches(settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, bool):
+            raise SettingError(name, repr(value), "give True or False")
+
+
+def _known(cls: type, found: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if name in names
+    }
+
+
+def _set(settings, name: str, value: Any) -> None:
+    object.__setattr__(settings, name, value)  # the usual way to complete a frozen dataclass

@@ -1,0 +1,120 @@
+"""A cache of embeddings that spares T5 for prompts seen before."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, SigmaError
+from ..prompt_embeds import Encoded
+from .embeddings import FORMAT, VERSION, check_embeds, read_tensors, write_tensors
+from .identity import EncoderIdentity
+from .model import compute_dtype
+
+CACHE_BYTES = 256 * 2**20
+CACHED_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{64}\.safetensors\..+")
+UNFINISHED_SECONDS = 3600  # no write takes so long: who began it was killed
+
+
+def cache_key(encoder: EncoderIdentity, device: torch.device, **asked) -> str:
+    """The name of an encoder's answer on a kind of device; `asked`, ready for JSON, is all that decides it.
+
+    A text is asked for as `prepare_prompt` returns it.
+    """
+    dtype = compute_dtype(encoder.precision, device)
+    decides = [FORMAT, VERSION, encoder.fingerprint, encoder.precision, device.type, str(dtype), asked]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+class EmbeddingCache:
+    """Embeddings by `cache_key` in a folder, one file each; the least recently used go beyond `max_bytes`.
+
+    Several processes may share the folder. Nothing here raises for what is on the disk: what cannot be read
+    is a miss, and what cannot be written is logged in one line. Prompts are not written, only what was cut
+    off from them.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int = CACHE_BYTES):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self._told = False
+
+    def get(self, key: str) -> Encoded | None:
+        """What was put under `key`, or None. A damaged file is removed."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            tensors, metadata = read_tensors(path, ("prompt_embeds",))
+            check_embeds("prompt", tensors["prompt_embeds"])
+            if metadata.get("key") != key:
+                raise CheckpointError(f"{path} holds another prompt.")
+        except SigmaError:
+            _remove(path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of the last use decides what goes first
+        return Encoded(tensors["prompt_embeds"], metadata.get("truncated", ""))
+
+    def put(self, key: str, encoded: Encoded) -> None:
+        """Keep it, and let others go where there is no room."""
+        if encoded.prompt_embeds.nbytes > self.max_bytes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_tensors(
+                self._path(key),
+                {"prompt_embeds": encoded.prompt_embeds},
+                {"key": key, "truncated": encoded.truncated},
+            )
+        except OSError as error:
+            if not self._told:
+                logging.getLogger(__name__).warning(
+                    f"Prompt embeddings are not cached: {self.folder} cannot be written ({error.strerror}). "
+                    "The run goes on without."
+                )
+            self._told = True
+            return
+        self._told = False
+        self._evict()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _evict(self) -> None:
+        """Another process may do the same at the same time, so any file may be gone already."""
+        kept, total = [], 0
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if UNFINISHED_NAME.fullmatch(entry.name):
+                        if time.time() - entry.stat().st_mtime > UNFINISHED_SECONDS:
+                            _remove(entry.path)
+                    elif CACHED_NAME.fullmatch(entry.name):
+                        status = entry.stat()
+                        kept.append((status.st_mtime_ns, status.st_size, entry.path))
+                        total += status.st_size
+        for _, size, path in sorted(kept):
+            if total <= self.max_bytes:
+                return
+            _remove(path)
+            total -= size
+
+
+def user_cache_folder() -> Path:
+    """Where the terminal caches: in $XDG_CACHE_HOME or ~/.cache, on Windows in %LOCALAPPDATA%."""
+    variable, default = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
+    root = Path(os.environ.get(variable, ""))
+    # A relative one counts as not set, says the XDG Base Directory Specification.
+    return (root if root.is_absolute() else Path.home() / default) / "pixart_sigma" / "embeddings"
+
+
+def _remove(path: str | Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

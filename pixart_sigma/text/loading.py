@@ -1,0 +1,60 @@
+"""What a T5 encoder is loaded from: its files, found and read by their headers, and what it will take."""
+
+from pathlib import Path
+
+import torch
+
+from ..devices import pick_device
+from ..errors import SigmaError
+from ..settings import T5_PRECISIONS
+from .model import check_packages, compute_dtype, quiet_int8_casts
+from .streaming import StreamedT5
+from .tokenizer import find_tokenizer, load_tokenizer
+from .weights import expected_nbytes, read_t5
+
+
+def read_encoder(path, precision: str | None = None):
+    """What TextEncoder.load builds from: (path of the encoder, T5Config, weights, precision). Weights are
+    memory-mapped. Raises SigmaError and CheckpointError as TextEncoder.load."""
+    path = find_encoder(path)
+    if precision is not None and precision not in T5_PRECISIONS:
+        raise SigmaError(
+            f"Unknown text encoder precision {precision!r}: use one of {', '.join(T5_PRECISIONS)}."
+        )
+    config, weights, saved = read_t5(path)
+    if saved and precision not in (None, saved):
+        raise SigmaError(
+            f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
+            "or load the original encoder: quantising twice would lose quality."
+        )
+    return path, config, weights, precision or saved or "int8"
+
+
+def find_encoder(path) -> Path:
+    """The encoder's folder in a pipeline folder; any other path as it is."""
+    path = Path(path)
+    if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
+        return path / "text_encoder"
+    return path
+
+
+def stream_model(config, weights: dict, precision: str, device: torch.device, path: Path) -> StreamedT5:
+    """A StreamedT5 for this device, still on the CPU. Raises SigmaError and CheckpointError as StreamedT5."""
+    check_packages(precision)
+    quiet_int8_casts()
+    return StreamedT5(config, weights, precision, compute_dtype(precision, device), path)
+
+
+def describe_encoder(
+    path, tokenizer=None, precision: str | None = None, device="cpu", stream: bool = False
+) -> tuple:
+    """(tokenizer, bytes on the device) of the encoder that TextEncoder.load would give, whose weights are not
+    loaded."""
+    device = pick_device(device)
+    path, config, weights, precision = read_encoder(path, precision)
+    loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
+    if stream:
+        model = stream_model(config, weights, precision, device, path)
+        return loaded_tokenizer, model.window_nbytes(device)
+    dtype = compute_dtype(precision, device)
+    return loaded_tokenizer, expected_nbytes(weights, precision, dtype)
