@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError, SigmaError
 from ..files.weight_files import find_weight_files
-from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
+from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory, double_buffered, lay_out, unpack
 from .weights import Float8Weight, is_linear
 
 STREAMED = ("int8", "bf16", "fp16", "fp32")
@@ -49,11 +49,10 @@ class StreamedT5:
         self.device = torch.device("cpu")
         self._weights, self._path = weights, path
         self._files = {file: _stamp(file) for file in (find_weight_files(path) if path else ())}
-        self._blocks, self._final_layer_norm = _empty_blocks(config, count=2)
+        self._block, self._final_layer_norm = _empty_block(config)
         self._parts = self._lay_out()
         self._block_nbytes = self._parts[-1].end
-        for block in self._blocks:
-            _use_int8(block, self._parts, config)
+        _use_int8(self._block, self._parts, config)
         self._pinned = PinnedMemory()
         self._in_ram: list[torch.Tensor] = []  # the bytes of every block; without any, they are read in turn
         self._staging: list[torch.Tensor] = []  # the bytes of two, on their way from the file to a device
@@ -108,8 +107,7 @@ class StreamedT5:
         self._check_files()
         hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype).to(self.device)
         position_bias = self._position_bias(input_ids.shape[1])
-        visits = self._from_ram if self.device.type == "cpu" else self._through_buffers
-        with closing(visits(count)) as blocks:
+        with closing(self._visit_blocks(count)) as blocks:
             for done, block in enumerate(blocks):
                 if progress is not None:
                     progress(done, count)
@@ -123,57 +121,43 @@ class StreamedT5:
         finally:
             _unbind(self._final_layer_norm)
 
-    def _from_ram(self, count: int) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights on the CPU; one is dropped before the next is read."""
-        block = self._blocks[0]
+    def _visit_blocks(self, count: int) -> Iterator[torch.nn.Module]:
+        """The blocks in turn, each with its weights where it computes; one module serves them all."""
+        tensors_of_blocks = self._from_ram if self.device.type == "cpu" else self._through_buffers
         try:
-            for index in range(count):
-                if self._in_ram:
-                    weights = {part.name: part.of(self._in_ram[index]) for part in self._parts}
-                else:
-                    self._check_files()
-                    weights = dict(self._read(index))
-                _bind(block, weights)
-                del weights
-                yield block
-                _unbind(block)
+            with closing(tensors_of_blocks(count)) as passing:
+                for tensors in passing:
+                    _bind(self._block, tensors)
+                    del tensors  # the block is dropped before the next is read
+                    yield self._block
+                    _unbind(self._block)
         finally:
-            _unbind(block)
+            _unbind(self._block)
 
-    def _through_buffers(self, count: int) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
-        buffers = BlockBuffers(self._block_nbytes, self.device)
-        try:
-            for block, block_bytes in zip(self._blocks, buffers.bytes, strict=True):
-                _bind(block, {part.name: part.of(block_bytes) for part in self._parts})
-            buffers.fill(0, self._bytes_of(0, buffers))
-            for index in range(count):
-                if index + 1 < count:  # first, because int8 makes the CPU wait in the middle of a block
-                    buffers.fill((index + 1) % 2, self._bytes_of(index + 1, buffers))
-                buffers.wait_until_filled(index % 2)
-                yield self._blocks[index % 2]
-                buffers.mark_used(index % 2)
-        finally:
-            buffers.close()
-            for block in self._blocks:
-                _unbind(block)
+    def _from_ram(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
+        for index in range(count):
+            if self._in_ram:
+                yield unpack(self._in_ram[index], self._parts)
+            else:
+                self._check_files()
+                yield dict(self._read(index))
+
+    def _through_buffers(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
+        return double_buffered([self._parts] * count, self.device, self._bytes_of)
 
     def _bytes_of(self, index: int, buffers: BlockBuffers) -> torch.Tensor:
         if self._in_ram:
             return self._in_ram[index]
         self._check_files()
         while len(self._staging) < 2:
-            try:
-                self._staging.append(self._pinned.allocate(self._block_nbytes, self.device))
-            except RuntimeError:  # the copy then waits, and is as right
-                self._staging.append(torch.empty(self._block_nbytes, dtype=torch.uint8))
+            self._staging.append(self._pinned.allocate_any(self._block_nbytes, self.device))
         buffers.wait_until_copied(index % 2)
         self._fill(self._staging[index % 2], index)
         return self._staging[index % 2]
 
     def _position_bias(self, length: int) -> torch.Tensor:
         """The first block's position bias (1, heads, n, n), which all blocks add."""
-        attention = self._blocks[0].layer[0].SelfAttention
+        attention = self._block.layer[0].SelfAttention
         table = self._weights[_bias_key()][...].to(self.device, self.dtype)
         try:
             _bind(attention.relative_attention_bias, {"weight": table})
@@ -202,15 +186,15 @@ class StreamedT5:
             yield scale_name, scale
 
     def _fill(self, block_bytes: torch.Tensor, index: int) -> None:
-        parts = {part.name: part for part in self._parts}
+        tensors = unpack(block_bytes, self._parts)
         for name, tensor in self._read(index):
-            parts[name].of(block_bytes).copy_(tensor)
+            tensors[name].copy_(tensor)
 
     def _lay_out(self) -> tuple[Part, ...]:
         """The parts that every block has. Raises CheckpointError where a block has others."""
         shapes = {
             name: tuple(weight.shape)
-            for name, weight in self._blocks[0].named_parameters()
+            for name, weight in self._block.named_parameters()
             if "relative_attention_bias" not in name
         }
         dtypes = {name: self._dtype_of(0, name) for name in shapes}
@@ -233,15 +217,12 @@ class StreamedT5:
                         f"{self._path}: the scale of {key} has {scale.numel()} numbers for {shape[0]} rows. "
                         "Write the folder again with quantize-t5."
                     )
-        parts, offset = [], 0
+        tensors = []
         for name, shape in shapes.items():
-            found = [(name, dtypes[name], shape)]
+            tensors.append((name, dtypes[name], shape))
             if dtypes[name] == torch.int8:
-                found.append((_scale_name(name), torch.float32, shape[:1]))
-            for tensor in found:
-                parts.append(Part(*tensor, offset))
-                offset = parts[-1].end
-        return tuple(parts)
+                tensors.append((_scale_name(name), torch.float32, shape[:1]))
+        return lay_out(tensors)
 
     def _dtype_of(self, index: int, name: str) -> torch.dtype:
         key = f"encoder.block.{index}.{name}"
@@ -299,15 +280,15 @@ class StreamedT5:
                 )
 
 
-def _empty_blocks(config, count: int) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    """Blocks and the final norm of transformers' encoder, on the meta device. Each block is a first one."""
+def _empty_block(config) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The first block and the final norm of transformers' encoder, on the meta device."""
     from transformers import T5EncoderModel
 
     config = copy.deepcopy(config)
     config.num_layers = 1
     with torch.device("meta"):
-        encoders = [T5EncoderModel(config).eval().encoder for _ in range(count)]
-    return [encoder.block[0] for encoder in encoders], encoders[0].final_layer_norm
+        encoder = T5EncoderModel(config).eval().encoder
+    return encoder.block[0], encoder.final_layer_norm
 
 
 def _use_int8(block: torch.nn.Module, parts: tuple[Part, ...], config) -> None:

@@ -5,10 +5,11 @@ gone, and an error between two blocks leaves weights on the device. Here T5's bu
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 import torch
 
-from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
+from ..memory.block_buffers import Part, PinnedMemory, double_buffered, lay_out, unpack
 from ..memory.stages import weight_bytes
 from .network import SigmaTransformer
 
@@ -55,27 +56,17 @@ class StreamedTransformer(SigmaTransformer):
         return self._visits
 
     def _through_buffers(self) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
-        count = len(self._parked)
-        buffers = BlockBuffers(len(self._parked[0]), self.device)
-        views = {}  # of a buffer, by its layout: nearly all blocks have the same
+        """The blocks in turn, each on its weights in a buffer; afterwards all on those in RAM."""
+        blocks = self.transformer_blocks
+        passing = double_buffered(self._layouts, self.device, lambda index, _: self._parked[index])
         try:
-            buffers.fill(0, self._parked[0])
-            for index, block in enumerate(self.transformer_blocks):
-                slot = index % 2
-                if index + 1 < count:
-                    buffers.fill(1 - slot, self._parked[index + 1])
-                buffers.wait_until_filled(slot)
-                layout = self._layouts[index]
-                if (layout, slot) not in views:
-                    views[layout, slot] = [part.of(buffers.bytes[slot]) for part in layout]
-                _bind(block, views[layout, slot])
-                yield block
-                buffers.mark_used(slot)
+            with closing(passing):
+                for block, weights in zip(blocks, passing, strict=True):
+                    _bind(block, weights)
+                    yield block
         finally:
-            for block, weights in zip(self.transformer_blocks, self._parked_weights, strict=True):
+            for block, weights in zip(blocks, self._parked_weights, strict=True):
                 _bind(block, weights)
-            buffers.close()
 
     def _park(self, device: torch.device) -> None:
         """Move each block's weights to one piece of RAM, from which `device` can copy by itself."""
@@ -85,12 +76,9 @@ class StreamedTransformer(SigmaTransformer):
         self._parked_weights = []
         parked = []
         for block, layout in zip(self.transformer_blocks, self._layouts, strict=True):
-            try:
-                block_bytes = self._pinned.allocate(nbytes, device)
-            except RuntimeError:  # the copy then waits, and is as right
-                block_bytes = torch.empty(nbytes, dtype=torch.uint8)
-            views = [part.of(block_bytes) for part in layout]
-            for view, weight in zip(views, block.parameters(), strict=True):
+            block_bytes = self._pinned.allocate_any(nbytes, device)
+            views = unpack(block_bytes, layout)
+            for view, weight in zip(views.values(), block.parameters(), strict=True):
                 view.copy_(weight)
             _bind(block, views)
             self._parked_weights.append(views)
@@ -128,14 +116,10 @@ def window_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
 
 
 def _lay_out(block: torch.nn.Module, dtype: torch.dtype) -> tuple[Part, ...]:
-    parts, offset = [], 0
-    for name, weight in block.named_parameters():
-        parts.append(Part(name, dtype, tuple(weight.shape), offset))
-        offset = parts[-1].end
-    return tuple(parts)
+    return lay_out((name, dtype, weight.shape) for name, weight in block.named_parameters())
 
 
-def _bind(block: torch.nn.Module, weights: list[torch.Tensor]) -> None:
-    """Let the block run on these weights, without a copy."""
-    for weight, parameter in zip(weights, block.parameters(), strict=True):
+def _bind(block: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Let the block run on these weights, in the order of its own, without a copy."""
+    for weight, parameter in zip(weights.values(), block.parameters(), strict=True):
         parameter.data = weight

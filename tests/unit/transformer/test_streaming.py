@@ -11,11 +11,11 @@ import torch
 from pixart_sigma import planner
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
+from pixart_sigma.memory import block_buffers
 from pixart_sigma.memory.block_buffers import BlockBuffers, PinnedMemory
 from pixart_sigma.memory.stages import live_bytes, peak_bytes
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.planner import plan, published_models
-from pixart_sigma.transformer import streaming as transformer_streaming
 from pixart_sigma.transformer.config import XL_2, KVWeights
 from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.loading import load_transformer
@@ -111,31 +111,6 @@ def test_it_is_loaded_from_a_file(diffusers_file, parked, dtype):
     assert torch.equal(streamed(latents, 9, embeds), resident(latents, 9, embeds))
 
 
-def test_a_buffer_is_filled_only_when_its_block_is_done(parked, monkeypatch):
-    calls = []
-
-    class Watched(BlockBuffers):
-        def fill(self, slot, block_bytes):
-            calls.append(("fill", slot))
-            super().fill(slot, block_bytes)
-
-        def wait_until_filled(self, slot):
-            calls.append(("wait", slot))
-
-        def mark_used(self, slot):
-            calls.append(("used", slot))
-
-        def close(self):
-            calls.append(("close",))
-            super().close()
-
-    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
-    stream_blocks(make(), CPU)(*make_input())
-    first = [("fill", 0), ("fill", 1), ("wait", 0), ("used", 0)]
-    second = [("fill", 0), ("wait", 1), ("used", 1)]
-    assert calls == [*first, *second, ("wait", 0), ("used", 0), ("close",)]
-
-
 # ---- memory
 
 
@@ -166,7 +141,7 @@ def test_an_error_in_the_middle_leaves_nothing(parked, monkeypatch, error):
     def stop(*_, **__):
         raise error("in the middle")
 
-    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
+    monkeypatch.setattr(block_buffers, "BlockBuffers", Watched)
     gc.collect()
     before = live_bytes(CPU)
     forward = streamed.transformer_blocks[1].forward
@@ -186,7 +161,7 @@ def test_an_error_in_the_middle_leaves_nothing(parked, monkeypatch, error):
 
 def test_nothing_is_left_pinned(parked, monkeypatch):
     unpinned = []
-    monkeypatch.setattr("pixart_sigma.memory.block_buffers._unpin", unpinned.append)
+    monkeypatch.setattr(block_buffers, "_unpin", unpinned.append)
     streamed = stream_blocks(make(), CPU)
     del streamed
     gc.collect()
