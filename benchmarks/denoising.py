@@ -18,7 +18,8 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.sampling.denoise import denoise
+from pixart_sigma.sampling.noise import get_noise
 from pixart_sigma.transformer import network as engine
 from pixart_sigma.transformer.config import TransformerConfig
 

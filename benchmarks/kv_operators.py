@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 from pixart_sigma import DEMO
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.sampling.denoise import denoise, get_noise
+from pixart_sigma.sampling.denoise import denoise
+from pixart_sigma.sampling.noise import get_noise
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.hooks import Hooks
 from pixart_sigma.transformer.kv_rules import parse, spell

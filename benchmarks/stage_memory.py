@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from pixart_sigma import DEMO
 from pixart_sigma.aspect_ratio import parse_size
-from pixart_sigma.memory.stages import peak_bytes, readable
+from pixart_sigma.memory.measure import peak_bytes, readable
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.planner import SDXL_VAE, T5_XXL, published_models
 from pixart_sigma.text.embeddings import PromptEmbeddings

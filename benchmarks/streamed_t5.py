@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pixart_sigma.text.encoder import read_encoder, stream_model
+from pixart_sigma.text.loading import read_encoder, stream_model
 from pixart_sigma.text.model import build_model
 from pixart_sigma.text.weights import expected_shapes
 

@@ -1,6 +1,11 @@
-"""The bytes of a network's block: its tensors within them, two buffers on a device, and pinned RAM."""
+"""Blocks of a network that wait in RAM and pass through a device, one copied while another computes.
+
+The bytes of a block and the tensors within them, two buffers on a device, the loop that fills them in turn,
+and pinned RAM to copy from.
+"""
 
 import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,6 +33,20 @@ class Part:
         """This tensor as a view of a block's bytes (uint8)."""
         nbytes = self.dtype.itemsize * torch.Size(self.shape).numel()
         return block_bytes[self.offset : self.offset + nbytes].view(self.dtype).view(self.shape)
+
+
+def lay_out(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[Part, ...]:
+    """Where the tensors of a block, given by name, dtype and shape, lie one after the other in its bytes."""
+    parts, offset = [], 0
+    for name, dtype, shape in tensors:
+        parts.append(Part(name, dtype, tuple(shape), offset))
+        offset = parts[-1].end
+    return tuple(parts)
+
+
+def unpack(block_bytes: torch.Tensor, layout: tuple[Part, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a block by name, as views of its bytes (uint8)."""
+    return {part.name: part.of(block_bytes) for part in layout}
 
 
 class BlockBuffers:
@@ -75,6 +94,36 @@ class BlockBuffers:
         self.bytes.clear()
 
 
+def double_buffered(
+    layouts: Sequence[tuple[Part, ...]],
+    device: torch.device,
+    bytes_of: Callable[[int, BlockBuffers], torch.Tensor],
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """Each block's tensors by name, on the device, while the next block is copied to the other buffer.
+
+    layouts: the parts of every block. bytes_of(index, buffers): a block's bytes in RAM. Where they take the
+    place of those of block index - 2, `buffers.wait_until_copied(index % 2)` comes first.
+    The tensors of a block are overwritten once the next block is asked for. Close this generator, also after
+    an error: then it keeps nothing on the device.
+    """
+    buffers = BlockBuffers(max(layout[-1].end for layout in layouts), device)
+    views = {}  # of a buffer, by its layout: nearly all blocks have the same
+    try:
+        buffers.fill(0, bytes_of(0, buffers))
+        for index, layout in enumerate(layouts):
+            slot = index % 2
+            if index + 1 < len(layouts):  # before this block computes, which may make the CPU wait
+                buffers.fill(1 - slot, bytes_of(index + 1, buffers))
+            buffers.wait_until_filled(slot)
+            if (layout, slot) not in views:
+                views[layout, slot] = unpack(buffers.bytes[slot], layout)
+            yield views[layout, slot]
+            buffers.mark_used(slot)
+    finally:
+        views.clear()
+        buffers.close()
+
+
 class PinnedMemory:
     """RAM that CUDA copies by itself. It is pinned until `release`, or until this object is dropped.
 
@@ -98,6 +147,13 @@ class PinnedMemory:
             raise RuntimeError(f"CUDA refused to pin {nbytes} bytes of RAM (error {status})")
         self._pinned.append(memory)
         return memory
+
+    def allocate_any(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """The same, but plain RAM where pinning is refused: the copy then waits, and is as right."""
+        try:
+            return self.allocate(nbytes, device)
+        except RuntimeError:
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     def release(self) -> None:
         """Unpin everything. The tensors stay usable."""

@@ -4,27 +4,28 @@ The blocks wait in pinned RAM, or in the memory-mapped file. Diffusers' group of
 weights, but leaves behind what bitsandbytes keeps beside a weight; one mechanism here serves all precisions.
 """
 
-import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, SigmaError
-from ..files.weight_files import find_weight_files
-from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
-from .weights import Float8Weight, is_linear
+from ..errors import SigmaError
+from ..memory.block_buffers import BlockBuffers, PinnedMemory, double_buffered, unpack
+from ..settings import T5_PRECISIONS
+from .blocks import StoredBlocks, as_stored, bind, make_block, unbind, use_int8
+from .weights import Float8Weight
 
-STREAMED = ("int8", "bf16", "fp16", "fp32")
+BIAS_KEY = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 SPARE_RAM = 4_000_000_000  # bytes that pinning leaves to the other stages
-INT8_THRESHOLD = 6.0  # LLM.int8(): activations beyond it are multiplied unquantised (Dettmers et al., 2022)
+
+logger = logging.getLogger(__name__)
 
 
 def check_streamed(precision: str, path) -> None:
     """Raise SigmaError for a precision whose blocks can not be streamed."""
-    if precision not in STREAMED:
+    if not T5_PRECISIONS[precision].streams:
         raise SigmaError(
             f"{path} in {precision} can not be streamed: bitsandbytes repacks 4-bit weights where they run. "
             f"Choose int8 or bf16 to stream, or load {precision} without streaming."
@@ -48,12 +49,9 @@ class StreamedT5:
         self.config, self.precision, self.dtype = config, precision, dtype
         self.device = torch.device("cpu")
         self._weights, self._path = weights, path
-        self._files = {file: _stamp(file) for file in (find_weight_files(path) if path else ())}
-        self._blocks, self._final_layer_norm = _empty_blocks(config, count=2)
-        self._parts = self._lay_out()
-        self._block_nbytes = self._parts[-1].end
-        for block in self._blocks:
-            _use_int8(block, self._parts, config)
+        self._stored = StoredBlocks(config, weights, precision, dtype, path)
+        self._block, self._final_layer_norm = make_block(config)
+        use_int8(self._block, self._stored)
         self._pinned = PinnedMemory()
         self._in_ram: list[torch.Tensor] = []  # the bytes of every block; without any, they are read in turn
         self._staging: list[torch.Tensor] = []  # the bytes of two, on their way from the file to a device
@@ -71,13 +69,13 @@ class StreamedT5:
     @property
     def is_quantized_again(self) -> bool:
         """Whether every call quantises the blocks, because the file holds them in more than int8."""
-        return self.is_mapped and self.precision == "int8" and not self._is_stored_int8()
+        return self.is_mapped and self.precision == "int8" and not self._stored.is_int8
 
     def window_nbytes(self, device: torch.device) -> int:
         """Bytes of weights that a call needs on the device."""
-        beside = self._weights["encoder.final_layer_norm.weight"], self._weights[_bias_key()]
-        small = sum(_stored(weight).numel() for weight in beside) * self.dtype.itemsize
-        return (1 if device.type == "cpu" else 2) * self._block_nbytes + small
+        beside = self._weights["encoder.final_layer_norm.weight"], self._weights[BIAS_KEY]
+        small = sum(as_stored(weight).numel() for weight in beside) * self.dtype.itemsize
+        return (1 if device.type == "cpu" else 2) * self._stored.nbytes + small
 
     def to(
         self, device: str | torch.device, progress: Callable[[int, int], None] | None = None
@@ -105,11 +103,10 @@ class StreamedT5:
         raises stops the call. Raises CheckpointError when the file is gone or was changed.
         """
         count = self.config.num_layers + 1 + layer
-        self._check_files()
+        self._stored.check_files()
         hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype).to(self.device)
         position_bias = self._position_bias(input_ids.shape[1])
-        visits = self._from_ram if self.device.type == "cpu" else self._through_buffers
-        with closing(visits(count)) as blocks:
+        with closing(self._visit_blocks(count)) as blocks:
             for done, block in enumerate(blocks):
                 if progress is not None:
                     progress(done, count)
@@ -118,159 +115,69 @@ class StreamedT5:
             progress(count, count)
         weight = self._weights["encoder.final_layer_norm.weight"][...]
         try:
-            _bind(self._final_layer_norm, {"weight": weight.to(self.device, self.dtype)})
+            bind(self._final_layer_norm, {"weight": weight.to(self.device, self.dtype)})
             return self._final_layer_norm(hidden_states)
         finally:
-            _unbind(self._final_layer_norm)
+            unbind(self._final_layer_norm)
 
-    def _from_ram(self, count: int) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights on the CPU; one is dropped before the next is read."""
-        block = self._blocks[0]
+    def _visit_blocks(self, count: int) -> Generator[torch.nn.Module, None, None]:
+        """The blocks in turn, each with its weights where it computes; one module serves them all."""
+        tensors_of_blocks = self._from_ram if self.device.type == "cpu" else self._through_buffers
         try:
-            for index in range(count):
-                if self._in_ram:
-                    weights = {part.name: part.of(self._in_ram[index]) for part in self._parts}
-                else:
-                    self._check_files()
-                    weights = dict(self._read(index))
-                _bind(block, weights)
-                del weights
-                yield block
-                _unbind(block)
+            with closing(tensors_of_blocks(count)) as passing:
+                for tensors in passing:
+                    bind(self._block, tensors)
+                    del tensors  # the block is dropped before the next is read
+                    yield self._block
+                    unbind(self._block)
         finally:
-            _unbind(block)
+            unbind(self._block)
 
-    def _through_buffers(self, count: int) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
-        buffers = BlockBuffers(self._block_nbytes, self.device)
-        try:
-            for block, block_bytes in zip(self._blocks, buffers.bytes, strict=True):
-                _bind(block, {part.name: part.of(block_bytes) for part in self._parts})
-            buffers.fill(0, self._bytes_of(0, buffers))
-            for index in range(count):
-                if index + 1 < count:  # first, because int8 makes the CPU wait in the middle of a block
-                    buffers.fill((index + 1) % 2, self._bytes_of(index + 1, buffers))
-                buffers.wait_until_filled(index % 2)
-                yield self._blocks[index % 2]
-                buffers.mark_used(index % 2)
-        finally:
-            buffers.close()
-            for block in self._blocks:
-                _unbind(block)
+    def _from_ram(self, count: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        for index in range(count):
+            if self._in_ram:
+                yield unpack(self._in_ram[index], self._stored.layout)
+            else:
+                yield dict(self._stored.read(index))
+
+    def _through_buffers(self, count: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        return double_buffered([self._stored.layout] * count, self.device, self._bytes_of)
 
     def _bytes_of(self, index: int, buffers: BlockBuffers) -> torch.Tensor:
         if self._in_ram:
             return self._in_ram[index]
-        self._check_files()
         while len(self._staging) < 2:
-            try:
-                self._staging.append(self._pinned.allocate(self._block_nbytes, self.device))
-            except RuntimeError:  # the copy then waits, and is as right
-                self._staging.append(torch.empty(self._block_nbytes, dtype=torch.uint8))
+            self._staging.append(self._pinned.allocate_any(self._stored.nbytes, self.device))
         buffers.wait_until_copied(index % 2)
-        self._fill(self._staging[index % 2], index)
+        self._stored.read_into(self._staging[index % 2], index)
         return self._staging[index % 2]
 
     def _position_bias(self, length: int) -> torch.Tensor:
         """The first block's position bias (1, heads, n, n), which all blocks add."""
-        attention = self._blocks[0].layer[0].SelfAttention
-        table = self._weights[_bias_key()][...].to(self.device, self.dtype)
+        attention = self._block.layer[0].SelfAttention
+        table = self._weights[BIAS_KEY][...].to(self.device, self.dtype)
         try:
-            _bind(attention.relative_attention_bias, {"weight": table})
+            bind(attention.relative_attention_bias, {"weight": table})
             return attention.compute_bias(length, length, device=self.device)
         finally:
-            _unbind(attention.relative_attention_bias)
-
-    def _read(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor of the block's parts in RAM, views of the file where that holds them so."""
-        for part in self._parts:
-            if part.name.endswith(".SCB"):
-                continue  # comes with its weight
-            key = f"encoder.block.{index}.{part.name}"
-            weight = self._weights[key][...]
-            if part.dtype != torch.int8:
-                yield part.name, weight.to(part.dtype)
-                continue
-            scale_name = _scale_name(part.name)
-            if weight.dtype == torch.int8:
-                scale = self._weights[f"encoder.block.{index}.{scale_name}"].float()
-            else:
-                from bitsandbytes.functional import int8_vectorwise_quant
-
-                weight, scale, _ = int8_vectorwise_quant(weight.to(self.dtype).to(torch.float16))
-            yield part.name, weight
-            yield scale_name, scale
-
-    def _fill(self, block_bytes: torch.Tensor, index: int) -> None:
-        parts = {part.name: part for part in self._parts}
-        for name, tensor in self._read(index):
-            parts[name].of(block_bytes).copy_(tensor)
-
-    def _lay_out(self) -> tuple[Part, ...]:
-        """The parts that every block has. Raises CheckpointError where a block has others."""
-        shapes = {
-            name: tuple(weight.shape)
-            for name, weight in self._blocks[0].named_parameters()
-            if "relative_attention_bias" not in name
-        }
-        dtypes = {name: self._dtype_of(0, name) for name in shapes}
-        for index in range(self.config.num_layers):
-            for name, shape in shapes.items():
-                key = f"encoder.block.{index}.{name}"
-                stored = _stored(self._weights[key])
-                if tuple(stored.shape) != shape:
-                    raise CheckpointError(
-                        f"{self._path}: {key} has shape {tuple(stored.shape)}, not the {shape} of a block."
-                    )
-                if self._dtype_of(index, name) != dtypes[name]:
-                    raise CheckpointError(
-                        f"{self._path}: {key} is {stored.dtype}, unlike in the first block, so they can not "
-                        "share a buffer. Write the folder again with quantize-t5."
-                    )
-                scale = self._weights.get(f"encoder.block.{index}.{_scale_name(name)}")
-                if stored.dtype == torch.int8 and scale.numel() != shape[0]:
-                    raise CheckpointError(
-                        f"{self._path}: the scale of {key} has {scale.numel()} numbers for {shape[0]} rows. "
-                        "Write the folder again with quantize-t5."
-                    )
-        parts, offset = [], 0
-        for name, shape in shapes.items():
-            found = [(name, dtypes[name], shape)]
-            if dtypes[name] == torch.int8:
-                found.append((_scale_name(name), torch.float32, shape[:1]))
-            for tensor in found:
-                parts.append(Part(*tensor, offset))
-                offset = parts[-1].end
-        return tuple(parts)
-
-    def _dtype_of(self, index: int, name: str) -> torch.dtype:
-        key = f"encoder.block.{index}.{name}"
-        wo = name.endswith(".wo.weight")
-        if _stored(self._weights[key]).dtype == torch.int8:
-            return torch.int8
-        if self.precision == "int8" and is_linear(key) and not wo and not self._is_stored_int8():
-            return torch.int8
-        return torch.float32 if wo and self.dtype == torch.float16 else self.dtype  # it overflows in fp16
-
-    def _is_stored_int8(self) -> bool:
-        return any(key.endswith(".SCB") for key in self._weights)
+            unbind(attention.relative_attention_bias)
 
     def _pin_blocks(self, device: torch.device, progress) -> None:
         import psutil
 
         count = self.config.num_layers
-        needed, available = count * self._block_nbytes, psutil.virtual_memory().available
+        needed, available = count * self._stored.nbytes, psutil.virtual_memory().available
         if available < needed + SPARE_RAM:
-            logging.info(
+            logger.info(
                 f"The text encoder's blocks are read from {self._path} for every prompt: holding them takes "
                 f"{needed / 1e9:.1f} GB of RAM, and {available / 1e9:.1f} GB are free."
             )
             return
         try:
-            blocks = [self._pinned.allocate(self._block_nbytes, device) for _ in range(count)]
+            blocks = [self._pinned.allocate(self._stored.nbytes, device) for _ in range(count)]
         except (RuntimeError, MemoryError) as error:
             self._pinned.release()
-            logging.warning(
+            logger.warning(
                 f"The text encoder's blocks are read from {self._path} for every prompt, because "
                 f"{needed / 1e9:.1f} GB of RAM could not be pinned: {error}"
             )
@@ -279,80 +186,11 @@ class StreamedT5:
             for index, block_bytes in enumerate(blocks):
                 if progress is not None:
                     progress(index + 1, count)
-                self._fill(block_bytes, index)
+                self._stored.read_into(block_bytes, index)
         except BaseException:
             self._pinned.release()
             raise
         self._in_ram = blocks
-
-    def _check_files(self) -> None:
-        """Reading a mapped file that was cut off kills the process, so this is asked before every reading."""
-        for file, stamp in self._files.items():
-            if not file.exists():
-                raise CheckpointError(
-                    f"{file} is gone, and the streamed text encoder reads from it. Put it back, or load "
-                    "another encoder."
-                )
-            if _stamp(file) != stamp:
-                raise CheckpointError(
-                    f"{file} was changed, and the streamed text encoder reads from it. Load it again."
-                )
-
-
-def _empty_blocks(config, count: int) -> tuple[list[torch.nn.Module], torch.nn.Module]:
-    """Blocks and the final norm of transformers' encoder, on the meta device. Each block is a first one."""
-    from transformers import T5EncoderModel
-
-    config = copy.deepcopy(config)
-    config.num_layers = 1
-    with torch.device("meta"):
-        encoders = [T5EncoderModel(config).eval().encoder for _ in range(count)]
-    return [encoder.block[0] for encoder in encoders], encoders[0].final_layer_norm
-
-
-def _use_int8(block: torch.nn.Module, parts: tuple[Part, ...], config) -> None:
-    """Put bitsandbytes' layers where the parts are int8."""
-    quantized = [part for part in parts if part.dtype == torch.int8]
-    if not quantized:
-        return
-    from bitsandbytes.nn import Linear8bitLt
-
-    saved = getattr(config, "quantization_config", None) or {}
-    threshold = saved.get("llm_int8_threshold", INT8_THRESHOLD)
-    for part in quantized:
-        path, _, name = part.name.removesuffix(".weight").rpartition(".")
-        rows, columns = part.shape
-        layer = Linear8bitLt(
-            columns, rows, bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
-        )
-        setattr(block.get_submodule(path), name, layer.eval())
-
-
-def _bind(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Let the module's layers run on these tensors, without a copy."""
-    for name, weight in weights.items():
-        path, _, kind = name.rpartition(".")
-        if kind == "SCB":
-            continue
-        scale = weights.get(_scale_name(name))
-        if scale is None:
-            parameter = torch.nn.Parameter(weight, requires_grad=False)
-        else:
-            from bitsandbytes.nn import Int8Params
-
-            # The layer takes CB and SCB into its state at every call that finds them here.
-            parameter = Int8Params(weight, requires_grad=False, CB=weight, SCB=scale)
-        module.get_submodule(path).weight = parameter
-
-
-def _unbind(module: torch.nn.Module) -> None:
-    """Drop the tensors, of which an error's traceback could keep the module."""
-    for layer in module.modules():
-        if getattr(layer, "weight", None) is not None:
-            empty = torch.empty_like(layer.weight, device="meta")
-            layer.weight = torch.nn.Parameter(empty, requires_grad=False)
-        if hasattr(layer, "state"):
-            layer.state.CB = layer.state.SCB = layer.state.idx = None
 
 
 def _rows(table, ids: torch.Tensor) -> torch.Tensor:
@@ -364,20 +202,3 @@ def _rows(table, ids: torch.Tensor) -> torch.Tensor:
         scale = scale.reshape(-1)[ids.reshape(-1)]
     rows = Float8Weight(table.weight[ids.reshape(-1)], scale)[...]
     return rows.reshape(*ids.shape, -1)
-
-
-def _stored(weight) -> torch.Tensor:
-    return weight.weight if isinstance(weight, Float8Weight) else weight
-
-
-def _scale_name(name: str) -> str:
-    return name.removesuffix("weight") + "SCB"
-
-
-def _bias_key() -> str:
-    return "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns

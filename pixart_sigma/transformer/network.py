@@ -146,8 +146,10 @@ class SigmaTransformer(PixArtTransformer2DModel):
         key = (*grid, tokens.device)
         if key not in self._positions:
             patches = self.pos_embed
-            factors = get_positions(*grid, tokens.shape[-1], patches.base_size, patches.interpolation_scale)
-            self._positions[key] = tuple(factor.to(tokens.device) for factor in factors)
+            rows, columns = get_positions(
+                *grid, tokens.shape[-1], patches.base_size, patches.interpolation_scale
+            )
+            self._positions[key] = rows.to(tokens.device), columns.to(tokens.device)
             if len(self._positions) > CACHED_SIZES:
                 self._positions.popitem(last=False)
         rows, columns = self._positions[key]

@@ -89,13 +89,7 @@ class TransformerStage:
             in_turn = way.chosen["guidance_in_turn"]
             return self._hold(way.chosen["transformer_device"], lambda transformer: use(transformer, in_turn))
 
-        places = TRANSFORMER_DEVICES if self.device.type != "cpu" else (ways.transformer_device,)
-        needs = partial(predict_needs, self.checkpoint.config, work, self.dtype)
-        possible = list(list_ways(places, work.guided, needs))
-        asked = (ways.transformer_device, ways.guidance_in_turn and work.guided)
-        while tuple(possible[0].chosen.values()) != asked:
-            possible.pop(0)
-        result, way = first_that_fits("transformer", possible, run_in)
+        result, way = first_that_fits("transformer", self._ways(work, ways), run_in)
         return result, replace(ways, **way.chosen)
 
     def load(self, place: str) -> SigmaTransformer:
@@ -123,6 +117,17 @@ class TransformerStage:
             return resolve(calibration.rules, checkpoint.config, height, width)
         calibrated = find_calibrated(checkpoint.path, fingerprint) if setting == "auto" else None
         return resolve(setting, checkpoint.config, height, width, calibrated)
+
+    def _ways(self, work: Pass, ways: Ways) -> list[Way]:
+        """As it is asked for, then in smaller ways. On a CPU nothing is smaller for being streamed."""
+        places = TRANSFORMER_DEVICES if self.device.type != "cpu" else (ways.transformer_device,)
+        needs = partial(predict_needs, self.checkpoint.config, work, self.dtype)
+        asked = {
+            "transformer_device": ways.transformer_device,
+            "guidance_in_turn": ways.guidance_in_turn and work.guided,
+        }
+        every = list(list_ways(places, work.guided, needs))
+        return every[[way.chosen for way in every].index(asked) :]
 
     def _hold(self, place: str, use: Callable[[SigmaTransformer], Result]) -> Result:
         """use(transformer), the transformer in this place, also where another run left it in another one."""

@@ -4,13 +4,14 @@ Diffusers' group offloading does so too, but torch keeps the RAM that it pins, r
 gone, and an error between two blocks leaves weights on the device. Here T5's buffers serve the transformer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 
 import torch
 
-from ..memory.block_buffers import BlockBuffers, Part, PinnedMemory
+from ..memory.block_buffers import Part, PinnedMemory, double_buffered, lay_out, unpack
 from ..memory.measure import weight_bytes
-from .network import SigmaTransformer
+from .network import SigmaBlock, SigmaTransformer
 
 BLOCKS = "transformer_blocks"
 
@@ -21,6 +22,12 @@ class StreamedTransformer(SigmaTransformer):
     It computes what the resident one does, bit for bit. On the CPU it is the resident one, since the blocks
     are in RAM already. `load_transformer(..., stream=True)` or `stream_blocks` makes it.
     """
+
+    _parked: list[torch.Tensor]  # a piece of RAM (uint8) for each block
+    _layouts: list[tuple[Part, ...]]  # where in it each weight lies
+    _parked_weights: list[dict[str, torch.Tensor]]  # the weights there
+    _pinned: PinnedMemory
+    _visits: Generator[SigmaBlock, None, None] | None
 
     @property
     def nbytes(self) -> int:
@@ -48,34 +55,24 @@ class StreamedTransformer(SigmaTransformer):
                 self._visits.close()
                 self._visits = None
 
-    def visit_blocks(self) -> Iterable[torch.nn.Module]:
+    def visit_blocks(self) -> Iterable[SigmaBlock]:
         if not self._parked:
             return self.transformer_blocks
         self._visits = self._through_buffers()
         return self._visits
 
-    def _through_buffers(self) -> Iterator[torch.nn.Module]:
-        """The blocks in turn, with weights in one of two buffers, while the next is copied to the other."""
-        count = len(self._parked)
-        buffers = BlockBuffers(len(self._parked[0]), self.device)
-        views = {}  # of a buffer, by its layout: nearly all blocks have the same
+    def _through_buffers(self) -> Generator[SigmaBlock, None, None]:
+        """The blocks in turn, each on its weights in a buffer; afterwards all on those in RAM."""
+        blocks = self.transformer_blocks
+        passing = double_buffered(self._layouts, self.device, lambda index, _: self._parked[index])
         try:
-            buffers.fill(0, self._parked[0])
-            for index, block in enumerate(self.transformer_blocks):
-                slot = index % 2
-                if index + 1 < count:
-                    buffers.fill(1 - slot, self._parked[index + 1])
-                buffers.wait_until_filled(slot)
-                layout = self._layouts[index]
-                if (layout, slot) not in views:
-                    views[layout, slot] = [part.of(buffers.bytes[slot]) for part in layout]
-                _bind(block, views[layout, slot])
-                yield block
-                buffers.mark_used(slot)
+            with closing(passing):
+                for block, weights in zip(blocks, passing, strict=True):
+                    _bind(block, weights)
+                    yield block
         finally:
-            for block, weights in zip(self.transformer_blocks, self._parked_weights, strict=True):
+            for block, weights in zip(blocks, self._parked_weights, strict=True):
                 _bind(block, weights)
-            buffers.close()
 
     def _park(self, device: torch.device) -> None:
         """Move each block's weights to one piece of RAM, from which `device` can copy by itself."""
@@ -85,12 +82,9 @@ class StreamedTransformer(SigmaTransformer):
         self._parked_weights = []
         parked = []
         for block, layout in zip(self.transformer_blocks, self._layouts, strict=True):
-            try:
-                block_bytes = self._pinned.allocate(nbytes, device)
-            except RuntimeError:  # the copy then waits, and is as right
-                block_bytes = torch.empty(nbytes, dtype=torch.uint8)
-            views = [part.of(block_bytes) for part in layout]
-            for view, weight in zip(views, block.parameters(), strict=True):
+            block_bytes = self._pinned.allocate_any(nbytes, device)
+            views = unpack(block_bytes, layout)
+            for view, weight in zip(views.values(), block.parameters(), strict=True):
                 view.copy_(weight)
             _bind(block, views)
             self._parked_weights.append(views)
@@ -101,9 +95,7 @@ class StreamedTransformer(SigmaTransformer):
 def stream_blocks(transformer: SigmaTransformer, device: str | torch.device) -> StreamedTransformer:
     """This transformer, itself, streamed to a device. Its weights must be on the CPU, all in one dtype."""
     transformer.__class__ = StreamedTransformer
-    transformer._parked = []  # a piece of RAM (uint8) for each block
-    transformer._layouts = []  # where in it each weight lies
-    transformer._parked_weights = []  # the weights there
+    transformer._parked, transformer._layouts, transformer._parked_weights = [], [], []
     transformer._pinned = PinnedMemory()
     transformer._visits = None
     return transformer.to(device)
@@ -128,14 +120,10 @@ def window_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
 
 
 def _lay_out(block: torch.nn.Module, dtype: torch.dtype) -> tuple[Part, ...]:
-    parts, offset = [], 0
-    for name, weight in block.named_parameters():
-        parts.append(Part(name, dtype, tuple(weight.shape), offset))
-        offset = parts[-1].end
-    return tuple(parts)
+    return lay_out((name, dtype, weight.shape) for name, weight in block.named_parameters())
 
 
-def _bind(block: torch.nn.Module, weights: list[torch.Tensor]) -> None:
-    """Let the block run on these weights, without a copy."""
-    for weight, parameter in zip(weights, block.parameters(), strict=True):
+def _bind(block: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Let the block run on these weights, in the order of its own, without a copy."""
+    for weight, parameter in zip(weights.values(), block.parameters(), strict=True):
         parameter.data = weight

@@ -43,7 +43,7 @@ class Decoder:
 
 def read_decoder(vae: nn.Module) -> Decoder | None:
     """The decoder of a diffusers AutoencoderKL or of ComfyUI's, None for another kind of VAE."""
-    decoder = getattr(vae, "decoder", None)
+    decoder: Any = getattr(vae, "decoder", None)
     try:
         if hasattr(decoder, "mid_block"):
             blocks, norm_out = _diffusers_blocks(decoder), decoder.conv_norm_out

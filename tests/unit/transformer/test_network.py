@@ -271,6 +271,18 @@ def test_layer_classes_are_used_throughout_and_restored():
     assert before == (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.Embedding)
 
 
+def original_positions(grid, width, base_size, scale):
+    """The authors' sine-cosine table (N, C), one token at a time."""
+    omega = 1 / 10000 ** (torch.arange(width // 4).double() / (width // 4))
+    table = torch.zeros(*grid, width)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            across = column / (grid[1] / base_size) / scale * omega
+            down = row / (grid[0] / base_size) / scale * omega
+            table[row, column] = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()]).float()
+    return table.flatten(0, 1)
+
+
 def original_network(weights, latents, timestep, embeds, heads, base_size, scale, ratio=2):
     """PixArtMS of the authors, from scratch on original keys: fused qkv, every prompt token is real."""
 
@@ -300,15 +312,7 @@ def original_network(weights, latents, timestep, embeds, heads, base_size, scale
     grid = (latents.shape[2] // 2, latents.shape[3] // 2)
     x = F.conv2d(latents, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=2)
     x = x.flatten(2).transpose(1, 2)
-    quarter = x.shape[-1] // 4
-    omega = 1 / 10000 ** (torch.arange(quarter).double() / quarter)
-    table = torch.zeros(*grid, 4 * quarter)
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            across = column / (grid[1] / base_size) / scale * omega
-            down = row / (grid[0] / base_size) / scale * omega
-            table[row, column] = torch.cat([across.sin(), across.cos(), down.sin(), down.cos()]).float()
-    x = x + table.flatten(0, 1)
+    x = x + original_positions(grid, x.shape[-1], base_size, scale)
 
     frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     angles = timestep.float()[:, None] * frequencies

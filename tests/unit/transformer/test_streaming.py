@@ -7,20 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from pixart_sigma import planner
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
+from pixart_sigma.memory import block_buffers
 from pixart_sigma.memory.block_buffers import BlockBuffers, PinnedMemory
 from pixart_sigma.memory.measure import live_bytes, peak_bytes
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.planner import plan, published_models
+from pixart_sigma.planner import Models
+from pixart_sigma.planner import plan as make_plan
 from pixart_sigma.settings import Settings, Ways
-from pixart_sigma.transformer import streaming as transformer_streaming
 from pixart_sigma.transformer.config import XL_2, KVWeights
 from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.loading import load_transformer
 from pixart_sigma.transformer.network import build_transformer
+from pixart_sigma.transformer.stage import Pass
 from pixart_sigma.transformer.streaming import StreamedTransformer, stream_blocks, window_nbytes
 
 CPU = torch.device("cpu")
@@ -112,31 +114,6 @@ def test_it_is_loaded_from_a_file(diffusers_file, parked, dtype):
     assert torch.equal(streamed(latents, 9, embeds), resident(latents, 9, embeds))
 
 
-def test_a_buffer_is_filled_only_when_its_block_is_done(parked, monkeypatch):
-    calls = []
-
-    class Watched(BlockBuffers):
-        def fill(self, slot, block_bytes):
-            calls.append(("fill", slot))
-            super().fill(slot, block_bytes)
-
-        def wait_until_filled(self, slot):
-            calls.append(("wait", slot))
-
-        def mark_used(self, slot):
-            calls.append(("used", slot))
-
-        def close(self):
-            calls.append(("close",))
-            super().close()
-
-    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
-    stream_blocks(make(), CPU)(*make_input())
-    first = [("fill", 0), ("fill", 1), ("wait", 0), ("used", 0)]
-    second = [("fill", 0), ("wait", 1), ("used", 1)]
-    assert calls == [*first, *second, ("wait", 0), ("used", 0), ("close",)]
-
-
 # ---- memory
 
 
@@ -167,7 +144,7 @@ def test_an_error_in_the_middle_leaves_nothing(parked, monkeypatch, error):
     def stop(*_, **__):
         raise error("in the middle")
 
-    monkeypatch.setattr(transformer_streaming, "BlockBuffers", Watched)
+    monkeypatch.setattr(block_buffers, "BlockBuffers", Watched)
     gc.collect()
     before = live_bytes(CPU)
     forward = streamed.transformer_blocks[1].forward
@@ -187,7 +164,7 @@ def test_an_error_in_the_middle_leaves_nothing(parked, monkeypatch, error):
 
 def test_nothing_is_left_pinned(parked, monkeypatch):
     unpinned = []
-    monkeypatch.setattr("pixart_sigma.memory.block_buffers._unpin", unpinned.append)
+    monkeypatch.setattr(block_buffers, "_unpin", unpinned.append)
     streamed = stream_blocks(make(), CPU)
     del streamed
     gc.collect()
@@ -210,7 +187,7 @@ def demo(**settings) -> SigmaPipeline:
 
 
 def draw(pipeline, **settings) -> torch.Tensor:
-    settings = {"width": 128, "height": 64, "steps": 2, "use_resolution_binning": False} | settings
+    settings = {"width": 128, "height": 64, "steps": 2, "binning": False} | settings
     return pipeline.generate(Settings("a red circle", "blue", **settings)).latents
 
 
@@ -226,16 +203,19 @@ def test_the_pipeline_draws_the_same(parked, release):
 
 def test_a_plan_streams_and_uses_what_it_says(parked):
     pipeline = demo(measure=True, release="keep")
-    models = planner.read_models(
-        pipeline.checkpoint, pipeline.components.text_encoder, pipeline.components.vae
-    )
-    settings = {"models": models, "dtype": torch.float32, "precision": "fp32", "t5_device": "auto"}
-    resident = draw(pipeline, width=256, height=256, plan=plan(GB, 256, 256, **settings))
+    found, settings = pipeline.components, Settings("a red circle", "blue", steps=2)
+    models = Models.read(found.checkpoint, found.text_encoder, found.vae)
+
+    def planned_for(place):
+        ways = replace(pipeline.ways, budget=GB, transformer_device=place)
+        return make_plan(settings, ways, models, dtype=torch.float32)
+
+    resident = pipeline.generate(settings, planned_for("auto").ways).latents
     assert not isinstance(pipeline.stages._held["transformer"], StreamedTransformer)
     pipeline.stages.drop("transformer")
-    made = plan(GB, 256, 256, **settings, transformer_device="stream")
-    assert made.transformer_device == "stream"
-    assert torch.equal(draw(pipeline, width=256, height=256, plan=made), resident)
+    made = planned_for("stream")
+    assert made.ways.transformer_device == "stream"
+    assert torch.equal(pipeline.generate(settings, made.ways).latents, resident)
     assert isinstance(pipeline.stages._held["transformer"], StreamedTransformer)
     cost, planned = pipeline.stages.costs["transformer"], made.stages["transformer"]
     # The device is the CPU, so what waits in RAM counts too.
@@ -265,25 +245,26 @@ def test_a_run_without_memory_streams_in_the_end(parked, monkeypatch, caplog):
     monkeypatch.setattr(stage, "load", full)
     pipeline.stages.drop("transformer")
     assert torch.equal(draw(pipeline), expected)
-    assert places == ["auto", "auto", "stream"] and "runs again: one pass, streamed" in caplog.text
+    assert places == ["auto", "auto", "stream"] and "runs again: in one pass, streamed" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("device", "asked", "expected"),
     [
-        ("cpu", ("auto", False, True), ["one pass", "in turn"]),
-        ("cpu", ("stream", False, False), ["one pass, streamed"]),
-        ("cuda", ("auto", True, True), ["in turn", "one pass, streamed", "in turn, streamed"]),
-        ("cuda", ("auto", False, False), ["one pass", "one pass, streamed"]),
+        ("cpu", ("auto", False, True), ["in one pass", "in turn"]),
+        ("cpu", ("stream", False, False), ["in one pass, streamed"]),
+        ("cuda", ("auto", True, True), ["in turn", "in one pass, streamed", "in turn, streamed"]),
+        ("cuda", ("auto", False, False), ["in one pass", "in one pass, streamed"]),
         ("cuda", ("stream", True, True), ["in turn, streamed"]),
     ],
 )
 def test_the_ways_go_from_what_is_asked_for_to_smaller_ones(device, asked, expected):
     stage = demo().transformer
     stage.device = torch.device(device)
-    ways = stage._ways(lambda *way: way, *asked)
-    assert [name.replace("prompt and negative ", "") for name in ways] == expected
-    assert [run() for run in ways.values()] == [
+    place, in_turn, guided = asked
+    ways = stage._ways(Pass(64, 64, guided=guided), Ways(transformer_device=place, guidance_in_turn=in_turn))
+    assert [way.how.replace("prompt and negative prompt ", "") for way in ways] == expected
+    assert [tuple(way.chosen.values()) for way in ways] == [
         ("stream" if "streamed" in name else "auto", "turn" in name) for name in expected
     ]
 
@@ -296,27 +277,33 @@ def test_a_place_that_there_is_not_is_refused():
 # ---- the planner
 
 
+def plan(budget, size, models, in_ram=False, **ways):
+    """Of a square of exactly this size."""
+    settings = Settings(width=size, height=size, binning=False)
+    return make_plan(settings, Ways(budget=budget, **ways), models, in_ram=in_ram)
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.6, 1.0, 1.3])
 def test_a_small_budget_streams(budget):
-    made = plan(budget * GB, 1024, 1024, models=published_models())
+    made = plan(budget * GB, 1024, models=Models.published())
     stage = made.stages["transformer"]
-    assert made.transformer_device == "stream" and "streamed" in stage.how
+    assert made.ways.transformer_device == "stream" and "streamed" in stage.how
     assert made.peak <= budget * GB and stage.weights < stage.peak
     assert stage.ram == pytest.approx(1.19 * GB, rel=0.01)
     assert "transformer: in one pass needs 1.44 GB, so it is" in made.why and stage.how in made.why
-    assert made.guidance_in_turn == (budget == 0.3)
+    assert made.ways.guidance_in_turn == (budget == 0.3)
 
 
 def test_only_a_small_budget_streams():
-    models = published_models()
-    assert plan(1.6 * GB, 1024, 1024, models=models).transformer_device == "auto"
-    assert plan(2.5 * GB, 4096, 4096, models=models).guidance_in_turn  # is tried before
-    assert plan(8 * GB, 1024, 1024, models=models, transformer_device="stream").transformer_device == "stream"
+    models = Models.published()
+    assert plan(1.6 * GB, 1024, models).ways.transformer_device == "auto"
+    assert plan(2.5 * GB, 4096, models).ways.guidance_in_turn  # is tried before
+    assert plan(8 * GB, 1024, models, transformer_device="stream").ways.transformer_device == "stream"
     for place in ("auto", "stream"):
-        made = plan(8 * GB, 1024, 1024, models=models, in_ram=True, transformer_device=place)
-        assert made.transformer_device == "auto" and not made.stages["transformer"].ram
+        made = plan(8 * GB, 1024, models, in_ram=True, transformer_device=place)
+        assert made.ways.transformer_device == "auto" and not made.stages["transformer"].ram
     with pytest.raises(SigmaError, match="too small for the transformer"):
-        plan(1 * GB, 1024, 1024, models=models, in_ram=True, precision="int8", t5_device="cpu")
+        plan(1 * GB, 1024, models, in_ram=True, t5_precision="int8", t5_device="cpu")
 
 
 def test_the_commands(capsys, tmp_path):
@@ -330,4 +317,5 @@ def test_the_commands(capsys, tmp_path):
         pictures.append(tmp_path / f"{place}.png")
         arguments = ["--size", "64x64", "--steps", "1", "--device", "cpu", "--out", str(pictures[-1])]
         assert main(["generate", "a red circle", *arguments, "--transformer-device", place]) == 0
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    first, second = (Image.open(picture) for picture in pictures)
+    assert first.tobytes() == second.tobytes()
