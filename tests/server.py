@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 import websocket
 from PIL import Image
 
@@ -29,6 +30,14 @@ PROGRESS_TEXT = 3  # the host's BinaryEventTypes.TEXT
 DEMO = "demo (built in)"
 MODELS = {"transformer", "text_encoder", "vae", "prompt_embeddings"}
 DEMO_SETTINGS = {"variant": "auto", "base": "256"}
+
+
+def find_host() -> Path:
+    """The folder of ComfyUI: $COMFYUI_PATH or ~/comfy/ComfyUI. Skips the test where there is none."""
+    folder = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    if not (folder / "comfy" / "sd.py").is_file():
+        pytest.skip(f"no ComfyUI at {folder}; set COMFYUI_PATH to the folder that holds custom_nodes")
+    return folder.resolve()
 
 
 class Rejected(Exception):

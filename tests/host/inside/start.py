@@ -1,0 +1,73 @@
+"""Runs pytest in ComfyUI's own process, on the CPU: its modules can be imported, and the pack as `pack`.
+
+`conftest.py` starts it. By hand, as to use a debugger:
+
+    COMFYUI_PATH=~/comfy/ComfyUI python tests/host/inside/start.py tests/host/inside/test_decode.py --pdb
+"""
+
+import importlib.util
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).parents[3]
+
+
+def become_the_host(base: str):
+    """ComfyUI's modules come first; its options are given, since they are read when it is imported."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    sys.argv[1:] = ["--cpu", "--base-directory", base]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    # As ComfyUI loads a pack: a package under a folder name that it does not choose.
+    spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py")
+    sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pack"])
+
+
+class Inside:
+    """How each test runs, and the reports for the process that started this one."""
+
+    def __init__(self):
+        self.reports = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self):
+        """With its fixtures, as the host runs nodes."""
+        import torch
+
+        with torch.inference_mode():
+            return (yield)
+
+    @pytest.fixture(autouse=True)
+    def nothing_stays_loaded(self):
+        """Each test begins with an empty list of loaded models."""
+        yield
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
+
+    def pytest_addoption(self, parser):
+        parser.addoption("--reports", type=Path, help="a file that is to hold the reports, pickled")
+
+    def pytest_configure(self, config):
+        self.file = config.getoption("--reports")
+
+    def pytest_runtest_logreport(self, report):
+        self.reports.append(report)
+        if self.file:  # at once: the process may be killed
+            self.file.write_bytes(pickle.dumps(self.reports))
+
+
+if __name__ == "__main__":
+    options = [f"--config-file={PACK / 'tests' / 'pytest.ini'}", "--noconftest", "-pno:cacheprovider"]
+    arguments = options + sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="comfyui_base_") as base:
+        become_the_host(base)
+        pytest.register_assert_rewrite("random_models")
+        sys.exit(pytest.main(arguments, plugins=[Inside()]))
