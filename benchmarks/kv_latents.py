@@ -5,7 +5,7 @@
 Relative L2 of the latents after 20 steps at guidance 4.5 against those without compression, from the same
 noise; averaged over prompts, each with a seed of its own. `demo-kv` is the transformer that was trained with
 compression against the dense one, of other weights. Reported only: what it does to pictures is counted by
-`tools/evaluate_demo.py`.
+`tools/demo/evaluate.py`.
 """
 
 import argparse

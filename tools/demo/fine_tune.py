@@ -1,15 +1,15 @@
 """Fine-tune the exported demo, and make the transformer with KV compression; T5 and the encoder stay.
 
-    python tools/fine_tune_demo.py refine      once more: outlines, small shapes, stars
-    python tools/fine_tune_demo.py guidance    for guidance 4.5: it imitates itself, mildly guided
-    python tools/fine_tune_demo.py correct     on its own mistakes: its pictures as they should have been
-    python tools/fine_tune_demo.py decoder     the VAE's decoder, on its pictures as they should have been
-    python tools/fine_tune_demo.py kv          with KV compression in the deeper half: it imitates the other
-    python tools/fine_tune_demo.py correct-kv  the compressed one on its own mistakes
+    python tools/demo/fine_tune.py refine      once more: outlines, small shapes, stars
+    python tools/demo/fine_tune.py guidance    for guidance 4.5: it imitates itself, mildly guided
+    python tools/demo/fine_tune.py correct     on its own mistakes: its pictures as they should have been
+    python tools/demo/fine_tune.py decoder     the VAE's decoder, on its pictures as they should have been
+    python tools/demo/fine_tune.py kv          with KV compression in the deeper half: it imitates the other
+    python tools/demo/fine_tune.py correct-kv  the compressed one on its own mistakes
 
 Each replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own checkpoint in
 --work and may be stopped at any time. With more processes a step has as many times the pictures:
-torchrun --nproc-per-node 2 tools/fine_tune_demo.py refine. On Linux MALLOC_MMAP_MAX_=0
+torchrun --nproc-per-node 2 tools/demo/fine_tune.py refine. On Linux MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which made kv twice as fast.
 """
 
@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from demo_pictures import SHAPES, Scene, caption, expected, measure, paint, random_scene, render
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from drawings import SHAPES, Scene, caption, expected, measure, paint, random_scene, render
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from train_demo import (
+from train import (
     LARGE,
     SCALING_FACTOR,
     Batches,
@@ -71,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "pixart_sigma" / "demo")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=3e-4, help="the learning rate it starts from")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster where the CPU can")

@@ -1,13 +1,13 @@
-"""Train the demo model from nothing, on a CPU, on pictures drawn by demo_pictures.py.
+"""Train the demo model from nothing, on a CPU, on pictures drawn by drawings.py.
 
-    python tools/train_demo.py vae          an AutoencoderKL with the SDXL VAE's four levels
-    python tools/train_demo.py text         T5 alone: it learns to tell what a caption says of what
-    python tools/train_demo.py transformer  T5 and the Sigma transformer together, small pictures first
-    python tools/train_demo.py export       pixart_sigma/demo in the published folder layout, fp16
-    python tools/train_demo.py restore      checkpoints from pixart_sigma/demo, to train it further
+    python tools/demo/train.py vae          an AutoencoderKL with the SDXL VAE's four levels
+    python tools/demo/train.py text         T5 alone: it learns to tell what a caption says of what
+    python tools/demo/train.py transformer  T5 and the Sigma transformer together, small pictures first
+    python tools/demo/train.py export       pixart_sigma/demo in the published folder layout, fp16
+    python tools/demo/train.py restore      checkpoints from pixart_sigma/demo, to train it further
 
 Each stage resumes from its own checkpoint in --work and may be stopped at any time. What comes after the
-export, on the transformer alone, is in fine_tune_demo.py.
+export, on the transformer alone, is in fine_tune.py.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from demo_pictures import COLORS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, caption, random_scene, render
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from drawings import COLORS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, caption, random_scene, render
 from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stage", choices=("vae", "text", "transformer", "export", "restore"))
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "pixart_sigma" / "demo")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "pixart_sigma" / "demo")
     parser.add_argument("--step", type=int, default=0, help="restore: the step to go on from")
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--text-steps", type=int, default=1500)
@@ -395,7 +395,7 @@ def train_transformer(arguments):
         arguments.work / "text_encoder.pt",
         modules=torch.nn.ModuleDict({"text_encoder": text_encoder, "reader": reader}),
     ):
-        raise SystemExit("Train T5 first: python tools/train_demo.py text")
+        raise SystemExit("Train T5 first: python tools/demo/train.py text")
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
     average = torch.optim.swa_utils.AveragedModel(modules, avg_fn=ema)
     optimizer = torch.optim.AdamW(

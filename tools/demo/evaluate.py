@@ -1,8 +1,8 @@
 """How often the demo model draws what it was asked: held-out prompts, judged from the pixels.
 
-    python tools/evaluate_demo.py --out evaluation.json
+    python tools/demo/evaluate.py --out evaluation.json
 
-The prompts are scenes that training never sees (`Scene.held_out`). `demo_judge` looks at the pictures; here
+The prompts are scenes that training never sees (`Scene.held_out`). `judge` looks at the pictures; here
 its answer is compared with the prompt. Only what a prompt says is judged: one without a place cannot get it
 wrong. An object's colour and shape count as right only when the picture has the asked number of objects.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_judge import Seen, look
-from demo_pictures import Scene, caption, random_scene, render
+from drawings import Scene, caption, random_scene, render
+from judge import Seen, look
 
 # Which coordinate a relation is about, and whether the first object has the smaller one.
 ORDER = {"left of": ("x", True), "right of": ("x", False), "above": ("y", True), "below": ("y", False)}
@@ -185,7 +185,7 @@ def main() -> int:
         print(f"| {row} | {figures['judged']} | {figures['share']:.1%} |")
     if asked.vae:
         folder = (
-            Path(__file__).parents[1] / "pixart_sigma/demo" if asked.model == "demo" else Path(asked.model)
+            Path(__file__).parents[2] / "pixart_sigma/demo" if asked.model == "demo" else Path(asked.model)
         )
         report["vae"] = reconstruction(folder / "vae", min(asked.count, 64), width, height)
         figures = report["vae"]
