@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tools" / "demo"))
 
+import batches  # noqa: E402
+import checkpoints  # noqa: E402
 import drawings  # noqa: E402
 import evaluate  # noqa: E402
 import fine_tune  # noqa: E402
-import train  # noqa: E402
+import losses  # noqa: E402
+import networks  # noqa: E402
+import own_pictures  # noqa: E402
 
 from pixart_sigma.transformer.checkpoint import inspect  # noqa: E402
 
@@ -38,7 +42,7 @@ def test_what_was_drawn_is_measured(size):
 
 
 def new_runs():
-    return fine_tune.Runs(None, None, None, random.Random(0), None)
+    return own_pictures.Runs(None, None, None, random.Random(0), None)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,7 +73,7 @@ def test_runs_that_draw_too_small_are_redrawn_larger():
     square = drawings.Scene((drawings.Object("square", "red", "large", "center"),), "blue")
     least, most = (256 * share for share in drawings.SIZES["large"])
     runs = new_runs()
-    radii = [least + 0.2 * (most - least) * (index % 2) for index in range(2 * fine_tune.SIZES_KEPT)]
+    radii = [least + 0.2 * (most - least) * (index % 2) for index in range(2 * own_pictures.SIZES_KEPT)]
     small = drawings.paint([square] * len(radii), [[(128.0, 128.0, radius)] for radius in radii], 256, 256)
     redrawn = runs.redraw([square] * len(small), small)
     sizes = [drawings.measure(square, picture)[0][2] for picture in redrawn]
@@ -96,7 +100,7 @@ def correction(timestep, captioned, empty, taught):
     teacher.forward = lambda states, *_: torch.full_like(states, float(taught * noise))
     batch = torch.zeros_like(wanted), torch.tensor([timestep]), wanted
     encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
-    loss = fine_tune.correction_loss(student, teacher, torch.eye(4))
+    loss = losses.correction_loss(student, teacher, torch.eye(4))
     return float(loss(schedule, batch, ["a star"], encode))
 
 
@@ -105,7 +109,7 @@ def test_the_correction_wants_the_redrawn_picture_late_and_the_teachers_early():
     assert correction(200, 5.0, 5.0, taught=5.0) > 1
     assert correction(700, 5.0, 5.0, taught=5.0) == pytest.approx(0, abs=1e-6)
     assert correction(700, 1.0, 1.0, taught=5.0) > 1
-    half = fine_tune.UNDECIDED - 75
+    half = losses.UNDECIDED - 75
     assert correction(half, 3.0, 3.0, taught=5.0) == pytest.approx(0, abs=1e-6)
 
 
@@ -122,7 +126,7 @@ def test_the_correction_minds_a_crooked_outline_on_gray_as_on_black():
     encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
 
     def error(contrast):
-        loss = fine_tune.correction_loss(lambda states, *_: states, teacher, torch.eye(4))
+        loss = losses.correction_loss(lambda states, *_: states, teacher, torch.eye(4))
         batch = torch.zeros_like(outline), torch.tensor([200]), contrast * outline
         return float(loss(schedule, batch, ["a star"], encode))
 
@@ -133,7 +137,7 @@ def test_the_correction_minds_a_crooked_outline_on_gray_as_on_black():
 
 def test_what_the_correction_minds_is_what_the_picture_shows():
     vae = AutoencoderKL.from_pretrained(ROOT / "pixart_sigma" / "demo" / "vae", torch_dtype=torch.float32)
-    visible = fine_tune.visibility(vae)
+    visible = losses.visibility(vae)
     generator, rng = torch.Generator().manual_seed(1), random.Random(1)
     # Errors of the same size in the latents, from the least to the most visible.
     directions = torch.linalg.svd(visible).Vh.flip(0)
@@ -143,7 +147,7 @@ def test_what_the_correction_minds_is_what_the_picture_shows():
     with torch.no_grad():
         scenes = [drawings.random_scene(rng) for _ in range(8)]
         latents = vae.encode(drawings.render(scenes, 128, 128, rng)).latent_dist.mean
-        drawn, errors = vae.decode(latents).sample, errors / fine_tune.SCALING_FACTOR
+        drawn, errors = vae.decode(latents).sample, errors / networks.SCALING_FACTOR
         changes = [vae.decode(latents + error).sample - drawn for error in errors]
     shown = torch.stack([change.square().mean() for change in changes])
     assert shown[3] > 20 * shown[0]
@@ -173,12 +177,12 @@ def test_the_decoder_minds_an_outline_more_than_a_shade():
     wanted = torch.where(torch.arange(64) < 30, 1.0, -1.0).expand(1, 3, 64, 64)
     outline = torch.where(torch.arange(64) < 31, 1.0, -1.0).expand(1, 3, 64, 64)
     shade = wanted + (outline - wanted).abs().mean()
-    costs = [float(fine_tune.decoding_loss(picture, wanted)) for picture in (outline, shade)]
+    costs = [float(losses.decoding_loss(picture, wanted)) for picture in (outline, shade)]
     assert costs[0] > 5 * costs[1] > 0
 
 
 def test_the_decoders_windows_have_the_latents_of_their_pictures():
-    pictures = fine_tune.OwnPictures(None, None, None, random.Random(0), None)
+    pictures = own_pictures.OwnPictures(None, None, None, random.Random(0), None)
     wanted = torch.rand(3, 192, 336, generator=torch.Generator().manual_seed(0))
     latents = torch.nn.functional.avg_pool2d(wanted, 8)
     windows = [pictures.window(latents, wanted) for _ in range(20)]
@@ -202,11 +206,11 @@ def test_each_parameter_has_one_optimizer():
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     path, network = tmp_path / "correct.pt", torch.nn.Linear(2, 2)
-    train.save(path, 7, network=network)
+    checkpoints.save(path, 7, network=network)
     optimizer = torch.optim.AdamW(network.parameters())
-    assert train.resume(path, network=network, optimizer=optimizer) == 7
+    assert checkpoints.resume(path, network=network, optimizer=optimizer) == 7
     with pytest.raises(SystemExit, match=r"correct.pt has no average, muon: .* Move it away"):
-        train.resume(path, network=network, average=network, muon=optimizer)
+        checkpoints.resume(path, network=network, average=network, muon=optimizer)
 
 
 @pytest.fixture
@@ -220,9 +224,9 @@ def demo(tmp_path):
 @pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "decoder", "kv", "correct-kv"])
 def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, monkeypatch, capsys):
     monkeypatch.setattr(fine_tune, "LARGE", ((64, 64), (64, 64), (80, 48)))
-    monkeypatch.setattr(fine_tune, "RUN_STEPS", 8)
-    monkeypatch.setattr(fine_tune, "STEPS_PER_RUN", 2)
-    monkeypatch.setattr("train.PATCHES_PER_STEP", 64)
+    monkeypatch.setattr(own_pictures, "RUN_STEPS", 8)
+    monkeypatch.setattr(own_pictures, "STEPS_PER_RUN", 2)
+    monkeypatch.setattr(batches, "PATCHES_PER_STEP", 64)
     folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv"), "vae": demo / "vae"}
     changes = "kv" if stage.endswith("kv") else "vae" if stage == "decoder" else "dense"
 
