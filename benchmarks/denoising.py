@@ -4,44 +4,33 @@ Real width (1152 as 16 heads of 72), 4 layers, sample_size 128, run at 512x512 p
 tokens, an empty negative prompt and guidance 4.5, in float32 on one CPU thread. Counted, and so exact:
 multiply-adds at most 0.93 of the pipeline's, and positions computed once in a run. The latents must agree.
 CPU time is reported only. Exit status 1 if a gate fails. Usage: denoising.py [--steps 2] [--rounds 2]
-
-Torch's counter knows no formula for the fused attention kernel of CPUs and leaves attention out. So the
-counted runs, of both, use the `math` kernel, whose matrix products it sees; the timed ones use the default.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import multiply_adds, seconds_in_turn
 
+from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
+from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.noise import get_noise
+from pixart_sigma.settings import Settings
 from pixart_sigma.transformer import network as engine
-from pixart_sigma.transformer.config import TransformerConfig
+from pixart_sigma.transformer.config import XL_2
 
 GATE = 0.93
 GUIDANCE = 4.5
 SIZE = 512
 PROMPT_TOKENS = 20
 REFERENCE_TOKENS = 300
-CONFIG = TransformerConfig(
-    sample_size=128,
-    interpolation_scale=2,
-    num_layers=4,
-    num_attention_heads=16,
-    attention_head_dim=72,
-    in_channels=4,
-    out_channels=8,
-    patch_size=2,
-    caption_channels=4096,
-    cross_attention_dim=1152,
-    qk_norm=False,
-    kv_compression=None,
-)
+CONFIG = replace(XL_2, num_layers=4)
 
 
 def make_transformers():
@@ -62,13 +51,8 @@ def pad(embeds):
     return torch.cat([embeds, filler], dim=1), (torch.arange(REFERENCE_TOKENS) < tokens).long()[None]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2, help="denoising steps of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each, taken in turn")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-
+def make_runs(steps: int) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """A run of this engine and one of the pipeline, which give latents."""
     ours, reference = make_transformers()
     pipe = PixArtSigmaPipeline(None, None, None, reference, DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -79,15 +63,11 @@ def main() -> int:
     prompt_embeds, prompt_mask = pad(positive)
     negative_embeds, negative_mask = pad(negative)
 
+    settings = Settings(steps=steps, guidance_scale=GUIDANCE)
+    prompts = Prompts(positive, negative_embeds=negative)
+
     def run_ours():
-        return denoise(
-            ours,
-            noise,
-            positive,
-            negative_embeds=negative,
-            steps=arguments.steps,
-            guidance_scale=GUIDANCE,
-        )
+        return denoise(guide(ours, prompts, settings), noise, settings)
 
     def run_reference():
         return pipe(
@@ -99,44 +79,46 @@ def main() -> int:
             prompt_attention_mask=prompt_mask,
             negative_prompt_embeds=negative_embeds,
             negative_prompt_attention_mask=negative_mask,
-            num_inference_steps=arguments.steps,
+            num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             use_resolution_binning=False,
             output_type="latent",
         ).images
 
-    positions = []
-    original = engine.get_positions
+    return run_ours, run_reference
+
+
+@contextmanager
+def computed_positions() -> Iterator[list]:
+    """A list that gets an entry each time the engine computes positions."""
+    positions, original = [], engine.get_positions
 
     def counting(*grid):
         positions.append(grid)
         return original(*grid)
 
     engine.get_positions = counting
-    flops, results = [], []
-    for run in (run_ours, run_reference):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            results.append(run())
-        flops.append(counter.get_total_flops())
+    yield positions
     engine.get_positions = original
-    error = float((results[0] - results[1]).norm() / results[1].norm())
 
-    seconds = [0.0, 0.0]
-    for _ in range(arguments.rounds):
-        for index, run in enumerate((run_ours, run_reference)):
-            start = time.process_time()
-            run()
-            seconds[index] += time.process_time() - start
 
-    ratio = flops[0] / flops[1]
-    mine, theirs = (count / 2e9 for count in flops)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each, taken in turn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = make_runs(arguments.steps)
+    with computed_positions() as positions:
+        (latents, mine), (expected, theirs) = map(multiply_adds, runs)
+    error = float((latents - expected).norm() / expected.norm())
+    ratio = mine / theirs
     print(f"latents differ by   {error:.1e} relative")
-    print(f"multiply-adds       {mine:.1f} against {theirs:.1f} G: {ratio:.3f} (gate {GATE})")
+    print(f"multiply-adds       {mine / 1e9:.1f} against {theirs / 1e9:.1f} G: {ratio:.3f} (gate {GATE})")
     print(f"positions computed  {len(positions)} in {arguments.steps} steps (gate 1)")
     if arguments.rounds:
-        print(
-            f"CPU time            {seconds[0]:.1f} against {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.3f}"
-        )
+        ours, reference = map(sum, seconds_in_turn(runs, arguments.rounds, time.process_time))
+        print(f"CPU time            {ours:.1f} against {reference:.1f} s: {ours / reference:.3f}")
     passed = ratio <= GATE and len(positions) == 1 and error <= 1e-4
     print("passed" if passed else "FAILED")
     return 0 if passed else 1

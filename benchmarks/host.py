@@ -1,8 +1,11 @@
 """The real ComfyUI that benchmarks of the nodes run in."""
 
+import asyncio
+import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 PACK = Path(__file__).parents[1]
 
@@ -23,3 +26,16 @@ def enter() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+
+
+def load_pack() -> bool:
+    """Has the entered ComfyUI load the pack as at any start; whether it could."""
+    import nodes
+
+    return asyncio.run(nodes.load_custom_node(str(PACK)))
+
+
+def module(name: str) -> ModuleType:
+    """A module of the loaded pack, such as "nodes.loaders"."""
+    pack = str(PACK).replace(".", "_x_")  # as the host calls it
+    return importlib.import_module(f"{pack}.{name}")

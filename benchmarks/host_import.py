@@ -22,8 +22,6 @@ def measure() -> None:
     from time import process_time
 
     host.enter()
-    import asyncio
-
     import execution  # noqa: F401
     import server  # noqa: F401
     from comfy_config import config_parser  # noqa: F401
@@ -32,7 +30,7 @@ def measure() -> None:
 
     theirs = process_time()
     before, known = set(sys.modules), set(nodes.NODE_CLASS_MAPPINGS)
-    loaded = asyncio.run(nodes.load_custom_node(str(host.PACK)))
+    loaded = host.load_pack()
     seconds = process_time() - theirs
     added = set(sys.modules) - before
     late = [name for name in LATE if name in added]

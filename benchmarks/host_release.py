@@ -41,21 +41,12 @@ def main() -> int:
     from live_weights import live_weights
 
     host.enter()
-    import asyncio
-    import importlib
-
     import comfy.model_management
     import psutil
     import torch
 
-    import nodes
-
-    asyncio.run(nodes.load_custom_node(str(host.PACK)))
-    name = str(host.PACK).replace(".", "_x_")  # as the host calls it
-    pack = [
-        importlib.import_module(f"{name}.nodes.{part}")
-        for part in ("loaders", "text", "size", "sampling", "decode")
-    ]
+    host.load_pack()
+    pack = [host.module(f"nodes.{part}") for part in ("loaders", "text", "size", "sampling", "decode")]
     process, memory, left = psutil.Process(), [], []
     for seed in range(ROUNDS):
         with torch.inference_mode():

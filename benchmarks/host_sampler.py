@@ -9,11 +9,10 @@ shorter prompt is padded. CPU time is the least of the rounds, which are taken i
 """
 
 import argparse
-import asyncio
-import importlib
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import host
@@ -31,12 +30,9 @@ def main() -> int:
     import comfy.sd
     import torch
 
-    import nodes
-
     torch.set_num_threads(1)
-    asyncio.run(nodes.load_custom_node(str(host.PACK)))
-    pack = str(host.PACK).replace(".", "_x_")  # as the host calls it
-    load_model = importlib.import_module(f"{pack}.nodes.host.transformer").load_model
+    host.load_pack()
+    load_model = host.module("nodes.host.transformer").load_model
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = Path(folder) / "width_1152_1024.safetensors"
         write_transformer(file)
@@ -58,8 +54,7 @@ def write_transformer(file: Path) -> None:
 
 def compare(models, prompts, rounds: int) -> int:
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from measuring import multiply_adds, seconds_in_turn
 
     import nodes
 
@@ -68,23 +63,15 @@ def compare(models, prompts, rounds: int) -> int:
     def sample(model):
         nodes.KSampler().sample(model, 0, STEPS, 4.5, "dpmpp_2m", "normal", *prompts, latent)
 
+    samples = [partial(sample, model) for model in models]
     calls, operations = [], []
-    for model in models:
+    for model, call in zip(models, samples, strict=True):
         seen = []
         counting = model.model.diffusion_model.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-        # Torch's counter does not see attention in the fused kernel of CPUs.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            sample(model)
+        operations.append(multiply_adds(call)[1] / 1e9)
         counting.remove()
         calls.append(len(seen) / STEPS)
-        operations.append(counter.get_total_flops() / 2e9)
-
-    seconds = [[], []]
-    for _ in range(rounds):
-        for model, taken in zip(models, seconds, strict=True):
-            start = time.process_time()
-            sample(model)
-            taken.append(time.process_time() - start)
+    seconds = seconds_in_turn(samples, rounds, time.process_time)
     ours, theirs = map(min, seconds)
     print(f"model calls in a step  {calls[0]:.0f} against {calls[1]:.0f}")
     print(f"multiply-adds          {operations[0]:.1f} against {operations[1]:.1f} G")

@@ -12,31 +12,21 @@ With --whole all 28 layers run once at 2048x2048 with every thread: dense, mean:
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
+from measuring import seconds_in_turn
 
-from pixart_sigma.transformer.config import TransformerConfig
+from pixart_sigma.transformer.config import XL_2
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import parse
 from pixart_sigma.transformer.network import build_transformer
 
 PROMPT_TOKENS = 300
-CONFIG = TransformerConfig(
-    sample_size=128,
-    interpolation_scale=2,
-    num_layers=2,
-    num_attention_heads=16,
-    attention_head_dim=72,
-    in_channels=4,
-    out_channels=8,
-    patch_size=2,
-    caption_channels=4096,
-    cross_attention_dim=1152,
-)
 
 
-def make_transformer(config):
-    transformer = build_transformer(config)
+def make_transformer(layers: int):
+    transformer = build_transformer(replace(XL_2, num_layers=layers))
     random = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(weight.shape, generator=random) * 0.02
@@ -54,12 +44,8 @@ def compare(
     latents = torch.randn(1, 4, side // 8, side // 8)
     embeds = torch.randn(1, PROMPT_TOKENS, config.caption_channels)
     rules = {setting: parse(setting, config.num_layers) for setting in ["off", *settings]}
-    least = dict.fromkeys(rules, float("inf"))
-    for _ in range(rounds):
-        for setting, chosen in rules.items():
-            start = clock()
-            transformer(latents, 500, embeds, kv_compression=chosen)
-            least[setting] = min(least[setting], clock() - start)
+    calls = [partial(transformer, latents, 500, embeds, kv_compression=chosen) for chosen in rules.values()]
+    least = dict(zip(rules, map(min, seconds_in_turn(calls, rounds, clock)), strict=True))
     count = {setting: multiply_adds(config, side, side, PROMPT_TOKENS, rules[setting]) for setting in rules}
     return {setting: (least["off"] / least[setting], count["off"] / count[setting]) for setting in settings}
 
@@ -73,7 +59,7 @@ def main():
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    transformer = make_transformer(CONFIG)
+    transformer = make_transformer(2)
     print("| tokens | setting | speed-up | ideal | share of the ideal |\n|---|---|---|---|---|")
     for tokens in arguments.tokens:
         side = 16 * int(tokens**0.5)
@@ -85,7 +71,7 @@ def main():
             )
     if arguments.whole:
         torch.set_num_threads(threads)
-        whole = make_transformer(replace(CONFIG, num_layers=28))
+        whole = make_transformer(28)
         speeds = compare(whole, 2048, ["mean:2:deep", "mean:2:all"], 1, time.monotonic)
         for setting, (measured, ideal) in speeds.items():
             print(

@@ -5,12 +5,12 @@
 Relative L2 of the latents after 20 steps at guidance 4.5 against those without compression, from the same
 noise; averaged over prompts, each with a seed of its own. `demo-kv` is the transformer that was trained with
 compression against the dense one, of other weights. Reported only: what it does to pictures is counted by
-`tools/evaluate_demo.py`.
+`tools/demo/evaluate.py`.
 """
 
 import argparse
 
-from pixart_sigma import SigmaPipeline
+from pixart_sigma import Settings, SigmaPipeline, Ways
 from pixart_sigma.studies.calibration import DEMO_PROMPTS
 
 SETTINGS = ("uniform:2:deep", "mean:2:deep", "mean:2:all", "mean:4:all")
@@ -25,19 +25,14 @@ def main():
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--prompts", type=int, default=4, choices=range(1, 1 + len(DEMO_PROMPTS)))
     arguments = parser.parse_args()
-    dense = SigmaPipeline.from_path("demo", release="keep")
-    trained = SigmaPipeline.from_path("demo", transformer=TRAINED, release="keep")
+    dense = SigmaPipeline.from_path("demo", Ways(release="keep"))
+    trained = SigmaPipeline.from_path("demo", Ways(release="keep"), transformer=TRAINED)
     prompts = DEMO_PROMPTS[: arguments.prompts]
 
     def latents(pipeline, size, setting=None):
         made = (
             pipeline.generate(
-                prompt,
-                seed=seed,
-                width=size,
-                height=size,
-                use_resolution_binning=False,
-                kv_compression_setting=setting,
+                Settings(prompt, seed=seed, width=size, height=size, binning=False, kv_compression=setting)
             )
             for seed, prompt in enumerate(prompts)
         )

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.settings import Settings, Ways
 
 GATE = 1.02
 
@@ -27,7 +28,7 @@ def live_weights() -> int:
 
 def main() -> int:
     model = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    pipeline = SigmaPipeline.from_path(model, device="cpu", measure=True)
+    pipeline = SigmaPipeline.from_path(model, Ways(device="cpu", measure=True))
     seen, left, run = {}, {}, pipeline.stages.run
 
     def counted_run(name, load, use, **settings):
@@ -40,7 +41,7 @@ def main() -> int:
         return result
 
     pipeline.stages.run = counted_run
-    pipeline.generate("a red circle", steps=1)
+    pipeline.generate(Settings("a red circle", steps=1))
     largest = max(cost.weights for cost in pipeline.stages.costs.values())
     for name, size in seen.items():
         print(f"{name}: {size / 1e6:.2f} MB of weights alive in use, {left[name] / 1e6:.2f} MB after")

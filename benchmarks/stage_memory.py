@@ -27,10 +27,13 @@ from pixart_sigma import DEMO
 from pixart_sigma.aspect_ratio import parse_size
 from pixart_sigma.memory.measure import peak_bytes, readable
 from pixart_sigma.pipeline import SigmaPipeline
-from pixart_sigma.planner import SDXL_VAE, T5_XXL, published_models
+from pixart_sigma.planner import Models
+from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.text.embeddings import PromptEmbeddings
 from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.needs import T5_XXL
 from pixart_sigma.transformer.network import build_transformer
+from pixart_sigma.vae.loading import SDXL_VAE
 
 PROMPT = "red " * 400  # more than the 300 tokens that are read
 ROOMY = 10**12
@@ -39,7 +42,7 @@ TOLERANCE = 0.1
 
 def write_models(folder: Path):
     """A pipeline folder of the published shapes, in bf16; a part that is there already stays."""
-    models = published_models()
+    models = Models.published()
     with torch.device("meta"):
         transformer = build_transformer(models.transformer)
     settings = json.loads((DEMO / "transformer/config.json").read_text())
@@ -47,7 +50,7 @@ def write_models(folder: Path):
     write_part(folder / "transformer", transformer.state_dict(), settings)
     write_part(folder / "vae", models.vae.state_dict(), SDXL_VAE | {"scaling_factor": 0.13025})
     settings = json.loads((DEMO / "text_encoder/config.json").read_text())
-    write_part(folder / "text_encoder", models.text_weights, settings | T5_XXL)
+    write_part(folder / "text_encoder", models.text_encoder.weights, settings | T5_XXL)
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(DEMO / name, folder / name, dirs_exist_ok=True)
     shutil.copy(DEMO / "model_index.json", folder)
@@ -88,14 +91,17 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the models are kept")
     arguments = parser.parse_args()
     width, height = parse_size(arguments.size)
+    settings = Settings(width=width, height=height, steps=1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         write_models(folder)
         print("| stage | weights | peak | predicted | peak over predicted |\n|---|---|---|---|---|")
         passed = True
         for precision in arguments.precisions:
-            pipeline = SigmaPipeline.from_path(folder, device="cpu", t5_precision=precision, measure=True)
-            planned = pipeline.plan(ROOMY, width, height).stages["text encoder"]
+            pipeline = SigmaPipeline.from_path(
+                folder, Ways(device="cpu", t5_precision=precision, measure=True)
+            )
+            planned = pipeline.plan(settings, replace(pipeline.ways, budget=ROOMY)).stages["text encoder"]
             encoder = TextEncoder.load(folder, precision=precision)
             weights = encoder.nbytes
             peak = weights + peak_bytes(encoder.device, partial(encoder.encode, PROMPT))
@@ -105,8 +111,8 @@ def main() -> int:
         embeddings = PromptEmbeddings(prompt_embeds, prompt_embeds, PROMPT, PROMPT)
         pipeline = replace(pipeline, components=replace(pipeline.components, text_encoder=None))
         for budget in (ROOMY, arguments.budget * 1e9):
-            made = pipeline.plan(budget, width, height)
-            pipeline.generate(embeddings, width=width, height=height, steps=1, plan=made)
+            made = pipeline.plan(settings, replace(pipeline.ways, budget=budget))
+            pipeline.generate(settings, made.ways, embeddings=embeddings)
             for name in ("transformer", "VAE decode"):
                 planned = made.stages[name]
                 cost = pipeline.stages.costs[name]

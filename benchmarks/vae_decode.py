@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma.planner import SDXL_VAE
 from pixart_sigma.vae.feature_maps import Parking
 from pixart_sigma.vae.layers import read_decoder
+from pixart_sigma.vae.loading import SDXL_VAE
 from pixart_sigma.vae.memory import decode_memory, whole_decode_bytes
 from pixart_sigma.vae.strips import decode_in_strips
 

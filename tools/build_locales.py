@@ -11,7 +11,7 @@ from pathlib import Path
 
 from build_workflows import read_object_info
 
-LOCALES = Path(__file__).parents[1] / "locales"
+ENGLISH = Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json"
 
 
 def texts(info: dict) -> dict:
@@ -35,13 +35,17 @@ def texts(info: dict) -> dict:
     }
 
 
+def build(object_info: dict) -> str:
+    """The text of the file, from what the host says about its nodes."""
+    nodes = {name: texts(info) for name, info in object_info.items() if name.startswith("PixArtSigma")}
+    return json.dumps(nodes, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--object-info", required=True, help="address of the host's /object_info, or a file")
     object_info = read_object_info(parser.parse_args().object_info)
-    nodes = {name: texts(info) for name, info in object_info.items() if name.startswith("PixArtSigma")}
-    text = json.dumps(nodes, indent=2, ensure_ascii=False, sort_keys=True)
-    (LOCALES / "en" / "nodeDefs.json").write_text(text + "\n", encoding="utf-8")
+    ENGLISH.write_text(build(object_info), encoding="utf-8")
 
 
 if __name__ == "__main__":

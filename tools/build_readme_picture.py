@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pixart_sigma import SigmaPipeline
+from pixart_sigma import Settings, SigmaPipeline, Ways
 
 CAPTIONS = (
     "a red circle on a blue background",
@@ -24,14 +24,14 @@ OUT = Path(__file__).parents[1] / "docs" / "demo.png"
 
 
 def main():
-    pipeline = SigmaPipeline.from_path("demo", device="cpu", release="keep")
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"))
     rows = -(-len(CAPTIONS) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + TEXT + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for index, caption in enumerate(CAPTIONS):
         x = GAP + index % COLUMNS * (SIDE + GAP)
         y = GAP + index // COLUMNS * (SIDE + TEXT + GAP)
-        sheet.paste(pipeline.generate(caption, seed=0).images[0], (x, y))
+        sheet.paste(pipeline.generate(Settings(caption, seed=0)).images[0], (x, y))
         draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline=(200, 200, 200))
         draw.multiline_text((x, y + SIDE + 4), wrapped(caption, draw, font), fill=(40, 40, 40), font=font)
     OUT.parent.mkdir(exist_ok=True)

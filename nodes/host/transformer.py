@@ -18,7 +18,7 @@ from .patcher import make_patcher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
-# `python tools/fit_latent_rgb.py`.
+# `python tools/demo/fit_latent_rgb.py`.
 DEMO_LATENT_RGB = (
     [[0.1223, 0.0251, 0.27], [-0.3138, 0.3425, 0.3708], [0.3671, 0.2028, 0.3666], [0.3796, 0.302, -0.2614]],
     [0.2263, 0.0883, 0.0634],

@@ -7,8 +7,8 @@ import pytest
 from prompts import WORKFLOWS, contract, node, number, promised_contract, quick, run_with_the_demo, to_prompt
 from server import PACK, Rejected
 
-sys.path.insert(0, str(PACK / "tools"))
-from demo_judge import look  # noqa: E402
+sys.path.insert(0, str(PACK / "tools" / "demo"))
+from judge import look  # noqa: E402
 
 
 @pytest.fixture(scope="module")

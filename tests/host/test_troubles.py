@@ -9,8 +9,8 @@ from prompts import node, number, quick, to_prompt
 from safetensors.torch import save_file
 from server import PACK, Rejected
 
-sys.path.insert(0, str(PACK / "tools"))
-from demo_judge import look  # noqa: E402
+sys.path.insert(0, str(PACK / "tools" / "demo"))
+from judge import look  # noqa: E402
 
 
 @pytest.fixture(scope="module")

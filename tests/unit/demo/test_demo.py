@@ -15,8 +15,8 @@ from pixart_sigma.transformer.checkpoint import inspect
 from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.kv_rules import AUTO_PIXELS, resolve
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-from demo_judge import look  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "demo"))
+from judge import look  # noqa: E402
 
 
 def config(component: str) -> dict:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from demo_pictures import random_scene, render  # noqa: E402
+from drawings import random_scene, render  # noqa: E402
 
 from pixart_sigma import DEMO, load_vae  # noqa: E402
 from pixart_sigma.vae.coding import encode  # noqa: E402

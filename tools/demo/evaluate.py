@@ -1,8 +1,8 @@
 """How often the demo model draws what it was asked: held-out prompts, judged from the pixels.
 
-    python tools/evaluate_demo.py --out evaluation.json
+    python tools/demo/evaluate.py --out evaluation.json
 
-The prompts are scenes that training never sees (`Scene.held_out`). `demo_judge` looks at the pictures; here
+The prompts are scenes that training never sees (`Scene.held_out`). `judge` looks at the pictures; here
 its answer is compared with the prompt. Only what a prompt says is judged: one without a place cannot get it
 wrong. An object's colour and shape count as right only when the picture has the asked number of objects.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_judge import Seen, look
-from demo_pictures import Scene, caption, random_scene, render
+from drawings import Scene, caption, random_scene, render
+from judge import Seen, look
 
 # Which coordinate a relation is about, and whether the first object has the smaller one.
 ORDER = {"left of": ("x", True), "right of": ("x", False), "above": ("y", True), "below": ("y", False)}
@@ -81,31 +81,43 @@ def as_pixels(pictures: torch.Tensor) -> np.ndarray:
     return ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def generate(
-    model: str,
-    prompts: list[str],
-    width: int,
-    height: int,
-    steps: int,
-    guidance: float,
-    kv_compression: str | None = None,
-    transformer: str | None = None,
-) -> Iterator:
+def draw(asked: argparse.Namespace, prompts: list[str], width: int, height: int) -> Iterator:
     """A PIL image for each prompt; prompt k is drawn with seed k."""
-    from pixart_sigma import SigmaPipeline
+    from pixart_sigma import Settings, SigmaPipeline, Ways
 
-    pipeline = SigmaPipeline.from_path(model, transformer=transformer, release="keep")
+    pipeline = SigmaPipeline.from_path(asked.model, Ways(release="keep"), transformer=asked.transformer)
     for seed, prompt in enumerate(prompts):
         result = pipeline.generate(
-            prompt,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            kv_compression_setting=kv_compression,
+            Settings(
+                prompt,
+                width=width,
+                height=height,
+                steps=asked.steps,
+                guidance_scale=asked.guidance,
+                seed=seed,
+                kv_compression=asked.kv_compression,
+            )
         )
         yield result.images[0]
+
+
+def draw_and_judge(asked: argparse.Namespace, width: int, height: int) -> list[tuple[str, dict[str, bool]]]:
+    """Each prompt with its verdict, which is also told on stderr; the pictures are kept if asked for."""
+    scenes = held_out_prompts(asked.count, asked.seed)
+    prompts = [prompt for _, prompt in scenes]
+    if asked.pictures:
+        asked.pictures.mkdir(parents=True, exist_ok=True)
+        (asked.pictures / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    judged = []
+    pictures = draw(asked, prompts, width, height)
+    for number, ((scene, prompt), picture) in enumerate(zip(scenes, pictures, strict=True), start=1):
+        verdict = judge(scene, np.asarray(picture))
+        judged.append((prompt, verdict))
+        wrong = [row for row, right in verdict.items() if not right]
+        print(f"{number:4}  {prompt}" + (f"  WRONG: {', '.join(wrong)}" if wrong else ""), file=sys.stderr)
+        if asked.pictures:
+            picture.save(asked.pictures / f"{number:04}.png")
+    return judged
 
 
 @torch.inference_mode()
@@ -142,35 +154,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     asked = arguments()
+    from pixart_sigma import DEMO
     from pixart_sigma.aspect_ratio import parse_size
 
     width, height = parse_size(asked.size)
-    scenes = held_out_prompts(asked.count, asked.seed)
-    prompts = [prompt for _, prompt in scenes]
-    if asked.pictures:
-        asked.pictures.mkdir(parents=True, exist_ok=True)
-        (asked.pictures / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    verdicts = []
-    pictures = generate(
-        asked.model,
-        prompts,
-        width,
-        height,
-        asked.steps,
-        asked.guidance,
-        asked.kv_compression,
-        asked.transformer,
-    )
-    for (scene, prompt), picture in zip(scenes, pictures, strict=True):
-        verdicts.append(judge(scene, np.asarray(picture)))
-        wrong = [row for row, right in verdicts[-1].items() if not right]
-        print(
-            f"{len(verdicts):4}  {prompt}" + (f"  WRONG: {', '.join(wrong)}" if wrong else ""),
-            file=sys.stderr,
-        )
-        if asked.pictures:
-            picture.save(asked.pictures / f"{len(verdicts):04}.png")
-
+    judged = draw_and_judge(asked, width, height)
     report = {
         "prompts": asked.count,
         "size": f"{width}x{height}",
@@ -178,24 +166,18 @@ def main() -> int:
         "guidance_scale": asked.guidance,
         "kv_compression": asked.kv_compression,
         "transformer": asked.transformer,
-        "accuracy": tally(verdicts),
+        "accuracy": tally([verdict for _, verdict in judged]),
     }
     print("| judged | prompts | right |\n|---|---|---|")
     for row, figures in report["accuracy"].items():
         print(f"| {row} | {figures['judged']} | {figures['share']:.1%} |")
     if asked.vae:
-        folder = (
-            Path(__file__).parents[1] / "pixart_sigma/demo" if asked.model == "demo" else Path(asked.model)
-        )
-        report["vae"] = reconstruction(folder / "vae", min(asked.count, 64), width, height)
-        figures = report["vae"]
-        print(
-            f"| VAE PSNR | {figures['pictures']} | {figures['psnr']:.1f} dB (worst {figures['worst']:.1f}) |"
-        )
+        folder = DEMO if asked.model == "demo" else Path(asked.model)
+        report["vae"] = figures = reconstruction(folder / "vae", min(asked.count, 64), width, height)
+        quality, worst = figures["psnr"], figures["worst"]
+        print(f"| VAE PSNR | {figures['pictures']} | {quality:.1f} dB (worst {worst:.1f}) |")
     if asked.out:
-        report["verdicts"] = [
-            {"prompt": prompt, **verdict} for prompt, verdict in zip(prompts, verdicts, strict=True)
-        ]
+        report["verdicts"] = [{"prompt": prompt, **verdict} for prompt, verdict in judged]
         beside = asked.out.with_name(asked.out.name + ".partial")
         beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, asked.out)

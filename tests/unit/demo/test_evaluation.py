@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).parents[3] / "tools"
+TOOLS = Path(__file__).parents[3] / "tools" / "demo"
 sys.path.insert(0, str(TOOLS))
 
-import demo_judge  # noqa: E402
-import demo_pictures  # noqa: E402
-import evaluate_demo  # noqa: E402
+import drawings  # noqa: E402
+import evaluate  # noqa: E402
+import judge  # noqa: E402
 
 COUNT = 300
 
 
 def drawn(count: int, width: int = 256, height: int = 256):
     rng = random.Random(7)
-    scenes = [scene for scene, _ in evaluate_demo.held_out_prompts(count, seed=3)]
+    scenes = [scene for scene, _ in evaluate.held_out_prompts(count, seed=3)]
     for scene in scenes:
-        yield scene, evaluate_demo.as_pixels(demo_pictures.render([scene], width, height, rng))[0]
+        yield scene, evaluate.as_pixels(drawings.render([scene], width, height, rng))[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def pictures():
 
 
 def test_the_judge_is_right_on_drawn_pictures(pictures):
-    table = evaluate_demo.tally([evaluate_demo.judge(scene, picture) for scene, picture in pictures])
-    assert set(table) == set(evaluate_demo.ROWS)
+    table = evaluate.tally([evaluate.judge(scene, picture) for scene, picture in pictures])
+    assert set(table) == set(evaluate.ROWS)
     for row, figures in table.items():
         assert figures["judged"] > 40, row
         assert figures["share"] >= 0.995, row
@@ -41,7 +41,7 @@ def test_the_judge_is_right_on_drawn_pictures(pictures):
 
 @pytest.mark.parametrize("size", [(352, 176), (176, 352), (128, 128)])
 def test_the_judge_is_right_at_other_sizes(size):
-    table = evaluate_demo.tally([evaluate_demo.judge(*one) for one in drawn(100, *size)])
+    table = evaluate.tally([evaluate.judge(*one) for one in drawn(100, *size)])
     assert all(figures["share"] >= 0.98 for figures in table.values()), table
 
 
@@ -53,8 +53,8 @@ def test_the_judge_survives_soft_noisy_edges(pictures):
         for axis in (0, 1):
             soft = (np.roll(soft, 1, axis) + soft + np.roll(soft, -1, axis)) / 3
         soft = (soft + rng.normal(0, 6, soft.shape)).clip(0, 255).astype(np.uint8)
-        verdicts.append(evaluate_demo.judge(scene, soft))
-    assert all(figures["share"] >= 0.97 for figures in evaluate_demo.tally(verdicts).values())
+        verdicts.append(evaluate.judge(scene, soft))
+    assert all(figures["share"] >= 0.97 for figures in evaluate.tally(verdicts).values())
 
 
 def other(value: str, values) -> str:
@@ -67,37 +67,37 @@ def test_the_judge_sees_what_is_wrong(pictures):
             thing = scene.objects[0]
             changed = dataclasses.replace(
                 thing,
-                shape=other(thing.shape, demo_pictures.SHAPES),
-                color=other(thing.color, demo_pictures.COLORS),
-                position=thing.position and other(thing.position, demo_pictures.POSITIONS),
-                size=thing.size and other(thing.size, demo_pictures.SIZES),
+                shape=other(thing.shape, drawings.SHAPES),
+                color=other(thing.color, drawings.COLORS),
+                position=thing.position and other(thing.position, drawings.POSITIONS),
+                size=thing.size and other(thing.size, drawings.SIZES),
             )
-            background = scene.background and other(scene.background, demo_pictures.COLORS)
+            background = scene.background and other(scene.background, drawings.COLORS)
             asked = dataclasses.replace(scene, objects=(changed,), background=background)
-            verdict = evaluate_demo.judge(asked, picture)
+            verdict = evaluate.judge(asked, picture)
             assert not any(verdict.values()), (scene, verdict)
         else:
             first, second = scene.objects
-            changed = dataclasses.replace(second, color=other(second.color, demo_pictures.COLORS))
+            changed = dataclasses.replace(second, color=other(second.color, drawings.COLORS))
             asked = dataclasses.replace(scene, objects=(first, changed))
-            assert not evaluate_demo.judge(asked, picture)["two objects"]
+            assert not evaluate.judge(asked, picture)["two objects"]
             if first != second:
                 swapped = dataclasses.replace(scene, objects=(second, first))
-                assert not evaluate_demo.judge(swapped, picture)["two objects"]
+                assert not evaluate.judge(swapped, picture)["two objects"]
             turned = {"left of": "above", "right of": "above", "above": "left of", "below": "left of"}
             asked = dataclasses.replace(scene, relation=turned[scene.relation])
-            assert not evaluate_demo.judge(asked, picture)["relation"]
+            assert not evaluate.judge(asked, picture)["relation"]
 
 
 def test_a_missing_or_an_extra_object_is_wrong(pictures):
     for scene, picture in pictures[:60]:
         empty = np.full_like(picture, picture[0, 0])
-        verdict = evaluate_demo.judge(scene, empty)
+        verdict = evaluate.judge(scene, empty)
         assert not any(right for row, right in verdict.items() if row != "background")
     one = next((scene, picture) for scene, picture in pictures if scene.objects[0].size == "small")
     crowded = one[1].copy()
     crowded[4:40, 4:40] = 255 - crowded[0, 0]
-    assert not evaluate_demo.judge(one[0], crowded)["shape"]
+    assert not evaluate.judge(one[0], crowded)["shape"]
 
 
 @pytest.mark.parametrize("kind", ["noise", "blob", "ring", "half circle"])
@@ -114,7 +114,7 @@ def test_what_is_no_shape_is_not_recognised(kind):
     else:
         mask = (np.hypot(x, y) < 70) & (y > 0)
     picture = np.where(mask[..., None], (220, 40, 40), (245, 245, 245)).astype(np.uint8)
-    background, seen = demo_judge.look(picture)
+    background, seen = judge.look(picture)
     assert background == "white" and seen and seen[0].shape == "unclear"
 
 
@@ -122,21 +122,21 @@ def test_regions_are_found_whatever_their_form():
     mask = np.zeros((9, 12), bool)
     mask[1:8, 1] = mask[7, 1:6] = mask[1:8, 5] = True  # a U, whose arms meet in its last row only
     mask[2, 8] = mask[3, 9] = True  # neighbours by a corner only
-    regions = demo_judge.connected(mask)
+    regions = judge.connected(mask)
     assert sorted(int(region.sum()) for region in regions) == [1, 1, 17]
     assert np.array_equal(sum(region.astype(int) for region in regions), mask.astype(int))
 
 
 def test_prompts_are_held_out_and_repeatable():
-    prompts = evaluate_demo.held_out_prompts(200)
-    assert prompts == evaluate_demo.held_out_prompts(200)
+    prompts = evaluate.held_out_prompts(200)
+    assert prompts == evaluate.held_out_prompts(200)
     assert len({scene for scene, _ in prompts}) == 200
     assert all(scene.held_out for scene, _ in prompts)
     assert 60 < sum(len(scene.objects) == 2 for scene, _ in prompts) < 140
 
 
 def test_the_judge_shares_no_code_with_the_drawing():
-    tree = ast.parse((TOOLS / "demo_judge.py").read_text(encoding="utf-8"))
+    tree = ast.parse((TOOLS / "judge.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert names == {"dataclasses", "numpy"}

@@ -13,12 +13,16 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "demo"))
 
-import demo_pictures  # noqa: E402
-import evaluate_demo  # noqa: E402
-import fine_tune_demo  # noqa: E402
-import train_demo  # noqa: E402
+import batches  # noqa: E402
+import checkpoints  # noqa: E402
+import drawings  # noqa: E402
+import evaluate  # noqa: E402
+import fine_tune  # noqa: E402
+import losses  # noqa: E402
+import networks  # noqa: E402
+import own_pictures  # noqa: E402
 
 from pixart_sigma.transformer.checkpoint import inspect  # noqa: E402
 
@@ -28,53 +32,51 @@ SIZES = [(256, 256), (336, 192), (192, 336)]
 @pytest.mark.parametrize("size", SIZES)
 def test_what_was_drawn_is_measured(size):
     rng = random.Random(3)
-    scenes = [demo_pictures.random_scene(rng) for _ in range(40)]
-    placed = [demo_pictures.layout(scene, *size, rng) for scene in scenes]
-    pictures = demo_pictures.paint(scenes, placed, *size)
+    scenes = [drawings.random_scene(rng) for _ in range(40)]
+    placed = [drawings.layout(scene, *size, rng) for scene in scenes]
+    pictures = drawings.paint(scenes, placed, *size)
     pictures = pictures + 0.03 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     for scene, drawn, picture in zip(scenes, placed, pictures, strict=True):
-        for expected, measured in zip(drawn, demo_pictures.measure(scene, picture), strict=True):
+        for expected, measured in zip(drawn, drawings.measure(scene, picture), strict=True):
             assert measured == pytest.approx(expected, abs=0.5), scene
 
 
 def new_runs():
-    return fine_tune_demo.Runs(None, None, None, random.Random(0), None)
+    return own_pictures.Runs(None, None, None, random.Random(0), None)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_wrong_picture_is_redrawn_as_it_was_asked(size):
     rng = random.Random(5)
-    scenes = [demo_pictures.random_scene(rng) for _ in range(40)]
+    scenes = [drawings.random_scene(rng) for _ in range(40)]
     width, height = size
     # Nothing of it is right: other shapes, elsewhere, in other colours.
-    pictures = demo_pictures.render([demo_pictures.random_scene(rng) for _ in scenes], *size, rng)
-    pixels = evaluate_demo.as_pixels(new_runs().redraw(scenes, pictures))
+    pictures = drawings.render([drawings.random_scene(rng) for _ in scenes], *size, rng)
+    pixels = evaluate.as_pixels(new_runs().redraw(scenes, pictures))
     assert pixels.shape == (len(scenes), height, width, 3)
     for scene, picture in zip(scenes, pixels, strict=True):
-        assert all(evaluate_demo.judge(scene, picture).values()), scene
+        assert all(evaluate.judge(scene, picture).values()), scene
 
 
 def test_a_redrawn_circle_has_no_tail_and_stays_in_its_place():
-    circle = demo_pictures.Scene((demo_pictures.Object("circle", "red", "small", "left"),), "blue")
-    clean = demo_pictures.paint([circle], [[(65.0, 126.0, 36.0)]], 256, 256)
+    circle = drawings.Scene((drawings.Object("circle", "red", "small", "left"),), "blue")
+    clean = drawings.paint([circle], [[(65.0, 126.0, 36.0)]], 256, 256)
     tail = clean.clone()
     tail[:, :, 160:178, 56:74] = clean[:, :, 126:127, 65:66]
-    assert not evaluate_demo.judge(circle, evaluate_demo.as_pixels(tail)[0])["shape"]
+    assert not evaluate.judge(circle, evaluate.as_pixels(tail)[0])["shape"]
     redrawn = new_runs().redraw([circle], tail)
-    assert evaluate_demo.judge(circle, evaluate_demo.as_pixels(redrawn)[0])["shape"]
+    assert evaluate.judge(circle, evaluate.as_pixels(redrawn)[0])["shape"]
     assert (redrawn - clean).square().mean() < (tail - clean).square().mean()
 
 
 def test_runs_that_draw_too_small_are_redrawn_larger():
-    square = demo_pictures.Scene((demo_pictures.Object("square", "red", "large", "center"),), "blue")
-    least, most = (256 * share for share in demo_pictures.SIZES["large"])
+    square = drawings.Scene((drawings.Object("square", "red", "large", "center"),), "blue")
+    least, most = (256 * share for share in drawings.SIZES["large"])
     runs = new_runs()
-    radii = [least + 0.2 * (most - least) * (index % 2) for index in range(2 * fine_tune_demo.SIZES_KEPT)]
-    small = demo_pictures.paint(
-        [square] * len(radii), [[(128.0, 128.0, radius)] for radius in radii], 256, 256
-    )
+    radii = [least + 0.2 * (most - least) * (index % 2) for index in range(2 * own_pictures.SIZES_KEPT)]
+    small = drawings.paint([square] * len(radii), [[(128.0, 128.0, radius)] for radius in radii], 256, 256)
     redrawn = runs.redraw([square] * len(small), small)
-    sizes = [demo_pictures.measure(square, picture)[0][2] for picture in redrawn]
+    sizes = [drawings.measure(square, picture)[0][2] for picture in redrawn]
     assert sizes[0] == pytest.approx(radii[0], abs=0.5)
     assert sum(sizes[-20:]) / 20 == pytest.approx((least + most) / 2, abs=0.5)
     assert sizes[-1] - sizes[-2] == pytest.approx(radii[-1] - radii[-2], abs=0.5)
@@ -98,7 +100,7 @@ def correction(timestep, captioned, empty, taught):
     teacher.forward = lambda states, *_: torch.full_like(states, float(taught * noise))
     batch = torch.zeros_like(wanted), torch.tensor([timestep]), wanted
     encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
-    loss = fine_tune_demo.correction_loss(student, teacher, torch.eye(4))
+    loss = losses.correction_loss(student, teacher, torch.eye(4))
     return float(loss(schedule, batch, ["a star"], encode))
 
 
@@ -107,7 +109,7 @@ def test_the_correction_wants_the_redrawn_picture_late_and_the_teachers_early():
     assert correction(200, 5.0, 5.0, taught=5.0) > 1
     assert correction(700, 5.0, 5.0, taught=5.0) == pytest.approx(0, abs=1e-6)
     assert correction(700, 1.0, 1.0, taught=5.0) > 1
-    half = fine_tune_demo.UNDECIDED - 75
+    half = losses.UNDECIDED - 75
     assert correction(half, 3.0, 3.0, taught=5.0) == pytest.approx(0, abs=1e-6)
 
 
@@ -124,7 +126,7 @@ def test_the_correction_minds_a_crooked_outline_on_gray_as_on_black():
     encode = lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1))  # noqa: E731
 
     def error(contrast):
-        loss = fine_tune_demo.correction_loss(lambda states, *_: states, teacher, torch.eye(4))
+        loss = losses.correction_loss(lambda states, *_: states, teacher, torch.eye(4))
         batch = torch.zeros_like(outline), torch.tensor([200]), contrast * outline
         return float(loss(schedule, batch, ["a star"], encode))
 
@@ -135,7 +137,7 @@ def test_the_correction_minds_a_crooked_outline_on_gray_as_on_black():
 
 def test_what_the_correction_minds_is_what_the_picture_shows():
     vae = AutoencoderKL.from_pretrained(ROOT / "pixart_sigma" / "demo" / "vae", torch_dtype=torch.float32)
-    visible = fine_tune_demo.visibility(vae)
+    visible = losses.visibility(vae)
     generator, rng = torch.Generator().manual_seed(1), random.Random(1)
     # Errors of the same size in the latents, from the least to the most visible.
     directions = torch.linalg.svd(visible).Vh.flip(0)
@@ -143,9 +145,9 @@ def test_what_the_correction_minds_is_what_the_picture_shows():
     counted = torch.einsum("ij,bjhw->bihw", visible, errors).square().mean((1, 2, 3))
     least = 0.1 * errors.square().mean((1, 2, 3))
     with torch.no_grad():
-        scenes = [demo_pictures.random_scene(rng) for _ in range(8)]
-        latents = vae.encode(demo_pictures.render(scenes, 128, 128, rng)).latent_dist.mean
-        drawn, errors = vae.decode(latents).sample, errors / fine_tune_demo.SCALING_FACTOR
+        scenes = [drawings.random_scene(rng) for _ in range(8)]
+        latents = vae.encode(drawings.render(scenes, 128, 128, rng)).latent_dist.mean
+        drawn, errors = vae.decode(latents).sample, errors / networks.SCALING_FACTOR
         changes = [vae.decode(latents + error).sample - drawn for error in errors]
     shown = torch.stack([change.square().mean() for change in changes])
     assert shown[3] > 20 * shown[0]
@@ -157,19 +159,17 @@ def test_a_small_star_is_still_a_star_after_the_vae():
     vae = AutoencoderKL.from_pretrained(ROOT / "pixart_sigma" / "demo" / "vae", torch_dtype=torch.float32)
     rng = random.Random(4)
     scenes = [
-        demo_pictures.Scene((demo_pictures.Object("star", rng.choice(("red", "black", "white"))),), ground)
+        drawings.Scene((drawings.Object("star", rng.choice(("red", "black", "white"))),), ground)
         for ground in ("blue", "green", "cyan", "purple") * 4
     ]
-    least, most = (256 * share for share in demo_pictures.SIZES["small"])
+    least, most = (256 * share for share in drawings.SIZES["small"])
     placed = [
         [(rng.uniform(50, 78), rng.uniform(50, 78), rng.uniform(least, most))] for _ in range(len(scenes))
     ]
-    pictures = demo_pictures.paint(scenes, placed, 128, 128)
+    pictures = drawings.paint(scenes, placed, 128, 128)
     with torch.no_grad():
-        seen = evaluate_demo.as_pixels(vae.decode(vae.encode(pictures).latent_dist.mean).sample)
-    shapes = [
-        evaluate_demo.judge(scene, picture)["shape"] for scene, picture in zip(scenes, seen, strict=True)
-    ]
+        seen = evaluate.as_pixels(vae.decode(vae.encode(pictures).latent_dist.mean).sample)
+    shapes = [evaluate.judge(scene, picture)["shape"] for scene, picture in zip(scenes, seen, strict=True)]
     assert sum(shapes) >= 15, shapes
 
 
@@ -177,12 +177,12 @@ def test_the_decoder_minds_an_outline_more_than_a_shade():
     wanted = torch.where(torch.arange(64) < 30, 1.0, -1.0).expand(1, 3, 64, 64)
     outline = torch.where(torch.arange(64) < 31, 1.0, -1.0).expand(1, 3, 64, 64)
     shade = wanted + (outline - wanted).abs().mean()
-    costs = [float(fine_tune_demo.decoding_loss(picture, wanted)) for picture in (outline, shade)]
+    costs = [float(losses.decoding_loss(picture, wanted)) for picture in (outline, shade)]
     assert costs[0] > 5 * costs[1] > 0
 
 
 def test_the_decoders_windows_have_the_latents_of_their_pictures():
-    pictures = fine_tune_demo.OwnPictures(None, None, None, random.Random(0), None)
+    pictures = own_pictures.OwnPictures(None, None, None, random.Random(0), None)
     wanted = torch.rand(3, 192, 336, generator=torch.Generator().manual_seed(0))
     latents = torch.nn.functional.avg_pool2d(wanted, 8)
     windows = [pictures.window(latents, wanted) for _ in range(20)]
@@ -193,9 +193,9 @@ def test_the_decoders_windows_have_the_latents_of_their_pictures():
 
 
 def test_each_parameter_has_one_optimizer():
-    transformer = fine_tune_demo.new_kv_transformer(ROOT / "pixart_sigma" / "demo" / "transformer")
+    transformer = fine_tune.new_kv_transformer(ROOT / "pixart_sigma" / "demo" / "transformer")
     names = {parameter: name for name, parameter in transformer.named_parameters()}
-    adamw, muon = fine_tune_demo.optimizers(transformer)
+    adamw, muon = fine_tune.optimizers(transformer)
     groups = adamw.param_groups + muon.param_groups
     trained = [parameter for group in groups for parameter in group["params"]]
     assert len(trained) == len(names) and set(trained) == set(names)
@@ -206,11 +206,11 @@ def test_each_parameter_has_one_optimizer():
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     path, network = tmp_path / "correct.pt", torch.nn.Linear(2, 2)
-    train_demo.save(path, 7, network=network)
+    checkpoints.save(path, 7, network=network)
     optimizer = torch.optim.AdamW(network.parameters())
-    assert train_demo.resume(path, network=network, optimizer=optimizer) == 7
+    assert checkpoints.resume(path, network=network, optimizer=optimizer) == 7
     with pytest.raises(SystemExit, match=r"correct.pt has no average, muon: .* Move it away"):
-        train_demo.resume(path, network=network, average=network, muon=optimizer)
+        checkpoints.resume(path, network=network, average=network, muon=optimizer)
 
 
 @pytest.fixture
@@ -223,10 +223,10 @@ def demo(tmp_path):
 
 @pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "decoder", "kv", "correct-kv"])
 def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, monkeypatch, capsys):
-    monkeypatch.setattr(fine_tune_demo, "LARGE", ((64, 64), (64, 64), (80, 48)))
-    monkeypatch.setattr(fine_tune_demo, "RUN_STEPS", 8)
-    monkeypatch.setattr(fine_tune_demo, "STEPS_PER_RUN", 2)
-    monkeypatch.setattr("train_demo.PATCHES_PER_STEP", 64)
+    monkeypatch.setattr(fine_tune, "LARGE", ((64, 64), (64, 64), (80, 48)))
+    monkeypatch.setattr(own_pictures, "RUN_STEPS", 8)
+    monkeypatch.setattr(own_pictures, "STEPS_PER_RUN", 2)
+    monkeypatch.setattr(batches, "PATCHES_PER_STEP", 64)
     folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv"), "vae": demo / "vae"}
     changes = "kv" if stage.endswith("kv") else "vae" if stage == "decoder" else "dense"
 
@@ -236,8 +236,8 @@ def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, mo
     def train(steps):
         command = [stage, "--out", str(demo), "--work", str(demo.with_name("work")), "--steps", str(steps)]
         # Large, as it has no time to grow.
-        monkeypatch.setattr(sys, "argv", ["fine_tune_demo.py", *command, "--rate", "1e-2"])
-        fine_tune_demo.main()
+        monkeypatch.setattr(sys, "argv", ["fine_tune.py", *command, "--rate", "1e-2"])
+        fine_tune.main()
         return torch.load(demo.with_name("work") / f"{stage}.pt", weights_only=True)
 
     before = {which: weights(which) for which in folders}
@@ -261,6 +261,6 @@ def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, mo
 
 
 def test_fine_tuning_runs_as_a_command():
-    tool = ROOT / "tools" / "fine_tune_demo.py"
+    tool = ROOT / "tools" / "demo" / "fine_tune.py"
     result = subprocess.run([sys.executable, tool, "-h"], capture_output=True, text=True)
-    assert result.returncode == 0 and "usage: fine_tune_demo.py" in result.stdout
+    assert result.returncode == 0 and "usage: fine_tune.py" in result.stdout

@@ -1,0 +1,129 @@
+"""The groups of nodes that the example workflows are made of."""
+
+from workflow_graph import Graph, Link, download
+
+DEMO = "demo (built in)"
+DEMO_KV = "demo with KV compression (built in)"
+T5_PARTS = "Needs a T5-XXL, such as t5xxl_fp16.safetensors in models/text_encoders."
+T5 = download(
+    "t5xxl_fp16.safetensors",
+    "https://huggingface.co/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+    "text_encoders",
+)
+SDXL_VAE = download(
+    "sdxl_vae.safetensors",
+    "https://huggingface.co/stabilityai/sdxl-vae/resolve/main/sdxl_vae.safetensors",
+    "vae",
+)
+
+
+def loaders(
+    graph: Graph,
+    transformer=DEMO,
+    text_encoder=DEMO,
+    vae=DEMO,
+    variant="auto",
+    precision="fp32",
+    device="auto",
+):
+    graph.add(
+        "transformer",
+        "PixArtSigmaLoadTransformer",
+        transformer=transformer,
+        variant=variant,
+        dtype="auto",
+    )
+    graph.add(
+        "t5",
+        "PixArtSigmaLoadTextEncoder",
+        text_encoder=text_encoder,
+        precision=precision,
+        device=device,
+    )
+    graph.add("vae", "PixArtSigmaLoadVAE", vae=vae)
+
+
+def sigma_loaders(graph: Graph, size: str, precision="int8", device="auto"):
+    """Sigma's own files; `size` as in the transformer's name."""
+    name = f"PixArt-Sigma-XL-2-{size}.pth"
+    address = f"https://huggingface.co/PixArt-alpha/PixArt-Sigma/resolve/main/{name}"
+    transformer = download(name, address, "diffusion_models")
+    variant = "2K" if size == "2K-MS" else "auto"
+    loaders(graph, transformer, T5, SDXL_VAE, variant, precision, device)
+
+
+def encode(graph: Graph, prompt: str, after_use="free", name="prompt"):
+    graph.add(
+        name,
+        "PixArtSigmaTextEncode",
+        clip=graph["t5", 0],
+        positive=prompt,
+        negative="",
+        clean_caption=False,
+        after_use=after_use,
+    )
+
+
+def bucket(graph: Graph, base="256", ratio="1:1", orientation="landscape", name="size"):
+    graph.add(
+        name,
+        "PixArtSigmaAspectRatioBucket",
+        base=base,
+        ratio=ratio,
+        orientation=orientation,
+        width=0,
+        height=0,
+        batch_size=1,
+    )
+
+
+def sample(graph: Graph, latent: Link | None = None, words="prompt", name="sampler", **settings):
+    defaults = {
+        "seed": 0,
+        "steps": 20,
+        "cfg": 4.5,
+        "sampler_name": "dpmpp_2m",
+        "schedule": "reference",
+        "denoise": 1.0,
+        "kv_compression": "auto",
+        "after_use": "free",
+    }
+    graph.add(
+        name,
+        "PixArtSigmaSampler",
+        model=graph["transformer", 0],
+        positive=graph[words, 0],
+        negative=graph[words, 1],
+        latent_image=latent or graph["size", 0],
+        **defaults | settings,
+    )
+
+
+def decode(graph: Graph, latent: Link, size: str | None = "size", name="decode", tiling="auto", budget=0.0):
+    """`size` is the node whose asked size the picture is cropped to."""
+    graph.add(
+        name,
+        "PixArtSigmaVAEDecode",
+        samples=latent,
+        vae=graph["vae", 0],
+        tiling=tiling,
+        asked_width=graph[size, 3] if size else 0,
+        asked_height=graph[size, 4] if size else 0,
+        after_use="keep",
+        budget=budget,
+    )
+
+
+def save(graph: Graph, images="decode", name="save"):
+    graph.add(name, "SaveImage", images=graph[images, 0], filename_prefix="PixArt-Sigma")
+
+
+def show(graph: Graph, latent: Link | None = None, **settings):
+    decode(graph, latent or graph["sampler", 0], **settings)
+    save(graph)
+
+
+def report(graph: Graph, budget=0.0):
+    """What each stage cost, against a budget in GB."""
+    graph.add("report", "PixArtSigmaMemoryReport", after=graph["decode", 0], budget=budget)
+    graph.add("bars", "PreviewImage", images=graph["report", 0])
