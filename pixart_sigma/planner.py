@@ -18,7 +18,7 @@ from .errors import SettingError, SigmaError
 from .memory.measure import readable
 from .memory.ways import Way
 from .prompt_embeds import MAX_TOKENS
-from .settings import Settings, Ways
+from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways
 from .table import align
 from .text import stage as text
 from .text.needs import EncoderShapes
@@ -176,8 +176,8 @@ def _text_ways(
 ) -> list[Way]:
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16
     fixed = encoder.saved or ways.t5_precision
-    precisions = (fixed,) if fixed else ("fp16" if half == torch.float16 else "bf16", "int8")
-    places: tuple[str, ...] = ("auto", "stream", "cpu")
+    precisions = (fixed,) if fixed else ("fp16" if half == torch.float16 else "bf16", DEFAULT_T5_PRECISION)
+    places = tuple(text.PLACES)
     if ways.t5_device != "auto":
         places = (ways.t5_device,)
     elif in_ram:
@@ -193,9 +193,13 @@ def _text_ways(
 def _transformer_ways(
     config: TransformerConfig, ways: Ways, work: transformer.Pass, dtype: torch.dtype, in_ram: bool
 ) -> list[Way]:
-    places = ("stream",) if ways.transformer_device == "stream" else ("auto", "stream")
+    places = TRANSFORMER_DEVICES
+    if in_ram:
+        places = ("auto",)
+    elif ways.transformer_device != "auto":
+        places = (ways.transformer_device,)
     needs = partial(transformer.predict_needs, config, work, dtype)
-    return list(transformer.list_ways(("auto",) if in_ram else places, work.guided, needs))
+    return list(transformer.list_ways(places, work.guided, needs))
 
 
 def _decode_ways(

@@ -48,12 +48,13 @@ T5_PRECISIONS = {
     "fp16": T5Precision(16, dtype="float16"),
     "fp32": T5Precision(32, dtype="float32"),
 }
+DEFAULT_T5_PRECISION = "int8"
 QUANTIZED = tuple(name for name, precision in T5_PRECISIONS.items() if precision.bitsandbytes)
 # Of the transformer and the VAE, with torch's names; auto is what the device computes best in.
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Where a model's weights are. auto: on the device; stream: in RAM, two blocks at a time on the device.
-T5_DEVICES = ("auto", "cpu", "stream")
-TRANSFORMER_DEVICES = ("auto", "stream")
+T5_DEVICES: tuple[str, ...] = ("auto", "cpu", "stream")
+TRANSFORMER_DEVICES: tuple[str, ...] = ("auto", "stream")
 # auto: whole where it fits, else in strips, which give the same picture; tiles differ in tone.
 DECODES = ("auto", "whole", "strips", "tiles")
 # What happens to a model after its stage.

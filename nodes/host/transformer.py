@@ -12,11 +12,11 @@ import torch
 
 from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
 from .lora import EMPTY, PREFIX, original_names
 from .patcher import make_patcher
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
 # `python tools/demo/fit_latent_rgb.py`.
 DEMO_LATENT_RGB = (
@@ -79,7 +79,7 @@ def _host_config(checkpoint, parameters: int, dtype):
         dtype = management.unet_dtype(
             model_params=parameters, supported_dtypes=supported, weight_dtype=checkpoint.dtype
         )
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = getattr(torch, DTYPES[dtype]) if isinstance(dtype, str) else dtype
     manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
     config.set_inference_dtype(dtype, manual_cast)
     return config

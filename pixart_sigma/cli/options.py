@@ -6,7 +6,16 @@ import math
 
 from ..errors import SigmaError
 from ..files.writing import say
-from ..settings import DECODES, QUANTIZED, RELEASES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
+from ..settings import (
+    DECODES,
+    DEFAULT_T5_PRECISION,
+    QUANTIZED,
+    RELEASES,
+    T5_DEVICES,
+    T5_PRECISIONS,
+    TRANSFORMER_DEVICES,
+    VARIANTS,
+)
 
 # Fields of Settings and Ways that an option sets under another name.
 OPTIONS = {
@@ -176,7 +185,7 @@ def _add_quantize(commands):
     quantize.set_defaults(command="quantize")
     quantize.add_argument("source", help="T5 folder or file")
     quantize.add_argument("out", help="folder to write")
-    quantize.add_argument("--precision", choices=QUANTIZED, default="int8")
+    quantize.add_argument("--precision", choices=QUANTIZED, default=DEFAULT_T5_PRECISION)
     quantize.add_argument("--tokenizer", help="tokenizer file or folder, if not beside the source")
 
 

@@ -4,8 +4,9 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..settings import LAST_TIMESTEP
 from ..transformer.kv_calibration import WINDOWS, Calibration
-from ..transformer.kv_rules import LAST_TIMESTEP, acting
+from ..transformer.kv_rules import acting
 
 LEFT, TOP, RIGHT = 120, 120, 30
 CELL, ROW, GAP = 30, 34, 66

@@ -17,10 +17,11 @@ from collections.abc import Callable
 import torch
 
 from ..errors import SigmaError
+from ..settings import LAST_TIMESTEP
 from ..transformer.config import TransformerConfig
 from ..transformer.cost import multiply_adds
 from ..transformer.kv_calibration import RATIOS, WINDOWS
-from ..transformer.kv_rules import LAST_TIMESTEP, KVCompression
+from ..transformer.kv_rules import KVCompression
 
 Progress = Callable[[int, int], None]
 

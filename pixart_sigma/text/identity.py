@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..files.fingerprint import fingerprint
 from ..files.weight_files import read_state_dict
+from ..settings import DEFAULT_T5_PRECISION
 from .loading import find_encoder
 from .tokenizer import find_tokenizer
 from .weights import read_config, refuse_gguf
@@ -33,4 +34,6 @@ def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> 
     file = find_tokenizer(path, tokenizer)
     for part in (file, file.parent / "tokenizer_config.json"):
         beside.append(part.read_bytes() if part.is_file() else b"")
-    return EncoderIdentity(fingerprint(read_state_dict(path), *beside), precision or saved or "int8")
+    return EncoderIdentity(
+        fingerprint(read_state_dict(path), *beside), precision or saved or DEFAULT_T5_PRECISION
+    )

@@ -6,7 +6,7 @@ import torch
 
 from ..devices import pick_device
 from ..errors import SigmaError
-from ..settings import T5_PRECISIONS
+from ..settings import DEFAULT_T5_PRECISION, T5_PRECISIONS
 from .model import check_packages, compute_dtype, quiet_int8_casts
 from .streaming import StreamedT5
 from .tokenizer import find_tokenizer, load_tokenizer
@@ -27,7 +27,7 @@ def read_encoder(path, precision: str | None = None):
             f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
             "or load the original encoder: quantising twice would lose quality."
         )
-    return path, config, weights, precision or saved or "int8"
+    return path, config, weights, precision or saved or DEFAULT_T5_PRECISION
 
 
 def find_encoder(path) -> Path:

@@ -5,11 +5,11 @@ import tempfile
 from pathlib import Path
 
 from ..errors import SigmaError
-from ..settings import QUANTIZED
+from ..settings import DEFAULT_T5_PRECISION, QUANTIZED
 from .encoder import TextEncoder
 
 
-def quantize_t5(source, out, precision: str = "int8", tokenizer=None) -> None:
+def quantize_t5(source, out, precision: str = DEFAULT_T5_PRECISION, tokenizer=None) -> None:
     """Quantise a T5 encoder once and write it as a folder that TextEncoder.load(out) reads as it is.
 
     out holds config.json and model*.safetensors, out/tokenizer the tokenizer. It is written beside and then

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
-from ..settings import T5_PRECISIONS, Ways
+from ..settings import DEFAULT_T5_PRECISION, T5_PRECISIONS, Ways
 from .cache import EmbeddingCache, cache_key
 from .cleaning import prepare_prompt
 from .encoder import TextEncoder
@@ -21,7 +21,7 @@ from .identity import EncoderIdentity, identify
 from .needs import EncoderShapes
 
 # The places from the fastest to the smallest, in words for people.
-SUFFIXES = {"auto": "", "stream": ", streamed", "cpu": " on the CPU"}
+PLACES = {"auto": "", "stream": ", streamed", "cpu": " on the CPU"}
 
 
 def list_ways(
@@ -44,7 +44,7 @@ def list_ways(
 
 def _way(precision: str, place: str, needs: Callable[[str, str], Needs]) -> Way:
     chosen = {"t5_precision": precision, "t5_device": place}
-    return Way(f"T5 in {precision}{SUFFIXES[place]}", chosen, partial(needs, precision, place))
+    return Way(f"T5 in {precision}{PLACES[place]}", chosen, partial(needs, precision, place))
 
 
 @dataclass
@@ -91,7 +91,7 @@ class TextStage:
             load = partial(self.load, ways.t5_precision, place)
             return self.stages.run("text encoder", load, encode_missing, on_cpu=place == "cpu")
 
-        precision = encoder.precision if encoder else ways.t5_precision or "int8"
+        precision = encoder.precision if encoder else ways.t5_precision or DEFAULT_T5_PRECISION
         (encoded, precision), way = first_that_fits(
             "text encoder", self._ways(precision, ways.t5_device), run
         )
@@ -126,7 +126,7 @@ class TextStage:
 
     def _ways(self, precision: str, place: str) -> list[Way]:
         """As it is asked for, then in smaller ways."""
-        places = list(SUFFIXES)
+        places = list(PLACES)
         smaller = [] if self.device.type == "cpu" else places[places.index(place) + 1 :]
         return [
             _way(precision, place, self._needs),

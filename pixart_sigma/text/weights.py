@@ -107,7 +107,7 @@ def _starts_with_gguf(path: Path) -> bool:
 
 
 def read_config(folder: Path):
-    """Return (T5Config, "int8" | "nf4" | "fp4" | None) of a folder's config.json. Raises CheckpointError."""
+    """(T5Config, one of QUANTIZED or None) of a folder's config.json. Raises CheckpointError."""
     from transformers import T5Config
 
     file = folder / "config.json"
@@ -132,14 +132,14 @@ def _saved_precision(quantization, file: Path) -> str | None:
     if not quantization:
         return None
     if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
-        if quantization.get("load_in_8bit"):
-            return "int8"
-        if quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") in ("nf4", "fp4"):
-            return quantization["bnb_4bit_quant_type"]
+        for name in QUANTIZED:
+            asked = T5_PRECISIONS[name].bitsandbytes or {}
+            if all(quantization.get(key) == value for key, value in asked.items()):
+                return name
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     raise CheckpointError(
-        f"{file} says the encoder is quantised with {method!r}; only bitsandbytes int8, nf4 and fp4 are "
-        "read. Use one of those or an unquantised encoder."
+        f"{file} says the encoder is quantised with {method!r}; only bitsandbytes {', '.join(QUANTIZED)} "
+        "are read. Use one of those or an unquantised encoder."
     )
 
 
@@ -249,7 +249,7 @@ def check_weights(weights: dict, config, precision: str | None, path: Path) -> N
         )
     for key, weight in given.items():
         if precision and weight.dtype in (torch.int8, torch.uint8):
-            needs = {"SCB"} if precision == "int8" else {".absmax", ".quant_map"}
+            needs = {"SCB"} if T5_PRECISIONS[precision].bits == 8 else {".absmax", ".quant_map"}
             if absent := sorted(needs - companions.get(key, set())):
                 raise CheckpointError(
                     f"{path}: {key} is {precision} but its {absent[0].strip('.')} is missing."

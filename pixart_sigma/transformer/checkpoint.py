@@ -16,12 +16,11 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.weight_files import find_weight_files, read_header, read_json, read_state_dict
+from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
 from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
 
-# variant: (sample_size, interpolation_scale); the positions then span 0 to 32 for every one of them.
-VARIANTS = {"256": (32, 0.5), "512": (64, 1.0), "1024": (128, 2.0), "2K": (256, 4.0)}
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 # What a training run, a wrapper or a user interface may have put in front of every key.
 PREFIX = re.compile(

@@ -21,12 +21,12 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SigmaError
+from ..settings import LAST_TIMESTEP
 from .config import TransformerConfig
 
 OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")
 RATIOS = (2, 3, 4)
 SPELLING = "off, auto or OPERATOR:RATIO:LAYERS[:START-END%], such as mean:2:14-27 or mean:2:deep:20-80%"
-LAST_TIMESTEP = 999
 AUTO_PIXELS = 1024 * 1024
 
 

@@ -27,24 +27,20 @@ def list_ways(
     decoder: Decoder,
     shape: tuple[int, int, int],
     room: float,
-    decode: str = "auto",
     weights: int = 0,
     in_ram: bool = False,
 ) -> Iterator[Way]:
     """The ways to decode latents of a shape (height, width, bytes per number) in `room` bytes beside the
     VAE's weights, which are `weights` bytes: whole, then in strips that are smaller and smaller.
 
-    decode: "whole" or "strips" for these alone. in_ram: the device is the CPU, where what waits counts too.
+    in_ram: the device is the CPU, where what waits counts too.
     """
-    if decode in ("auto", "whole"):
-        whole = Needs(weights + whole_decode_bytes(decoder, *shape), weights)
-        yield Way("whole", {"decode": "whole", "decode_budget": None}, lambda: whole)
-    if decode in ("auto", "strips"):
-        least = least_budget(decoder, *shape)
-        budgets = dict.fromkeys(max(int(room) // share, least) for share in (1, 2, 4, 8))
-        for budget in budgets:
-            needs = partial(_strips_need, decoder, shape, budget, weights, in_ram)
-            yield Way("in strips", {"decode": "strips", "decode_budget": budget}, needs)
+    whole = Needs(weights + whole_decode_bytes(decoder, *shape), weights)
+    yield Way("whole", {"decode": "whole", "decode_budget": None}, lambda: whole)
+    least = least_budget(decoder, *shape)
+    for budget in dict.fromkeys(max(int(room) // share, least) for share in (1, 2, 4, 8)):
+        needs = partial(_strips_need, decoder, shape, budget, weights, in_ram)
+        yield Way("in strips", {"decode": "strips", "decode_budget": budget}, needs)
 
 
 def _strips_need(
@@ -61,14 +57,13 @@ def ways_within(
 
     Raises SigmaError where not even a row at work fits in it.
     """
-    if decode != "whole":
-        decode_memory(decoder, *shape, budget)
-    ways = list_ways(decoder, shape, budget, decode)
-    return [
-        way
-        for way in ways
-        if decode == "whole" or way.chosen["decode"] == "strips" or way.needs().peak <= budget
-    ]
+    whole, *strips = list_ways(decoder, shape, budget)
+    if decode == "whole":
+        return [whole]
+    if decode == "auto" and whole.needs().peak <= budget:
+        return [whole, *strips]
+    decode_memory(decoder, *shape, budget)  # which says what is too little
+    return strips
 
 
 def decode_picture(

@@ -13,6 +13,9 @@ from pack.nodes.kv_compression import CalibrateKVCompression
 from pack.nodes.text import encode
 from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
+from pack.pixart_sigma.prompt_embeds import Prompts
+from pack.pixart_sigma.settings import Settings
+from pack.pixart_sigma.studies.calibration import EngineRuns
 from pack.pixart_sigma.studies.calibration import calibrate as calibrate_by_the_engine
 from pack.pixart_sigma.transformer.kv_calibration import Calibration, calibration_path
 from pack.pixart_sigma.transformer.kv_rules import parse, spell
@@ -80,11 +83,14 @@ def test_calibration_finds_a_setting_that_auto_uses(model, clip, folder):
 
 
 def measure_by_the_engine(folder, clip):
-    runs = []
+    starts = []
     for index, prompt in enumerate(PROMPTS):
-        embeds = (encode(clip, text, False)[0][0] for text in (prompt, ""))
-        runs.append((comfy.sample.prepare_noise(LATENTS, 3 + index), *embeds))
-    return calibrate_by_the_engine(load_transformer(folder), runs, ("", ""), budget=0.08, steps=4)
+        positive, negative = (encode(clip, text, False)[0][0] for text in (prompt, ""))
+        noise = comfy.sample.prepare_noise(LATENTS, 3 + index)
+        starts.append((noise, Prompts(positive, negative_embeds=negative)))
+    settings = Settings(width=192, height=128, steps=4)
+    runs = EngineRuns(load_transformer(folder), starts, settings)
+    return calibrate_by_the_engine(runs, ("", ""), settings, budget=0.08)
 
 
 def test_a_calibration_without_prompts_is_refused(model, clip):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from pack.nodes.decode import TILINGS
 from pack.nodes.host.planner import make_plan
-from pack.nodes.loaders import PRECISIONS, T5_DEVICES
 from pack.nodes.planner import VRAMPlanner
 from pack.pixart_sigma.errors import SigmaError
+from pack.pixart_sigma.settings import T5_DEVICES, T5_PRECISIONS
 
 
 def test_the_plan_fits_the_other_nodes():
@@ -19,7 +19,7 @@ def test_the_plan_fits_the_other_nodes():
         *settings, table = VRAMPlanner.execute(budget, size, size, 1).result
         assert tuple(settings)[: len(expected)] == expected, settings
         precision, device, _, tiling, decode_budget = settings
-        assert precision in PRECISIONS and device in T5_DEVICES and tiling in TILINGS
+        assert precision in T5_PRECISIONS and device in T5_DEVICES and tiling in TILINGS
         assert decode_budget <= budget and "transformer" in table and "GB" in table
         assert ("in one pass, loaded partially by ComfyUI" in table) == (budget == 1.0)
 

@@ -16,6 +16,7 @@ from pack.nodes.precision_comparison import CompareT5Precisions
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.errors import SigmaError
 from pack.pixart_sigma.pipeline import SigmaPipeline
+from pack.pixart_sigma.settings import Ways
 from pack.pixart_sigma.studies.precision import compare_t5
 from pack.pixart_sigma.text.quantize import quantize_t5
 
@@ -75,7 +76,7 @@ def compare(
 ):
     """The node's picture and table, of 4 steps."""
     picture, table = CompareT5Precisions.execute(
-        text_encoder, reference, precision, prompts, 3, 4, 4.5, device, **connected
+        text_encoder, reference, precision, prompts, device, seed=3, steps=4, cfg=4.5, **connected
     ).args
     assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3
     assert picture.dtype == torch.float32 and 0 <= picture.min() < picture.max() <= 1
@@ -95,7 +96,7 @@ def test_the_node_has_a_description_that_the_host_can_read():
 def test_the_words_alone_have_the_engines_own_figures(loads):
     picture, table = compare()
     assert len(loads) == 2 and not loads.in_memory() and management.current_loaded_models == []
-    pipeline = SigmaPipeline.from_path("demo", device="cpu")
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu"))
     assert table == compare_t5(pipeline, LINES, ("fp32", "nf4"), pictures=False).table()
     assert "PSNR" not in table and picture.shape[0] < 400
 

@@ -15,7 +15,7 @@ from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.schedulers import make_scheduler
-from pixart_sigma.settings import Settings
+from pixart_sigma.settings import LAST_TIMESTEP, Settings
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, EngineRuns, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.studies.calibrator import SEARCHES, Calibrator
@@ -29,7 +29,7 @@ from pixart_sigma.transformer.kv_calibration import (
     find_calibrated,
     fingerprint_of,
 )
-from pixart_sigma.transformer.kv_rules import LAST_TIMESTEP, KVCompression, acting, parse, spell
+from pixart_sigma.transformer.kv_rules import KVCompression, acting, parse, spell
 from pixart_sigma.transformer.loading import load_transformer
 
 LAYERS = 3
