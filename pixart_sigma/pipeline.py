@@ -225,6 +225,7 @@ class SigmaPipeline:
             },
             image_sha256="" if image is None else digest(image),
             embeddings_sha256=prompted.digest,
+            variant=self.checkpoint.variant,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 

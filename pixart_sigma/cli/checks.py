@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def read_prompts(path: str) -> tuple[str, ...]:
     if not prompts:
         raise SigmaError(f"{path} holds no prompt; write one in each line.")
     return prompts
+
+
+def tell(words: str) -> None:
+    """A line for people, beside the results."""
+    print(words, file=sys.stderr)
 
 
 def check_writable(path: Path) -> None:

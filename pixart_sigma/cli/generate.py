@@ -2,12 +2,10 @@
 before."""
 
 import json
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import SigmaError
 from ..files.metadata import KEY, Metadata
 from ..files.writing import say, write_beside
 from ..settings import Settings, Ways
@@ -17,11 +15,11 @@ from .checks import (
     read_picture,
     read_settings,
     read_ways,
+    tell,
     with_aspect,
 )
+from .like import check_given, check_models, own_transformer, tell_differences, variant_of
 
-# The options that name a component, by the component.
-COMPONENT_OPTIONS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
 IMAGE_STRENGTH = 0.6  # of --image where --strength is not given
 
 
@@ -35,20 +33,15 @@ def generate(arguments) -> int:
     like = Metadata.read(arguments.like) if arguments.like else None
     settings, ways = read_run(arguments, like)
 
-    from ..pipeline import SigmaPipeline
     from ..text.embeddings import PromptEmbeddings
 
     embeddings = PromptEmbeddings.load(arguments.embeddings) if arguments.embeddings else None
-    pipeline = SigmaPipeline.from_path(
-        **model_arguments(arguments, like), ways=ways, needs_text_encoder=embeddings is None
-    )
-    settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     image = read_picture(arguments.image) if arguments.image else None
-    if like:
-        check_like(arguments, like, pipeline.fingerprints(), image)
+    pipeline = _open(arguments, like, ways, image)
+    settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
     if plan:
-        print(plan.why, file=sys.stderr)
+        tell(plan.why)
     with progress() as (on_step, on_stage):
         result = pipeline.generate(
             settings,
@@ -68,79 +61,45 @@ def generate(arguments) -> int:
 
 def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
     """What the options ask for, beside a picture that it shall be like."""
-    settings, ways = (like.settings, like.ways) if like else (Settings(), Ways())
-    # How long models are kept, and what is measured, is not the picture's.
-    ways = replace(ways, release=Ways.release, measure=arguments.memory_report is not None)
+    settings, ways = Settings(), Ways()
+    if like:
+        check_given(arguments, like)
+        # How long models are kept, and what is measured, is not the picture's.
+        settings, ways = like.settings, replace(like.ways, release=Ways.release)
     if arguments.embeddings:
         settings = replace(settings, prompt="", negative="", clean_caption=False)
     if arguments.image and arguments.strength is None and not (like and like.image_sha256):
         settings = replace(settings, strength=IMAGE_STRENGTH)
-    if like and like.image_sha256 and not arguments.image:
-        raise SigmaError(
-            f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
-        )
-    if like and like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
-        raise SigmaError(
-            f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
-            "--embeddings."
-        )
+    ways = replace(ways, measure=arguments.memory_report is not None)
     return read_settings(arguments, settings), read_ways(arguments, ways)
 
 
-def model_arguments(arguments, like: Metadata | None = None) -> dict:
+def model_arguments(arguments) -> dict:
     """Which models the options name, for SigmaPipeline.from_path."""
-    from .. import DEMO_KV
-
-    transformer = getattr(arguments, "transformer", None)
-    was = like.models.get("transformer") if like else None
-    if was and was.name == DEMO_KV.name and transformer is None and arguments.model is None:
-        transformer = "demo-kv"
     return {
         "path": "demo" if arguments.model is None else arguments.model,
-        "transformer": transformer,
+        "transformer": getattr(arguments, "transformer", None),
         "text_encoder": arguments.text_encoder,
         "vae": getattr(arguments, "vae", None),
         "variant": getattr(arguments, "variant", None),
     }
 
 
-def check_like(arguments, like: Metadata, fingerprints: dict[str, str], image) -> None:
-    """SigmaError where another model would be used than the picture was made with, and nobody asked for that;
-    what makes it another picture all the same is told."""
-    for component, option in COMPONENT_OPTIONS.items():
-        was, now = like.models.get(component), fingerprints.get(component, "")
-        if (
-            was is None
-            or was.fingerprint in ("", now)
-            or arguments.embeddings
-            and component == "text_encoder"
-        ):
-            continue
-        given = getattr(arguments, component) is not None or arguments.model is not None
-        if not given:
-            raise SigmaError(
-                f"{arguments.like} was made with another {component.replace('_', ' ')}, {was.name!r}; give "
-                f"it with --model or {option}."
-            )
-        tell(f"The {component.replace('_', ' ')} is another one than {arguments.like} was made with.")
-    if image is not None and like.image_sha256:
-        from ..pipeline import digest
+def _open(arguments, like: Metadata | None, ways: Ways, image):
+    """The pipeline that the options name; beside `like`, of the same models or of those that were asked
+    for."""
+    from ..pipeline import SigmaPipeline, digest
 
-        if digest(image) != like.image_sha256:
-            tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
-    from ..files.metadata import current_versions
-
-    versions = current_versions()
-    changed = [
-        f"{name} {versions.get(name, 'none')}"
-        for name, was in like.versions.items()
-        if was != versions.get(name)
-    ]
-    if changed:
-        tell(
-            f"{arguments.like} was made with other versions than {', '.join(changed)}; it may differ by "
-            "rounding."
-        )
+    named = model_arguments(arguments) | {"ways": ways, "needs_text_encoder": arguments.embeddings is None}
+    if like is None:
+        return SigmaPipeline.from_path(**named)
+    named["transformer"] = named["transformer"] or own_transformer(arguments, like)
+    pipeline = SigmaPipeline.from_path(**named)
+    fingerprints = pipeline.fingerprints()
+    check_models(arguments, like, fingerprints)
+    tell_differences(arguments, like, "" if image is None else digest(image))
+    variant = variant_of(arguments, like, fingerprints)
+    return SigmaPipeline.from_path(**named | {"variant": variant}) if variant else pipeline
 
 
 @contextmanager
@@ -167,11 +126,6 @@ def embedding_cache(arguments):
         return EmbeddingCache(user_cache_folder())
     except RuntimeError:  # this user has no home directory, as in some containers
         return None
-
-
-def tell(words: str) -> None:
-    """A line for people, beside the results."""
-    print(words, file=sys.stderr)
 
 
 def tell_truncated(words: str) -> None:

@@ -26,7 +26,8 @@ class Metadata:
     """All that makes a picture again.
 
     settings: with nothing left open. ways: as the stages ran in the end. models: by component. versions: of
-    this package and of those that compute. image_sha256: of the picture that it started from.
+    this package and of those that compute. variant: what the transformer was taken to be trained for.
+    image_sha256: of the picture that it started from.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
 
@@ -36,6 +37,7 @@ class Metadata:
     versions: dict[str, str] = field(default_factory=lambda: current_versions())
     image_sha256: str = ""
     embeddings_sha256: str = ""
+    variant: str = ""
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
@@ -73,7 +75,11 @@ class Metadata:
     def _of(cls, content: dict[str, Any]) -> "Metadata":
         if str(content.get("kv_compression")).endswith(".json"):
             raise ValueError("its KV compression is a file, which is not trusted")
-        known = {name: content[name] for name in ("image_sha256", "embeddings_sha256") if name in content}
+        known = {
+            name: content[name]
+            for name in ("image_sha256", "embeddings_sha256", "variant")
+            if name in content
+        }
         # Before the ways were written down there was this one of them.
         ways = content.get("ways") or {"t5_precision": content.get("t5_precision")}
         return cls(

@@ -207,6 +207,7 @@ def test_t5_is_streamed_or_goes_to_the_cpu_where_the_device_is_full(monkeypatch,
 def test_the_command(capsys):
     assert main(["plan", "--budget", "2GB", "--size", "2048x2048", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
+    assert "kv_compression" not in made  # which a plan does not choose
     assert made["peak"] <= 2 * GB and set(made["stages"]) == {"text encoder", "transformer", "VAE decode"}
     assert main(["plan", "--budget", "500MB", "--size", "256x256", "--model", "demo"]) == 0
     assert "T5 in" in capsys.readouterr().out

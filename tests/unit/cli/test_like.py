@@ -124,6 +124,19 @@ def test_another_model_is_named_and_used_only_where_it_is_asked_for(generate, tm
     assert status == 0 and "another one than" in err
 
 
+def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
+    """A file that says nothing may be of 1024 or of 2K, and the picture depends on it."""
+    shutil.copy(DEMO / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
+    model = ("--transformer", tmp_path / "mine.safetensors")
+    _, assumed, _ = generate("a red circle", *FAST, *model)
+    status, first, err = generate("a red circle", *FAST, *model, "--variant", "256")
+    assert status == 0 and first != assumed, err
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(first)
+    assert generate("--like", kept, *model)[:2] == (0, first)
+    assert generate("--like", kept, *model, "--variant", "1024")[1] != first
+
+
 def test_a_picture_of_before_is_read_and_others_are_named(generate, tmp_path):
     def write(name, said):
         text = PngInfo()

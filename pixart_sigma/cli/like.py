@@ -1,0 +1,68 @@
+"""`generate --like picture.png`: what a picture says of itself, beside what the options say."""
+
+from ..errors import SigmaError
+from ..files.metadata import Metadata, current_versions
+from .checks import tell
+
+# The options that name a component, by the component.
+OPTIONS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
+
+
+def check_given(arguments, like: Metadata) -> None:
+    """SigmaError where the picture was made from something that is not kept in it, and that is not given."""
+    if like.image_sha256 and not arguments.image:
+        raise SigmaError(
+            f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
+        )
+    if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
+        raise SigmaError(
+            f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
+            "--embeddings."
+        )
+
+
+def own_transformer(arguments, like: Metadata) -> str | None:
+    """The transformer to use where the options name no model: the demo's other one, if it was that."""
+    from .. import DEMO_KV
+
+    was = like.models.get("transformer")
+    is_demo_kv = was is not None and was.name == DEMO_KV.name
+    return "demo-kv" if is_demo_kv and arguments.model is None else None
+
+
+def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> None:
+    """SigmaError where a model would be another one than the picture's, and nobody asked for it; where
+    somebody did, it is told."""
+    for component, option in OPTIONS.items():
+        was = like.models.get(component)
+        if was is None or not was.fingerprint or was.fingerprint == fingerprints.get(component):
+            continue
+        if component == "text_encoder" and arguments.embeddings:
+            continue
+        name = component.replace("_", " ")
+        if getattr(arguments, component) is None and arguments.model is None:
+            raise SigmaError(
+                f"{arguments.like} was made with another {name}, {was.name!r}; give it with --model "
+                f"or {option}."
+            )
+        tell(f"The {name} is another one than {arguments.like} was made with.")
+
+
+def variant_of(arguments, like: Metadata, fingerprints: dict[str, str]) -> str | None:
+    """What the transformer was taken to be trained for, if it is the same one and no option says
+    otherwise."""
+    was = like.models.get("transformer")
+    same = was is not None and was.fingerprint == fingerprints["transformer"]
+    return like.variant if same and arguments.variant is None and like.variant else None
+
+
+def tell_differences(arguments, like: Metadata, image_sha256: str) -> None:
+    """What else makes it another picture than that one."""
+    if like.image_sha256 and image_sha256 != like.image_sha256:
+        tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
+    now = current_versions()
+    changed = [
+        f"{name} {now.get(name, 'none')}" for name, was in like.versions.items() if was != now.get(name)
+    ]
+    if changed:
+        tell(f"{arguments.like} was not made with {', '.join(changed)}; it may differ by rounding.")
