@@ -5,7 +5,7 @@ import textwrap
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from .precision import PrecisionComparison, PromptComparison, decibels
+from .precision_figures import PrecisionComparison, PromptComparison, decibels
 
 AMPLIFIED = 10  # differences are small; fixed, so that two comparisons can be compared
 FADED = 0.05  # the distance of a cosine from 1 at which a word is in full colour

@@ -15,13 +15,8 @@ from pixart_sigma.errors import SigmaError
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.settings import Settings, Ways
-from pixart_sigma.studies.precision import (
-    END,
-    PromptComparison,
-    compare_prompt,
-    compare_t5,
-    peak_signal_to_noise,
-)
+from pixart_sigma.studies.precision import compare_t5
+from pixart_sigma.studies.precision_figures import END, PromptComparison, compare_prompt, peak_signal_to_noise
 from pixart_sigma.studies.precision_picture import AMPLIFIED, amplified_difference, draw
 from pixart_sigma.text.encoder import TextEncoder
 from pixart_sigma.text.quantize import quantize_t5
