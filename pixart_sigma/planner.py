@@ -142,11 +142,11 @@ def plan(
         if not candidates:  # the prompts are encoded already
             continue
         way = _first_within(ways.budget, stage, candidates, f"{width}x{height}")
-        stages[stage] = StagePlan(way.how, **vars(way.needs()))
+        stages[stage] = StagePlan(way.how, **vars(way.needs))
         chosen |= way.chosen
         if way is not candidates[0]:
             first = candidates[0]
-            reasons.append(f"{stage}: {first.how} needs {readable(first.needs().peak)}, so it is {way.how}")
+            reasons.append(f"{stage}: {first.how} needs {readable(first.needs.peak)}, so it is {way.how}")
     why = "; ".join(reasons) if reasons else "everything fits in the fastest way"
     return Plan(
         budget=int(ways.budget),
@@ -162,7 +162,7 @@ def plan(
 def _first_within(budget: float, stage: str, ways: Iterable[Way], size: str) -> Way:
     peaks = []
     for way in ways:
-        peaks.append(way.needs().peak)
+        peaks.append(way.needs.peak)
         if peaks[-1] <= budget:
             return way
     raise SigmaError(

@@ -1,6 +1,7 @@
 """The ways in which a stage can run, the fastest first: the planner picks from them, and a run that is out of
 memory goes on to the next."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,12 +26,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class Way:
-    """One way: in words for people, as fields of `Ways`, and what it needs, which is asked for only by a
-    plan."""
+    """One way: in words for people, as fields of `Ways`, and what predicts its needs, once a plan asks for
+    them."""
 
     how: str
     chosen: dict[str, Any]
-    needs: Callable[[], Needs] = field(repr=False, compare=False)
+    predict: Callable[[], Needs] = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def needs(self) -> Needs:
+        """What it needs."""
+        return self.predict()
 
 
 def first_that_fits(

@@ -1,6 +1,7 @@
 """What the text stage will need in memory, from the shapes of an encoder: nothing is loaded."""
 
-from collections.abc import Callable
+import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,7 @@ class EncoderShapes:
         named = T5_PRECISIONS[precision].dtype
         computing = getattr(torch, named) if named else half
         weights = expected_nbytes(self.weights, precision, computing)
-        encoder = _encoder(self.config, computing)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=META)
-        activations = _peak(lambda: encoder(input_ids=ids))
+        activations = _activation_bytes(self.config.to_json_string(), computing, tokens)
         if place == "cpu":
             return Needs(0, 0, weights + activations)
         if place == "stream":
@@ -74,6 +73,17 @@ class EncoderShapes:
             window = streamed.window_nbytes(torch.device("cuda"))
             return Needs(window + activations, window, weights)
         return Needs(weights + activations, weights)
+
+
+@functools.cache
+def _activation_bytes(config: str, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that the encoder of a config, as JSON, needs for what it computes of so many tokens."""
+    from transformers import T5Config
+
+    encoder = _encoder(T5Config.from_dict(json.loads(config)), dtype)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=META)
+    with torch.no_grad(), _FusedAttention():
+        return peak_bytes(META, lambda: encoder(input_ids=ids))
 
 
 def _encoder(config, dtype: torch.dtype) -> torch.nn.Module:
@@ -90,8 +100,3 @@ class _FusedAttention(TorchFunctionMode):
         if function is functional.scaled_dot_product_attention:
             return torch.empty_like(args[0])
         return function(*args, **(kwargs or {}))
-
-
-def _peak(use: Callable[[], Any]) -> int:
-    with torch.no_grad(), _FusedAttention():
-        return peak_bytes(META, use)

@@ -1,6 +1,7 @@
 """The transformer's stage of a run: it is loaded, used and released, in a smaller way where it must; and the
 ways it has."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,16 +58,21 @@ def predict_needs(
     config: TransformerConfig, work: Pass, dtype: torch.dtype, place: str, in_turn: bool
 ) -> Needs:
     """Bytes of a transformer of this config, in a dtype, in a place of TRANSFORMER_DEVICES."""
-    transformer = build_transformer(config)
-    if place == "stream":
-        weights, in_ram = window_nbytes(transformer, dtype), parked_nbytes(transformer, dtype)
-    else:
-        weights, in_ram = sum(weight.numel() for weight in transformer.parameters()) * dtype.itemsize, 0
+    weights, in_ram = _weight_bytes(config, dtype, place)
     batch = work.count * (2 if work.guided and not in_turn else 1)
     size = (-(-work.height // 8), -(-work.width // 8))
     return Needs(
         weights + activation_bytes(config, batch, *size, work.tokens, dtype.itemsize), weights, in_ram
     )
+
+
+@functools.cache
+def _weight_bytes(config: TransformerConfig, dtype: torch.dtype, place: str) -> tuple[int, int]:
+    """Bytes of weights on the device and of those that wait in RAM."""
+    transformer = build_transformer(config)
+    if place == "stream":
+        return window_nbytes(transformer, dtype), parked_nbytes(transformer, dtype)
+    return sum(weight.numel() for weight in transformer.parameters()) * dtype.itemsize, 0
 
 
 @dataclass

@@ -60,7 +60,7 @@ def ways_within(
     whole, *strips = list_ways(decoder, shape, budget)
     if decode == "whole":
         return [whole]
-    if decode == "auto" and whole.needs().peak <= budget:
+    if decode == "auto" and whole.needs.peak <= budget:
         return [whole, *strips]
     decode_memory(decoder, *shape, budget)  # which says what is too little
     return strips
