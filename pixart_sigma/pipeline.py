@@ -89,8 +89,8 @@ class SigmaPipeline:
 
         Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
         float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo
-        fp32. Without `needs_text_encoder` the prompts must be encoded already. Raises CheckpointError where a
-        component is missing or is something else.
+        fp32. Without `needs_text_encoder` the prompts must be encoded already.
+        Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
         ways = ways or Ways()
@@ -189,8 +189,8 @@ class SigmaPipeline:
         chooses. A stage that runs out of memory is released and runs once more in its next smaller way.
         embeddings: encoded prompts, which bring their words, so that the settings have none, and need no T5;
         nor do texts that `embedding_cache` holds. image (3, H, W) in [0, 1]: start from this picture, by the
-        settings' strength, instead of from noise alone. Raises SigmaError before any model is loaded where
-        something can be known to be wrong.
+        settings' strength, instead of from noise alone.
+        Raises SigmaError before any model is loaded where something can be known to be wrong.
         """
         ways = self._run_ways(ways)
         settings = settings.complete(self.base_size)

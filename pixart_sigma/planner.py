@@ -121,8 +121,9 @@ def plan(
     Of models (by default the published shapes) that compute in `dtype`. Of all ways that fit, the fastest
     that costs no quality. What `ways` says already is kept: a precision or a place of T5, a streamed
     transformer; a precision of None is bf16 where that fits, else int8. `in_ram` is for a run on the CPU,
-    where what waits in RAM counts too, and where nothing is streamed. Raises SigmaError without a budget, and
-    where not even the smallest way of a stage fits: it says which, and what it needs.
+    where what waits in RAM counts too, and where nothing is streamed.
+    Raises SigmaError without a budget, and where not even the smallest way of a stage fits: it says which,
+    and what it needs.
     """
     if ways.budget is None:
         raise SettingError("budget", None, "give more than 0 bytes, such as 2 GB (2e9)")

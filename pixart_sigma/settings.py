@@ -82,13 +82,18 @@ MAX_SEED = 2**64 - 1
 class Settings:
     """Which picture: all that decides it, apart from the models, a picture to start from and encoded prompts.
 
-    width, height: pixels; None is the checkpoint's base. binning: the transformer works at the trained size
-    nearest in shape, and the picture is scaled and cropped to the asked size, as the reference pipeline does.
-    count: pictures; number k starts from the k-th noise of the seed. guidance_scale: 1 or less is none, None
-    the scheduler's own. timesteps or sigmas of one's own replace steps, where the scheduler takes them. eta:
-    ddim's share of fresh noise. strength: in (0, 1], how much of a picture to start from is forgotten.
-    kv_compression: as on the command line; None is as the checkpoint was trained. clean_caption: clean the
-    prompts as the training captions were. Raises SettingError, naming the first field that is wrong.
+    width, height: pixels; None is the checkpoint's base.
+    binning: the transformer works at the trained size nearest in shape, and the picture is scaled and cropped
+        to the asked size, as the reference pipeline does.
+    count: pictures; number k starts from the k-th noise of the seed.
+    guidance_scale: 1 or less is none; None is the scheduler's own.
+    timesteps, sigmas: in place of steps, where the scheduler takes them; highest first.
+    eta: ddim's share of fresh noise, 0 to 1.
+    strength: how much of a picture to start from is forgotten, above 0 and at most 1.
+    kv_compression: as on the command line; None is as the checkpoint was trained.
+    clean_caption: clean the prompts as the training captions were.
+
+    Raises SettingError, naming the first field that is wrong.
     """
 
     prompt: str = ""
@@ -186,17 +191,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a run computes: where, in which precision, and within what memory. The picture changes by rounding
-    alone, but for T5's precision.
+    """How a run computes: where, in which precision, within what memory. But for T5's precision and a decode in
+    tiles, the picture changes by rounding alone.
 
-    device: a torch device, or auto for the first GPU. dtype: of the transformer and the VAE. t5_precision:
-    None is the one that a quantised T5 was saved in, else int8 (for the demo fp32). t5_device,
-    transformer_device: stream keeps the weights in RAM and passes them through the device; cpu leaves the
-    device to the others. guidance_in_turn: prompt and negative prompt one after the other, in half the
-    memory. decode_budget: bytes on the device for the decode, the VAE's weights apart; None is what is free.
-    budget: bytes on the device for the whole run, for which the planner then chooses all that is not given.
-    release: what happens to each model after its stage. measure: write down what each stage costs. Raises
-    SettingError, naming the first field that is wrong.
+    device: one of torch's, or "auto" for the first GPU.
+    dtype: of the transformer and the VAE; "auto" is what the device computes best in.
+    t5_precision: None is the one that a quantised T5 was saved in, else int8 (for the demo fp32).
+    t5_device, transformer_device: "stream" keeps the weights in RAM and passes them through the device; "cpu"
+        leaves the device to the others.
+    guidance_in_turn: prompt and negative prompt one after the other, in half the memory.
+    decode_budget: bytes on the device for the decode, the VAE's weights apart; None is what is free.
+    budget: bytes on the device for the whole run, for which the planner chooses all that is not given.
+    release: what happens to each model after its stage.
+    measure: write down what each stage costs.
+
+    Raises SettingError, naming the first field that is wrong.
     """
 
     device: str = "auto"

@@ -47,8 +47,8 @@ def denoise(
     stochastic schedulers, one or one per picture. callback(Step) is called after each step; if it returns
     False the latents are returned as they are then.
 
-    Latents stay in float32 between steps and come back in the dtype they had. Raises SigmaError for input
-    that cannot work, and if a step's latents are not finite.
+    Latents stay in float32 between steps and come back in the dtype they had.
+    Raises SigmaError for input that cannot work, and if a step's latents are not finite.
     """
     settings = settings or Settings()
     _check_latents("latents", latents)

@@ -26,7 +26,8 @@ def guide(
     `kv_compression=settings.kv_compression` where that is not None; returns the noise in the latents. Both
     prompts go through it in one batch, negative first, or `in_turn` one after the other, in half the memory.
     A guidance_scale of 1 or less runs the prompt alone. The transformer sees latents in the embeddings'
-    dtype. Raises SigmaError for embeddings or masks that cannot work.
+    dtype.
+    Raises SigmaError for embeddings or masks that cannot work.
     """
     named = {} if settings.kv_compression is None else {"kv_compression": settings.kv_compression}
     passes = 2 if settings.guided and in_turn else 1
@@ -54,8 +55,8 @@ def combine(noise: torch.Tensor, guidance_scale: float) -> torch.Tensor:
 
 def batch_prompts(prompts: Prompts, guided: bool, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings (rows, L, C) and mask (rows, L) or None of the transformer's batch for `count` latents:
-    count rows, or with guidance twice as many, negative first. Raises SigmaError for what does not fit
-    together."""
+    count rows, or with guidance twice as many, negative first.
+    Raises SigmaError for what does not fit together."""
     embeds, mask = _check_embeds("prompt_embeds", count, prompts.prompt_embeds, prompts.prompt_mask)
     if guided:
         if prompts.negative_embeds is None:

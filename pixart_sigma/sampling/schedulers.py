@@ -70,8 +70,8 @@ def get_timesteps(scheduler, settings: Settings, device: str | torch.device = "c
     """Set the scheduler's timesteps by the settings and return those to run, highest first.
 
     `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them. With strength < 1
-    only the last int(steps * strength) are run, as in diffusers' img2img pipelines. Raises SigmaError with
-    the value seen.
+    only the last int(steps * strength) are run, as in diffusers' img2img pipelines.
+    Raises SigmaError with the value seen.
     """
     timesteps = settings.timesteps
     if settings.scheduler == "one_step" and timesteps is None and settings.sigmas is None:

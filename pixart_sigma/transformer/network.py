@@ -96,7 +96,8 @@ class SigmaTransformer(PixArtTransformer2DModel):
         which is the fast path. kv_compression: rules or their spelling, none of them for no compression; None
         is as the checkpoint was trained (not at all, for all public ones). hooks: what to change on the way.
         Settings hold for this call alone. Returns the predicted noise (B, 4, h, w); the learned-variance
-        channels are dropped. Raises SigmaError if shapes or the compression do not fit this transformer.
+        channels are dropped.
+        Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
         self._check(latents, timestep, prompt_embeds, prompt_mask)
