@@ -191,8 +191,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a run computes: where, in which precision, within what memory. But for T5's precision and a decode in
-    tiles, the picture changes by rounding alone.
+    """How a run computes: where, in which precision, within what memory. But for T5's precision and a decode
+    in tiles, the picture changes by rounding alone.
 
     device: one of torch's, or "auto" for the first GPU.
     dtype: of the transformer and the VAE; "auto" is what the device computes best in.
