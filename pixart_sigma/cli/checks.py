@@ -22,7 +22,9 @@ def read_settings(arguments, base: Settings | None = None) -> Settings:
     if size:
         given["width"], given["height"] = parse_size(size)
     if aspect:
-        by_ratio(aspect, 1024)
+        by_ratio(aspect, 1024)  # a wrong one is known at once
+    if given.keys() & {"steps", "timesteps"}:
+        given = {"timesteps": None, "sigmas": None} | given  # of `base`, which they replace
     if isinstance(given.get("timesteps"), str):
         given["timesteps"] = parse_timesteps(given["timesteps"])
     return replace(base or Settings(), **given)

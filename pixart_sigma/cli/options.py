@@ -20,7 +20,6 @@ from ..settings import (
 # Fields of Settings and Ways that an option sets under another name.
 OPTIONS = {
     "guidance_scale": "--guidance",
-    "binning": "--no-binning",
 }
 
 

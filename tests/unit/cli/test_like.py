@@ -69,6 +69,17 @@ def test_each_option_beside_it_changes_that_one_thing(generate, tmp_path):
     assert status == 0 and Metadata.read(tmp_path / "picture.png").ways.decode == "strips"
 
 
+def test_steps_take_the_place_of_a_pictures_own_timesteps(generate, tmp_path):
+    _, first, _ = generate("a red circle", *FAST, "--timesteps", "999,500")
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(first)
+    status, other, err = generate("--like", kept, "--steps", 3)
+    assert status == 0 and other != first, err
+    made = Metadata.read(tmp_path / "picture.png").settings
+    assert made.steps == 3 and made.timesteps is None
+    assert generate("--like", kept, "--timesteps", "999,500")[1] == first
+
+
 def test_a_picture_from_a_picture_needs_that_picture(generate, tmp_path):
     source, other = tmp_path / "source.png", tmp_path / "other.png"
     Image.new("RGB", (80, 50), "red").save(source)
