@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what is written out here for editors and type checkers is f
     from .errors import CheckpointError, SettingError, SigmaError
     from .pipeline import Result, SigmaPipeline
     from .planner import plan
+    from .prompt_embeds import Prompts, pad_embeds
     from .sampling.denoise import denoise
     from .sampling.guidance import guide
     from .sampling.noise import get_noise
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what is written out here for editors and type checkers is f
 _MODULE_OF = {
     "CheckpointError": "errors",
     "PromptEmbeddings": "text.embeddings",
+    "Prompts": "prompt_embeds",
     "Result": "pipeline",
     "SettingError": "errors",
     "Settings": "settings",
@@ -49,6 +51,7 @@ _MODULE_OF = {
     "load_text_encoder": "text.encoder",
     "load_transformer": "transformer.loading",
     "load_vae": "vae.loading",
+    "pad_embeds": "prompt_embeds",
     "pick_size": "aspect_ratio",
     "plan": "planner",
 }
@@ -58,6 +61,7 @@ __all__ = [
     "DEMO",
     "DEMO_KV",
     "PromptEmbeddings",
+    "Prompts",
     "Result",
     "SettingError",
     "Settings",
@@ -75,6 +79,7 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "pad_embeds",
     "pick_size",
     "plan",
 ]

@@ -156,21 +156,11 @@ class SigmaPipeline:
 
         T5 is loaded only where `embedding_cache` lacks one of them.
         """
-        texts, clean_caption = (settings.prompt, settings.negative), settings.clean_caption
-        (positive, unwanted), encoder, _ = self.text.encode(
-            texts, self._run_ways(ways), clean_caption, embedding_cache
+        texts = (settings.prompt, settings.negative)
+        (positive, negative), encoder, _ = self.text.encode(
+            texts, self._run_ways(ways), settings.clean_caption, embedding_cache
         )
-        return PromptEmbeddings(
-            positive=positive.prompt_embeds,
-            negative=unwanted.prompt_embeds,
-            positive_text=settings.prompt,
-            negative_text=settings.negative,
-            precision=encoder.precision,
-            clean_caption=clean_caption,
-            fingerprint=encoder.fingerprint,
-            positive_truncated=positive.truncated,
-            negative_truncated=unwanted.truncated,
-        )
+        return PromptEmbeddings.made(settings, positive, negative, encoder.precision, encoder.fingerprint)
 
     def generate(
         self,

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, SigmaError
 from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
-from ..prompt_embeds import Prompts
+from ..prompt_embeds import Encoded, Prompts
 from ..settings import Settings
 from .encoder import TextEncoder
 
@@ -58,6 +58,23 @@ class PromptEmbeddings:
         """C, which must be what the transformer reads: 4096 for PixArt-Sigma."""
         return self.positive.shape[2]
 
+    @classmethod
+    def made(
+        cls, settings: Settings, positive: Encoded, negative: Encoded, precision: str, fingerprint: str = ""
+    ) -> "PromptEmbeddings":
+        """What an encoder in a precision made of the settings' prompt and negative prompt."""
+        return cls(
+            positive=positive.prompt_embeds,
+            negative=negative.prompt_embeds,
+            positive_text=settings.prompt,
+            negative_text=settings.negative,
+            precision=precision,
+            clean_caption=settings.clean_caption,
+            fingerprint=fingerprint,
+            positive_truncated=positive.truncated,
+            negative_truncated=negative.truncated,
+        )
+
     def prompts(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Prompts:
         """Both, for `guide`, where the transformer computes and in what."""
         return Prompts(self.positive.to(device, dtype), None, self.negative.to(device, dtype))
@@ -93,16 +110,7 @@ def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     positive, negative = (
         encoder.encode(text, settings.clean_caption) for text in (settings.prompt, settings.negative)
     )
-    return PromptEmbeddings(
-        positive=positive.prompt_embeds,
-        negative=negative.prompt_embeds,
-        positive_text=settings.prompt,
-        negative_text=settings.negative,
-        precision=encoder.precision,
-        clean_caption=settings.clean_caption,
-        positive_truncated=positive.truncated,
-        negative_truncated=negative.truncated,
-    )
+    return PromptEmbeddings.made(settings, positive, negative, encoder.precision)
 
 
 _TEXTS = (
