@@ -1,7 +1,6 @@
 """Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
 
 import json
-import os
 import pickle
 import re
 import struct
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from .locating import is_index, locate, shards_of
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -33,9 +33,6 @@ SAFETENSORS_DTYPES = {
 MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
 # Under which key a training checkpoint keeps its weights, the first that is there.
 TOP_LEVELS = ("state_dict", "state_dict_ema", "model")
-CANONICAL_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 
 
@@ -49,7 +46,7 @@ def check_file(path: str | Path) -> None:
 
 
 def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a file, an index or a folder (see `find_weight_files`).
+    """Shape and dtype of each tensor of a file, an index or a folder (see `locating`).
 
     Reads no tensor data. Raises CheckpointError as `check_file` does, and for a pickle with code in it.
     """
@@ -57,7 +54,7 @@ def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtyp
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, an index or a folder (see `find_weight_files`), in the dtypes of the file.
+    """The tensors of a file, an index or a folder (see `locating`), in the dtypes of the file.
 
     They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part
     under `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
@@ -65,99 +62,12 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return _merge(Path(path), _file_tensors)
 
 
-def find_weight_files(path: str | Path) -> tuple[Path, ...]:
-    """The files that make up a file, an index (`*.index.json`) or a folder of weights, without opening them.
-
-    In a folder the usual names go first, safetensors before pickles. Raises CheckpointError for a folder
-    without weights or with several to choose from, a missing shard and an index that can not be used.
-    """
-    located = _locate(Path(path))
-    return tuple(located.parent / name for name in _shards(located)) if _is_index(located) else (located,)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError when it can not be read."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can not be read as JSON: {error}. Download it again.") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings. Download it again.")
-    return settings
-
-
-def _locate(path: Path) -> Path:
-    """The weight file or index that a path stands for."""
-    if not os.path.isdir(path):
-        return path
-    for extension in EXTENSIONS:
-        for name in CANONICAL_NAMES:
-            for file in (path / (name + extension), path / (name + extension + ".index.json")):
-                if os.path.lexists(file):
-                    return file
-    return _only_weights(path)
-
-
-def _only_weights(folder: Path) -> Path:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"The folder {folder} can not be read: {error.strerror}.") from error
-    indexes = [name for name in names if name.endswith(".index.json")]
-    if len(indexes) == 1:
-        return folder / indexes[0]
-    for extension in EXTENSIONS:
-        found = [name for name in names if name.endswith(extension)]
-        whole = [name for name in found if not SHARD.search(name)]
-        if found and not whole:
-            raise CheckpointError(
-                f"{folder} has shards ({found[0]}) but no index: get *.index.json beside them."
-            )
-        if len(whole) > 1:
-            raise CheckpointError(
-                f"{folder} has several weight files ({', '.join(whole)}): choose one of them."
-            )
-        if whole:
-            return folder / whole[0]
-    held = ", ".join(names[:5]) if names else "nothing"
-    raise CheckpointError(f"{folder} has no model in it, only {held}. Choose a folder or file with weights.")
-
-
-def _is_index(path: Path) -> bool:
-    return path.name.endswith(".index.json")
-
-
-def _shards(index: Path) -> dict[str, list[str]]:
-    """The keys that each shard should have, by its file name."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(
-            f"{index} has no weight_map, so it is not an index of shards. Download it again."
-        )
-    shards: dict[str, list[str]] = {}
-    for key, name in sorted(weight_map.items(), key=lambda item: item[1]):
-        shards.setdefault(name, []).append(key)
-    for name in shards:
-        # An index from the net may not reach outside its own folder.
-        if name != Path(name).name or "\\" in name or not name.endswith(EXTENSIONS):
-            raise CheckpointError(f"{index} names {name!r}, which is not a weight file beside it.")
-        if not os.path.isfile(index.parent / name):
-            raise CheckpointError(
-                f"The shard {index.parent / name} is missing: download it, {index.name} lists it."
-            )
-    if not shards:
-        raise CheckpointError(f"{index} lists no shards. Download it again.")
-    return shards
-
-
 def _merge(path: Path, read) -> dict:
-    located = _locate(path)
-    if not _is_index(located):
+    located = locate(path)
+    if not is_index(located):
         return read(located)
     merged: dict[str, Any] = {}
-    for name, keys in _shards(located).items():
+    for name, keys in shards_of(located).items():
         shard = read(located.parent / name)
         for key in keys:
             if key not in shard:

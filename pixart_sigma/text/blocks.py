@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files.weight_files import find_weight_files
+from ..files.locating import find_weight_files
 from ..memory.block_buffers import lay_out, unpack
 from .weights import Float8Weight, is_linear
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files.weight_files import find_weight_files, read_header, read_json, read_state_dict
+from ..files.locating import find_weight_files, read_json
+from ..files.weight_files import read_header, read_state_dict
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
