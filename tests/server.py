@@ -90,8 +90,6 @@ def with_the_demo(prompt: dict):
         # What is auto follows the demo.
         chosen = {name for name in DEMO_SETTINGS if inputs.get(name, "auto") != "auto"}
         inputs.update({name: DEMO_SETTINGS[name] for name in chosen})
-        if inputs.get("kv_compression") == "mean:2:14-27":
-            inputs["kv_compression"] = "mean:2:deep"
 
 
 class Server:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from prompts import WORKFLOWS, contract, promised_contract, run_with_the_demo
+from prompts import SAVED_WORKFLOW, WORKFLOWS, contract, promised_contract, run_with_the_demo
 from server import Server
 
 
@@ -27,6 +27,6 @@ def test_the_nodes_are_as_promised(object_info):
     assert contract(object_info) == promised_contract()
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+@pytest.mark.parametrize("workflow", [*WORKFLOWS, SAVED_WORKFLOW], ids=lambda workflow: workflow.stem)
 def test_a_workflow_runs(oldest, object_info, workflow):
     run_with_the_demo(oldest, workflow, object_info)
