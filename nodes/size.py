@@ -16,7 +16,7 @@ class AspectRatioBucket(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaAspectRatioBucket",
-            display_name="Aspect-Ratio Bucket",
+            display_name="Σ Aspect-Ratio Bucket",
             category="PixArt Sigma",
             description="Picks the size nearest to what you ask for among those PixArt-Σ was trained on, and "
             "makes an empty latent of it. Other sizes work, but these draw best.",

@@ -85,12 +85,12 @@ def sigma_2k() -> Graph:
 def sigma_4k_kv_compression() -> Graph:
     graph = Graph(
         "4K with the 2K transformer. Keys and values of the deeper half of the layers are averaged over 2x2 "
-        "tokens (mean:2:14-27): an approximation that public weights were not trained for. " + T5_PARTS
+        "tokens (deep half): an approximation that public weights were not trained for. " + T5_PARTS
     )
     sigma_loaders(graph, "2K-MS")
     encode(graph, "a valley with a river seen from a mountain, morning mist")
     bucket(graph, "16:9", base="4096")
-    sample(graph, kv_compression="mean:2:14-27")
+    sample(graph, kv_compression="deep half")
     show(graph)
     return graph
 
@@ -98,7 +98,7 @@ def sigma_4k_kv_compression() -> Graph:
 def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str, base="auto") -> Graph:
     """Σ with every setting that memory depends on from the planner."""
     graph = Graph(
-        f"{note} VRAM Planner sets what memory depends on, its table says what for, and Memory "
+        f"{note} Σ VRAM Planner sets what memory depends on, its table says what for, and Σ Memory "
         f"Report what it took. {T5_PARTS}"
     )
     load_sigma_transformer(graph, size)
@@ -138,8 +138,8 @@ def sigma_4k_wallpaper() -> Graph:
 def calibrate_kv_compression() -> Graph:
     graph = Graph(
         "Measures how much KV compression this model bears at this size, shows it, and draws with what was "
-        "chosen. For Σ choose its files in the loaders, and turn save on: auto then uses the result, and this "
-        "need not run again."
+        "chosen. For Σ choose its files in the loaders, and turn save on: auto then uses the result, and "
+        "this need not run again."
     )
     loaders(graph)
     bucket(graph)
@@ -207,9 +207,9 @@ def demo_kv_compression() -> Graph:
 
 def reuse_prompt_embeddings() -> Graph:
     graph = Graph(
-        "Encode once, draw often: Save Prompt Embeddings keeps what T5 made of two prompts, and Load Prompt "
-        "Embeddings draws from such a file without T5. Run it, press R, and choose the new file there; then "
-        "Load T5, Σ Text Encode and Save Prompt Embeddings can go."
+        "Encode once, draw often: Save Σ Prompt Embeddings keeps what T5 made of two prompts, and Load Σ "
+        "Prompt Embeddings draws from such a file without T5. Run it, press R, and choose the new file "
+        "there; then Load Σ Text Encoder (T5), Σ Text Encode and Save Σ Prompt Embeddings can go."
     )
     loaders(graph)
     encode(graph, "a large green star on a white background")
@@ -339,7 +339,7 @@ def inpainting() -> Graph:
 
 def aspect_ratio_tour() -> Graph:
     graph = Graph(
-        "One prompt at three shapes. Aspect-Ratio Bucket picks the trained size nearest to what is asked."
+        "One prompt at three shapes. Σ Aspect-Ratio Bucket picks the trained size nearest to what is asked."
     )
     loaders(graph)
     encode(graph, "a large orange star on a black background")

@@ -11,7 +11,8 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.settings import LAST_TIMESTEP
-from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
+from .base_size import base_size
+from .kv_compression import can_compress, is_set, set_kv_compression
 from .notice import show_notice
 
 REFERENCE = "reference"
@@ -109,15 +110,15 @@ def _compress(model, setting: str):
 
 def _check_size(model, height: int, width: int):
     """Warn of a picture, in pixels, that is far from those the model was trained on."""
-    if not is_ours(model):
+    base = base_size(model)
+    if base is None:
         return
-    base = model.model.diffusion_model.sigma_config.sample_size * 8
     if base**2 / 4 <= height * width <= base**2 * 4:
         show_notice("")
         return
     warning = (
         f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
-        "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
+        "repeat or lose things. Σ Aspect-Ratio Bucket picks a size for it."
     )
     logging.getLogger(__name__).warning(warning)
     show_notice(warning)
@@ -129,7 +130,7 @@ def _check_latents(model, samples):
         shape = "nested" if samples.is_nested else tuple(samples.shape)
         raise SigmaError(
             f"The latents are {shape}; this model works on (batch, {channels}, height, width). They come "
-            "from another kind of model: use Aspect-Ratio Bucket, or encode with the SDXL VAE."
+            "from another kind of model: use Σ Aspect-Ratio Bucket, or encode with the SDXL VAE."
         )
     if not samples.isfinite().all():
         raise SigmaError(
