@@ -171,11 +171,11 @@ def choose(names: Iterable[str], part: str) -> Choice:
     """
     groups = _by_owner(names)
     owned, loose = groups.get(part, []), groups.get("", [])
-    if owned and kind_of(found.bare for _, found in loose):
-        loose = []  # another model
     if not owned and not _is(part, loose):
         # An encoder may stand behind "transformer", which is what transformers calls every model.
         owned = next((group for group in groups.values() if _is(part, group)), [])
+    if owned and kind_of(found.bare for _, found in loose):
+        loose = []  # another model
     return _one_of_each(owned + loose)
 
 

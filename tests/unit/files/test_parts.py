@@ -128,9 +128,7 @@ def test_a_file_of_other_parts_is_called_what_it_is(tmp_path):
         f"text_encoder.{name}": torch.zeros(1) for name in T5
     }
     save_file(both, path)
-    with pytest.raises(
-        CheckpointError, match="is a.* and a.*, not a PixArt-Sigma transformer"
-    ):
+    with pytest.raises(CheckpointError, match="is a.* and a.*, not a PixArt-Sigma transformer"):
         read_state_dict(path, part="transformer")
 
 
