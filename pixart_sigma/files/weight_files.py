@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 from .locating import is_index, locate, shards_of
-from .parts import AVERAGES, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
+from .parts import AVERAGES, FACTS, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -88,6 +88,27 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{located} can not be read: {error}. {DAMAGED}") from error
+
+
+def read_facts(path: str | Path) -> dict:
+    """What this package wrote into a safetensors file beside the weights, {} where it wrote nothing.
+
+    A tensor of JSON in bytes: who saves by ComfyUI's nodes can add tensors, and no metadata.
+    """
+    located = locate(Path(path))
+    if is_index(located) or _format(located) != "safetensors":
+        return {}
+    try:
+        with safe_open(located, framework="np") as file:
+            found = json.loads(file.get_tensor(FACTS).tobytes()) if FACTS in file.keys() else {}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"What {located} says of itself can not be read: {error}. {DAMAGED}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def facts_tensor(facts: dict) -> torch.Tensor:
+    """What `read_facts` reads under the name FACTS."""
+    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
 def choose_part(names, part: str, path: Path) -> Choice:
