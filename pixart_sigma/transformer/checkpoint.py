@@ -151,7 +151,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         components,
         config,
         files,
-        "demo" if source in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        "demo" if source.absolute() in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
     )
 
 
