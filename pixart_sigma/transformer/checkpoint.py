@@ -15,18 +15,23 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files.locating import find_weight_files, read_json
+from ..files.locating import find_weight_files, read_json, resolve
 from ..files.weight_files import read_header, read_state_dict
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
 from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
 # What a training run, a wrapper or a user interface may have put in front of every key.
 PREFIX = re.compile(
     r"(?:(?:state_dict|state_dict_ema|model|module|net|diffusion_model|transformer|_orig_mod)\.)*"
 )
+# Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is
+# noise alone.
+MARKERS = ("v_pred", "ztsnr")
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -38,7 +43,8 @@ STORAGE_DTYPES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `inspect` found. `dtype` is the one that most of the weights are stored in."""
+    """What `inspect` found. `dtype` is the one that most of the weights are stored in; `noise_schedule` is
+    the published one where nothing beside or in the weights says otherwise."""
 
     path: Path
     kind: str
@@ -49,6 +55,7 @@ class Checkpoint:
     components: dict[str, Path]
     config: TransformerConfig
     files: tuple[Path, ...]
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -74,6 +81,7 @@ class Checkpoint:
                 f"{config.num_attention_heads} heads, prompt width {config.caption_channels}"
                 + (", qk-norm" if config.qk_norm else ""),
                 f"KV compression  {compressed}",
+                f"noise schedule  {self.noise_schedule.describe()}",
                 f"weights         {self.key_style} keys, {stored}, {names}",
                 f"components      {', '.join(self.components)}",
             ]
@@ -86,7 +94,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     The variant is the caller's, else that of config.json, of `pos_embed`'s shape, of the file's name, else
     1024. Raises CheckpointError, naming what is wrong, for anything but a whole PixArt-Sigma transformer.
     """
-    path = Path(path)
+    path = resolve(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"Unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
     components = find_components(path)
@@ -95,7 +103,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     if components:
         if "transformer" not in components:
             raise CheckpointError(
-                f"{path} has no transformer, only {', '.join(components)}. Choose a transformer beside it."
+                f"{path} has no transformer, only {', '.join(components)}. Choose a "
+                "transformer beside it: --transformer, or another choice in Load Σ Transformer."
             )
         source = components["transformer"]
         refuse_alpha_pipeline(path)
@@ -124,15 +133,16 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         components,
         config,
         files,
+        _find_noise_schedule(path, source, files[0]),
     )
 
 
 def find_components(path: str | Path) -> dict[str, Path]:
     """The component folders of a pipeline folder, by name; empty when `path` is not one."""
-    path = Path(path)
+    path = resolve(path)
     # os.path answers False where there is no permission; opening the weights then says so.
     found = {name: path / name for name in COMPONENTS if os.path.isdir(path / name)}
-    if not os.path.isfile(path / "model_index.json") and "transformer" not in found:
+    if not os.path.isfile(path / "model_index.json") and not found.keys() & MODELS:
         return {}
     return found
 
@@ -164,6 +174,29 @@ def _read_settings(source: Path, file: Path) -> dict:
     return {}
 
 
+def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
+    """What a pipeline folder's scheduler_config.json says; None where there is none. Raises CheckpointError
+    for what cannot be obeyed."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return NoiseSchedule.from_config(read_json(config), str(config)) if os.path.isfile(config) else None
+
+
+def _find_noise_schedule(path: Path, source: Path, file: Path) -> NoiseSchedule:
+    """That of the pipeline folder that the transformer lies in, else what ComfyUI's markers in the weights
+    say."""
+    folder = source if os.path.isdir(source) else file.parent
+    own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
+    pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
+    if found := read_noise_schedule(pipeline):
+        return found
+    markers = [key for key in MARKERS if key in read_header(source)]
+    if "v_pred" not in markers:
+        return PUBLISHED
+    return NoiseSchedule(
+        prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in markers, source=", ".join(markers)
+    )
+
+
 def _find_spelling(keys, source: Path) -> tuple[str, str]:
     """What stands in front of the transformer's keys, and whose names they are."""
     fixed = {
@@ -192,6 +225,8 @@ def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> d
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
     for full_key, value in values.items():
+        if full_key in MARKERS:
+            continue
         if not full_key.startswith(prefix):
             raise left_over_key(full_key, source)
         key = full_key[len(prefix) :]
