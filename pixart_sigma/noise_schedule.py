@@ -172,9 +172,13 @@ class NoiseSchedule:
             "use_flow_sigmas": self.is_flow,
         }
 
+    def as_dict(self) -> dict[str, Any]:
+        """All that decides a picture, ready for JSON."""
+        return {known.name: getattr(self, known.name) for known in fields(self) if known.compare}
+
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "NoiseSchedule":
-        """What `dataclasses.asdict` gave; other entries are left alone. Raises SettingError."""
+        """What `as_dict` gave; other entries are left alone. Raises SettingError."""
         names = {known.name for known in fields(cls)}
         return cls(**{key: value for key, value in found.items() if key in names})
 

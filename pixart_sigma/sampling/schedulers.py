@@ -90,6 +90,9 @@ def _cannot_run(name: str, noise_schedule: NoiseSchedule) -> str:
         return f"prediction_type {prediction}"
     if prediction == "sample" and name == "euler_ancestral":
         return f"prediction_type {prediction}"
+    # Its first noise levels are too far apart for what the scheduler computes in float32.
+    if noise_schedule.beta_schedule == "squaredcos_cap_v2" and name == "euler_ancestral":
+        return f"beta_schedule {noise_schedule.beta_schedule}"
     if zero and "rescale_betas_zero_snr" not in takes:
         return "rescale_betas_zero_snr True"
     # There the last timestep is noise alone, from which no clean latents follow.

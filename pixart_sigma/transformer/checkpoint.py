@@ -189,7 +189,9 @@ def _find_noise_schedule(path: Path, source: Path, file: Path) -> NoiseSchedule:
     pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
     if found := read_noise_schedule(pipeline):
         return found
-    markers = [key for key in MARKERS if key in read_header(source)]
+    # Into no other format, whose header may cost as much as the weights.
+    keys = read_header(source) if file.suffix == ".safetensors" else {}
+    markers = [key for key in MARKERS if key in keys]
     if "v_pred" not in markers:
         return PUBLISHED
     return NoiseSchedule(

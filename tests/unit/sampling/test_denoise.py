@@ -340,6 +340,7 @@ OTHER_SCHEDULES = {
 ALL = set(SCHEDULERS)
 SIGMA_SPACED = ALL - {"euler_ancestral", "ddim"}
 CAN_RUN = {
+    "cosine": ALL - {"euler_ancestral"},
     "sample": ALL - {"euler_ancestral"},
     "zero-SNR": ALL - {"sa_solver", "ddim", "lcm", "one_step"},
     "finetune": ALL - {"sa_solver"},
