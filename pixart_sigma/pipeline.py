@@ -16,13 +16,14 @@ from .errors import SettingError, SigmaError
 from .files.fingerprint import raw_bytes
 from .files.metadata import Metadata, Model
 from .memory.stages import Stages
+from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
 from .prompt_embeds import Encoded, Prompts
 from .sampling.denoise import Step, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
-from .sampling.schedulers import get_step_arguments, get_timesteps, make_scheduler
+from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
 from .settings import DTYPES, T5_PRECISIONS, Settings, Ways
 from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
@@ -82,6 +83,7 @@ class SigmaPipeline:
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
+        noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
@@ -89,7 +91,8 @@ class SigmaPipeline:
 
         Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
         float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo
-        fp32. Without `needs_text_encoder` the prompts must be encoded already.
+        fp32; a `noise_schedule` of None is the checkpoint's. Without `needs_text_encoder` the prompts must be
+        encoded already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -100,6 +103,7 @@ class SigmaPipeline:
             text_encoder=text_encoder,
             vae=vae,
             variant=variant,
+            noise_schedule=noise_schedule,
             needs_text_encoder=needs_text_encoder,
         )
         if ways.t5_precision is None and folder == DEMO and text_encoder is None:
@@ -216,6 +220,7 @@ class SigmaPipeline:
             image_sha256="" if image is None else digest(image),
             embeddings_sha256=prompted.digest,
             variant=self.checkpoint.variant,
+            noise_schedule=self.checkpoint.noise_schedule,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
@@ -260,7 +265,7 @@ class SigmaPipeline:
             raise SettingError("strength", settings.strength, "there is no picture to start from")
         if embeddings is not None:
             _check_embeddings(embeddings, settings, self.checkpoint)
-        scheduler = make_scheduler(settings.scheduler)
+        scheduler = scheduler_for(settings, self.checkpoint.noise_schedule)
         get_step_arguments(scheduler, None, settings.eta, settings.count)
         get_timesteps(scheduler, settings)
         size = settings.made_size(self.base_size)
@@ -299,6 +304,7 @@ class SigmaPipeline:
                 guide(transformer, prompts, settings, in_turn),
                 noise,
                 settings,
+                noise_schedule=self.checkpoint.noise_schedule,
                 image_latents=image_latents,
                 generator=generator.set_state(state),
                 callback=callback,

@@ -115,7 +115,7 @@ class Settings:
 
     def __post_init__(self):
         _check_texts(self, "prompt", "negative")
-        _check_switches(self, "binning", "clean_caption")
+        check_switches(self, "binning", "clean_caption")
         for name in ("width", "height"):
             side = getattr(self, name)
             if side is not None:
@@ -127,7 +127,7 @@ class Settings:
             raise SettingError(
                 "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
             )
-        _check_word(self, "scheduler", SCHEDULERS)
+        check_word(self, "scheduler", SCHEDULERS)
         _check_schedule(self)
         if not is_finite(self.strength) or not 0 < self.strength <= 1:
             raise SettingError("strength", self.strength, "give a number above 0, and at most 1")
@@ -222,14 +222,14 @@ class Ways:
 
     def __post_init__(self):
         _check_texts(self, "device")
-        _check_word(self, "dtype", DTYPES)
+        check_word(self, "dtype", DTYPES)
         if self.t5_precision is not None:
-            _check_word(self, "t5_precision", T5_PRECISIONS)
-        _check_word(self, "t5_device", T5_DEVICES)
-        _check_word(self, "transformer_device", TRANSFORMER_DEVICES)
-        _check_word(self, "decode", DECODES)
-        _check_word(self, "release", RELEASES)
-        _check_switches(self, "guidance_in_turn", "measure")
+            check_word(self, "t5_precision", T5_PRECISIONS)
+        check_word(self, "t5_device", T5_DEVICES)
+        check_word(self, "transformer_device", TRANSFORMER_DEVICES)
+        check_word(self, "decode", DECODES)
+        check_word(self, "release", RELEASES)
+        check_switches(self, "guidance_in_turn", "measure")
         for name in ("decode_budget", "budget"):
             size = getattr(self, name)
             if size is not None and not (is_finite(size) and size > 0):
@@ -318,7 +318,7 @@ def _whole(settings, name: str, least: int, most: int | None, advice: str) -> in
     return number
 
 
-def _check_word(settings, name: str, words: Iterable[str]) -> None:
+def check_word(settings, name: str, words: Iterable[str]) -> None:
     value = getattr(settings, name)
     if not isinstance(value, str) or value not in words:
         raise SettingError(name, repr(value), f"choose one of {', '.join(words)}")
@@ -331,7 +331,7 @@ def _check_texts(settings, *names: str) -> None:
             raise SettingError(name, repr(value), "give one text")
 
 
-def _check_switches(settings, *names: str) -> None:
+def check_switches(settings, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if not isinstance(value, bool):

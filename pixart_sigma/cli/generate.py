@@ -19,7 +19,7 @@ from .checks import (
     tell_guess,
     with_aspect,
 )
-from .like import check_given, check_models, own_transformer, tell_differences, variant_of
+from .like import check_given, check_models, own_transformer, taken_as, tell_differences
 
 IMAGE_STRENGTH = 0.6  # of --image where --strength is not given
 
@@ -100,8 +100,8 @@ def _open(arguments, like: Metadata | None, ways: Ways, image):
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
     tell_differences(arguments, like, "" if image is None else digest(image))
-    variant = variant_of(arguments, like, fingerprints)
-    return SigmaPipeline.from_path(**named | {"variant": variant}) if variant else pipeline
+    taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
+    return SigmaPipeline.from_path(**named | taken) if taken else pipeline
 
 
 @contextmanager

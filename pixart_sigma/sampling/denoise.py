@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingError, SigmaError
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings
 from .guidance import Predict
-from .schedulers import check_scheduler, get_step_arguments, get_timesteps, make_scheduler
+from .schedulers import check_scheduler, get_step_arguments, get_timesteps, scheduler_for
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def denoise(
     latents: torch.Tensor,
     settings: Settings | None = None,
     *,
+    noise_schedule: NoiseSchedule = PUBLISHED,
     scheduler=None,
     image_latents: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -40,9 +42,10 @@ def denoise(
 ) -> torch.Tensor:
     """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
 
-    predict: the noise that a step removes, see `guide`. settings: read are scheduler, steps, timesteps,
-    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments. scheduler:
-    a diffusers scheduler in place of the one that the settings name. image_latents (B or 1, 4, h, w), clean
+    predict: what the model predicts, see `guide`. settings: read are scheduler, steps, timesteps,
+    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments.
+    noise_schedule: the checkpoint's. scheduler: a diffusers scheduler in place of the one that those two
+    make. image_latents (B or 1, 4, h, w), clean
     and scaled: start from them, noised to the first timestep, and not from noise alone. generator: for the
     stochastic schedulers, one or one per picture. callback(Step) is called after each step; if it returns
     False the latents are returned as they are then.
@@ -53,7 +56,10 @@ def denoise(
     settings = settings or Settings()
     _check_latents("latents", latents)
     _check_image_latents(image_latents, latents, settings.strength)
-    scheduler = make_scheduler(settings.scheduler) if scheduler is None else check_scheduler(scheduler)
+    if scheduler is None:
+        scheduler = scheduler_for(settings, noise_schedule)
+    else:
+        check_scheduler(scheduler)
     step_arguments = get_step_arguments(scheduler, generator, settings.eta, len(latents))
     timesteps = get_timesteps(scheduler, settings, latents.device)
     dtype = latents.dtype
@@ -76,19 +82,29 @@ def denoise(
     return latents.to(dtype)
 
 
-def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise.
+def predict_clean(scheduler, scaled: torch.Tensor, predicted: torch.Tensor, timestep) -> torch.Tensor:
+    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise, by what the model
+    predicted for it.
 
-    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler. Between
-    two whole timesteps sigma = sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
-    Source: DDPM, arXiv 2006.11239.
+    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler, but for
+    a flow: there it is (1 - sigma) x0 + sigma noise. Between two whole timesteps sigma =
+    sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
+    Source: DDPM, arXiv 2006.11239; v: arXiv 2202.00512; flow: arXiv 2209.03003.
     """
+    kind = scheduler.config.prediction_type
     table = scheduler.alphas_cumprod
+    if kind == "sample":
+        return predicted
+    if kind == "flow_prediction":
+        return scaled - float(timestep) / len(table) * predicted
     below = min(max(int(timestep), 0), len(table) - 1)
     pair = table[[below, min(below + 1, len(table) - 1)]].double()
     low, high = ((1 - pair) / pair).sqrt().tolist()
-    sigma = low + (float(timestep) - below) * (high - low)
-    return scaled * math.sqrt(1 + sigma**2) - sigma * noise
+    share = float(timestep) - below
+    sigma = low + share * (high - low) if share else low  # low is infinite where there is noise alone
+    if kind == "v_prediction":
+        return (scaled / sigma - predicted) / math.sqrt(1 + 1 / sigma**2)
+    return scaled * math.sqrt(1 + sigma**2) - sigma * predicted
 
 
 def _start(scheduler, noise, image_latents, first_timestep):

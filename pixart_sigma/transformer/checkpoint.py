@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from .. import DEMO, DEMO_KV
-from ..errors import CheckpointError
-from ..files.locating import find_weight_files, read_json
+from ..errors import CheckpointError, SettingError
+from ..files.locating import find_weight_files, read_json, resolve
 from ..files.quantization import quantization_of
 from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
@@ -27,6 +28,10 @@ from .variant import find_variant
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 DEMOS = (DEMO / "transformer", DEMO_KV)
+MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
+# Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is
+# noise alone.
+MARKERS = ("v_pred", "ztsnr")
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -41,7 +46,8 @@ class Checkpoint:
     """What `inspect` found.
 
     dtype: the one that most of the weights are stored in. variant_source: what said it, "default" for a
-    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s.
+    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s. noise_schedule: the published one
+    where nothing beside or in the weights says otherwise.
     """
 
     path: Path
@@ -54,6 +60,7 @@ class Checkpoint:
     config: TransformerConfig
     files: tuple[Path, ...]
     latent_format: str = "sdxl"
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     @property
     def variant_notice(self) -> str:
@@ -68,7 +75,8 @@ class Checkpoint:
     @property
     def facts(self) -> dict:
         """What of it can not be seen from the weights, for `facts_tensor`: `inspect` reads it from there."""
-        return {"config": self.config.to_diffusers(), "latent_format": self.latent_format}
+        facts = {"config": self.config.to_diffusers(), "latent_format": self.latent_format}
+        return facts | {"noise_schedule": self.noise_schedule.as_dict()}
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -95,6 +103,7 @@ class Checkpoint:
                 f"{config.num_attention_heads} heads, prompt width {config.caption_channels}"
                 + (", qk-norm" if config.qk_norm else ""),
                 f"KV compression  {compressed}",
+                f"noise schedule  {self.noise_schedule.describe()}",
                 f"weights         {self.key_style} keys, {stored}, {names}",
                 f"components      {', '.join(self.components)}",
             ]
@@ -108,7 +117,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     `pos_embed`'s shape, of the metadata, of the file's name, else 1024. Raises CheckpointError, naming what
     is wrong, for anything but a whole PixArt-Sigma transformer.
     """
-    path = Path(path)
+    path = resolve(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"Unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
     components = find_components(path)
@@ -117,7 +126,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     if components:
         if "transformer" not in components:
             raise CheckpointError(
-                f"{path} has no transformer, only {', '.join(components)}. Choose a transformer beside it."
+                f"{path} has no transformer, only {', '.join(components)}. Choose a "
+                "transformer beside it: --transformer, or another choice in Load Σ Transformer."
             )
         source = components["transformer"]
         refuse_alpha_pipeline(path)
@@ -152,6 +162,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         config,
         files,
         "demo" if source in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        _find_noise_schedule(path, source, files[0], original_header, facts),
     )
 
 
@@ -161,10 +172,10 @@ def _dict(value) -> dict:
 
 def find_components(path: str | Path) -> dict[str, Path]:
     """The component folders of a pipeline folder, by name; empty when `path` is not one."""
-    path = Path(path)
+    path = resolve(path)
     # os.path answers False where there is no permission; opening the weights then says so.
     found = {name: path / name for name in COMPONENTS if os.path.isdir(path / name)}
-    if not os.path.isfile(path / "model_index.json") and "transformer" not in found:
+    if not os.path.isfile(path / "model_index.json") and not found.keys() & MODELS:
         return {}
     return found
 
@@ -195,6 +206,35 @@ def _read_settings(source: Path, file: Path) -> dict:
     return {}
 
 
+def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
+    """What a pipeline folder's scheduler_config.json says; None where there is none. Raises CheckpointError
+    for what cannot be obeyed."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return NoiseSchedule.from_config(read_json(config), str(config)) if os.path.isfile(config) else None
+
+
+def _find_noise_schedule(path: Path, source: Path, file: Path, keys, facts: dict) -> NoiseSchedule:
+    """That of the pipeline folder that the transformer lies in, else the one that was saved with the weights,
+    else what ComfyUI's markers among them say."""
+    folder = source if os.path.isdir(source) else file.parent
+    own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
+    pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
+    if found := read_noise_schedule(pipeline):
+        return found
+    if saved := _dict(facts.get("noise_schedule")):
+        try:
+            return NoiseSchedule.from_dict(saved)
+        except SettingError as error:
+            message = f"{source} was saved with a noise schedule that is none: {error}"
+            raise CheckpointError(message) from error
+    markers = [key for key in MARKERS if key in keys]
+    if "v_pred" not in markers:
+        return PUBLISHED
+    return NoiseSchedule(
+        prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in markers, source=", ".join(markers)
+    )
+
+
 def _find_spelling(keys, source: Path) -> str:
     """Whose names the transformer's keys are, "original" or "diffusers"."""
     spellings = {"original": list(MODULES), "diffusers": list(MODULES.values())}
@@ -215,6 +255,8 @@ def _rename(values: dict, key_style: str, source: Path, split) -> dict:
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
     for key, value in values.items():
+        if key in MARKERS:
+            continue
         refuse_alpha(key, source)
         if key in DROPPED[key_style]:
             continue
