@@ -158,7 +158,7 @@ class SigmaPipeline:
         """
         texts = (settings.prompt, settings.negative)
         (positive, negative), encoder, _ = self.text.encode(
-            texts, self._run_ways(ways), settings.clean_caption, embedding_cache
+            texts, settings, self._run_ways(ways), embedding_cache
         )
         return PromptEmbeddings.made(settings, positive, negative, encoder.precision, encoder.fingerprint)
 
@@ -271,7 +271,7 @@ class SigmaPipeline:
 
     def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
         texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, ways, settings.clean_caption, cache)
+        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
         return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
 
@@ -321,16 +321,17 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
         prompt=embeddings.positive_text,
         negative=embeddings.negative_text,
         clean_caption=embeddings.clean_caption,
+        max_sequence_length=embeddings.max_sequence_length,
     )
     precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
     return prompted, settings, replace(ways, t5_precision=precision)
 
 
 def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoint: Checkpoint) -> None:
-    if settings.prompt or settings.negative or settings.clean_caption:
+    if settings != settings.without_prompts():
         raise SigmaError(
-            "Encoded prompts bring their words and are cleaned or not; leave prompt, negative and "
-            "clean_caption out."
+            "Encoded prompts bring their words, cleaned or not and cut already; leave prompt, negative, "
+            "clean_caption and max_sequence_length out."
         )
     expected = checkpoint.config.caption_channels
     if embeddings.width != expected:

@@ -67,6 +67,7 @@ def check_prompt(arguments) -> None:
         "PROMPT": arguments.prompt is not None,
         "--negative": arguments.negative,
         "--clean-caption": arguments.clean_caption,
+        "--max-sequence-length": arguments.max_sequence_length,
         "--text-encoder": arguments.text_encoder,
         "--t5-precision": arguments.t5_precision,
     }

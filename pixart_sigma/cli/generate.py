@@ -67,7 +67,7 @@ def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
         # How long models are kept, and what is measured, is not the picture's.
         settings, ways = like.settings, replace(like.ways, release=Ways.release)
     if arguments.embeddings:
-        settings = replace(settings, prompt="", negative="", clean_caption=False)
+        settings = settings.without_prompts()
     if arguments.image and arguments.strength is None and not (like and like.image_sha256):
         settings = replace(settings, strength=IMAGE_STRENGTH)
     ways = replace(ways, measure=arguments.memory_report is not None)
@@ -131,7 +131,7 @@ def embedding_cache(arguments):
 def tell_truncated(words: str) -> None:
     """Which words of a prompt were cut, if any."""
     if words:
-        tell(f"The prompt is longer than 300 tokens; this was cut: {words}")
+        tell(f"The prompt is longer than the tokens that are read; this was cut: {words}")
 
 
 def _save(result, out: Path) -> None:

@@ -265,6 +265,12 @@ def _add_encoding(command: argparse.ArgumentParser):
         help="clean the prompt as the reference does",
     )
     command.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="how much of a prompt is read; default: the 300 of the training",
+    )
+    command.add_argument(
         "--no-embedding-cache",
         action="store_true",
         help="do not keep prompts' embeddings for later runs, nor use those that are kept",

@@ -7,7 +7,8 @@ import torch
 
 from ..devices import pick_device
 from ..errors import SigmaError
-from ..prompt_embeds import MAX_TOKENS, Encoded
+from ..prompt_embeds import Encoded
+from ..settings import MAX_SEQUENCE_LENGTH
 from .cleaning import prepare_prompt
 from .loading import read_encoder, stream_model
 from .model import build_model
@@ -103,20 +104,22 @@ class TextEncoder:
         return total
 
     @torch.no_grad()
-    def encode(self, text: str, clean_caption: bool = False) -> Encoded:
+    def encode(
+        self, text: str, clean_caption: bool = False, max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    ) -> Encoded:
         """Encode one prompt, lower-cased and stripped; clean_caption cleans it like the training captions.
 
-        Tokens are not padded: the result equals the first n rows of the reference's 300 padded and masked
-        tokens. The empty prompt is one token. Raises SigmaError when text is not a str, when clean_caption
+        Of more than max_sequence_length tokens the last ones are cut. None are padded: the result equals the
+        first n rows of what the reference pads to that length and masks. The empty prompt is one token. Raises SigmaError when text is not a str, when clean_caption
         lacks its libraries, and when the encoder overflows.
         """
         text = prepare_prompt(text, clean_caption)
         tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids, truncated = tokens["input_ids"], ""
-        if len(ids) > MAX_TOKENS:
-            first_cut = tokens["offset_mapping"][MAX_TOKENS - 1][0]
+        if len(ids) > max_sequence_length:
+            first_cut = tokens["offset_mapping"][max_sequence_length - 1][0]
             truncated = text[first_cut:].strip()
-            ids = [*ids[: MAX_TOKENS - 1], self.tokenizer.eos_token_id]
+            ids = [*ids[: max_sequence_length - 1], self.tokenizer.eos_token_id]
         return Encoded(self.encode_ids(ids), truncated)
 
     @torch.no_grad()

@@ -125,17 +125,21 @@ PROMPT = "a small red fox with happy face in the snow"
 # ---- equality with the reference
 
 
-@pytest.mark.parametrize("clean_caption", [False, True])
-def test_embeddings_equal_the_reference_pipeline(exact, model, clean_caption):
+@pytest.mark.parametrize(("clean_caption", "length"), [(False, 300), (True, 300), (False, 7), (False, 400)])
+def test_embeddings_equal_the_reference_pipeline(exact, model, clean_caption, length):
     from diffusers import PixArtSigmaPipeline
 
     pipeline = PixArtSigmaPipeline(exact.tokenizer, model, None, None, None)
     for prompt in [*STRANGE_PROMPTS, PROMPT, "red fox " * 400]:
         expected, mask, _, _ = pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device="cpu", clean_caption=clean_caption
+            prompt,
+            do_classifier_free_guidance=False,
+            device="cpu",
+            clean_caption=clean_caption,
+            max_sequence_length=length,
         )
         count = int(mask.sum())
-        result = exact.encode(prompt, clean_caption).prompt_embeds
+        result = exact.encode(prompt, clean_caption, length).prompt_embeds
         assert result.shape == (1, count, 64)
         torch.testing.assert_close(result, expected[:, :count], atol=1e-5, rtol=1e-5)
 
