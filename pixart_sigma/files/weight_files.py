@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 from .locating import is_index, locate, shards_of
+from .parts import AVERAGES, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -23,6 +24,11 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -32,7 +38,7 @@ SAFETENSORS_DTYPES = {
 }
 MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
 # Under which key a training checkpoint keeps its weights, the first that is there.
-TOP_LEVELS = ("state_dict", "state_dict_ema", "model")
+TOP_LEVELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", *sorted(AVERAGES))
 DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 
 
@@ -45,21 +51,73 @@ def check_file(path: str | Path) -> None:
     _format(Path(path))
 
 
-def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def read_header(path: str | Path, part: str | None = None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a file, an index or a folder (see `locating`).
 
-    Reads no tensor data. Raises CheckpointError as `check_file` does, and for a pickle with code in it.
+    With a part, as `read_state_dict` has it. Reads no tensor data. Raises CheckpointError as `check_file`
+    does, and for a pickle with code in it.
     """
-    return _merge(Path(path), _file_header)
+    return _read(Path(path), part, _file_header)
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a file, an index or a folder (see `locating`), in the dtypes of the file.
 
-    They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part
-    under `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
+    part: "transformer", "text_encoder" or "vae" for the weights of that model alone, by their bare names,
+    without what wrappers, trainers and files of several models put in front of them or into them, without
+    averages where the weights themselves are there, and without an optimiser's state. None for all tensors
+    by the names of the file; of a pickled training checkpoint those under its first usual key.
+    They are memory-mapped from safetensors and zip `.pth` files. Raises CheckpointError as `read_header`
+    does, and for a file without that part, by the name of what it is.
     """
-    return _merge(Path(path), _file_tensors)
+    return _read(Path(path), part, _file_tensors)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; of an index, what its first shard says.
+
+    {} for other formats. Raises CheckpointError as `check_file` does.
+    """
+    located = locate(Path(path))
+    if is_index(located):
+        located = located.parent / next(iter(shards_of(located)))
+    if _format(located) != "safetensors":
+        return {}
+    try:
+        with safe_open(located, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{located} can not be read: {error}. {DAMAGED}") from error
+
+
+def choose_part(names, part: str, path: Path) -> Choice:
+    """The names of one part's weights among all `names` of `path`; see `read_state_dict`.
+
+    Raises CheckpointError for a file that has no such part, or one weight twice.
+    """
+    names = list(names)
+    try:
+        choice = choose(names, part)
+        kind = kind_of(choice.names)
+        if choice.names and (kind is None or kind.part == part):
+            return choice
+        held = [kind_of(found.names) for found in models(names).values()]
+    except ValueError as error:
+        one, other = error.args
+        raise CheckpointError(
+            f"{path} holds one weight twice, as {one} and as {other}. Choose another file."
+        ) from None
+    words = [kind.words for kind in held if kind is not None]
+    if not words:
+        return choice  # who knows the model says what is missing
+    raise CheckpointError(f"{path} is {' and '.join(words)}, not {PARTS[part]}. Choose another file.")
+
+
+def _read(path: Path, part: str | None, read) -> dict:
+    if part is None:
+        return _merge(path, read)
+    values = _merge(path, lambda file: read(file, whole=True))
+    return {bare: values[name] for bare, name in choose_part(values, part, path).names.items()}
 
 
 def _merge(path: Path, read) -> dict:
@@ -153,11 +211,10 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
         raise CheckpointError(f"{path} is cut off: {size} of {needed} bytes are there. Download it again.")
 
 
-def _file_header(path: Path) -> dict:
+def _file_header(path: Path, whole: bool = False) -> dict:
     if _format(path) != "safetensors":
-        return {
-            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in _load_pickle(path, "meta").items()
-        }
+        tensors = _load_pickle(path, "meta", whole)
+        return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     header = {}
     try:
         with safe_open(path, framework="np") as file:
@@ -174,16 +231,17 @@ def _file_header(path: Path) -> dict:
     return header
 
 
-def _file_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _file_tensors(path: Path, whole: bool = False) -> dict[str, torch.Tensor]:
     if _format(path) != "safetensors":
-        return _load_pickle(path, "cpu")
+        return _load_pickle(path, "cpu", whole)
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} can not be read: {error}. {DAMAGED}") from error
 
 
-def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
+def _load_pickle(path: Path, device: str, whole: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle: of all its dictionaries as one, or those under the first usual key."""
     mapped = _format(path) == "zip"
     if not mapped:
         warnings.warn(
@@ -212,7 +270,27 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
         struct.error,
     ) as error:
         raise CheckpointError(f"{path} can not be read as a PyTorch checkpoint. {DAMAGED}") from error
-    return _weights_of(content, path)
+    return _all_tensors(content, path) if whole else _weights_of(content, path)
+
+
+def _all_tensors(content, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of nested dictionaries, by the names of all joined, without an optimiser's state."""
+    found, passed = {}, []
+    levels = [("", content)]
+    for prefix, level in levels:
+        if not isinstance(level, dict):
+            passed.append((prefix.rstrip("."), level))
+            continue
+        for key, value in level.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                found[prefix + key] = value
+            elif key not in TRAINING_STATE:
+                levels.append((f"{prefix}{key}.", value))
+    if not found:
+        name, value = passed[0] if passed else ("", content)
+        under = f" under {name!r}" if name else ""
+        raise CheckpointError(f"{path} holds a {type(value).__name__}{under} and no weights by name.")
+    return found
 
 
 def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:

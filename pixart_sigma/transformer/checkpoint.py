@@ -20,13 +20,9 @@ from ..files.weight_files import read_header, read_state_dict
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
-from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
+from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_model
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-# What a training run, a wrapper or a user interface may have put in front of every key.
-PREFIX = re.compile(
-    r"(?:(?:state_dict|state_dict_ema|model|module|net|diffusion_model|transformer|_orig_mod)\.)*"
-)
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -105,11 +101,10 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     settings = _read_settings(source, files[0])
     refuse_alpha(settings, source)
 
-    original_header = read_header(source)
-    prefix, key_style = _find_spelling(original_header, source)
-    refuse_alpha_prompt(original_header.get(prefix + "y_embedder.y_embedding"), source)
-    header = _rename(original_header, prefix, key_style, source, _split_shape)
-    positions = original_header.get(prefix + "pos_embed")
+    original_header = read_header(source, part="transformer")
+    key_style = _find_spelling(original_header, source)
+    header = _rename(original_header, key_style, source, _split_shape)
+    positions = original_header.get("pos_embed")
     chosen, variant_source = _find_variant(variant, settings, positions, source, files[0])
     config = read_config(header, settings, source)
     config = _set_variant(config, chosen, {} if variant_source == "user" else settings, source)
@@ -144,9 +139,8 @@ def load_transformer_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tenso
     `attn1.norm_q.*` and `attn1.norm_k.*` (C,). Raises CheckpointError when the file is no longer what it was.
     """
     source = checkpoint.components["transformer"]
-    state_dict = read_state_dict(source)
-    prefix, key_style = _find_spelling(state_dict, source)
-    state_dict = _rename(state_dict, prefix, key_style, source, torch.chunk)
+    state_dict = read_state_dict(source, part="transformer")
+    state_dict = _rename(state_dict, _find_spelling(state_dict, source), source, torch.chunk)
     check_keys(
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state_dict.items()},
         checkpoint.config,
@@ -164,23 +158,15 @@ def _read_settings(source: Path, file: Path) -> dict:
     return {}
 
 
-def _find_spelling(keys, source: Path) -> tuple[str, str]:
-    """What stands in front of the transformer's keys, and whose names they are."""
-    fixed = {
-        "original": [f"{name}.weight" for name in MODULES],
-        "diffusers": [f"{name}.weight" for name in MODULES.values()],
-    }
-    prefixes = dict.fromkeys(match[0] for key in keys if (match := PREFIX.match(key)))
-    best, spelling = 0, ("", "diffusers")
-    for prefix in sorted(prefixes, key=len):
-        for key_style, names in fixed.items():
-            found = sum(prefix + name in keys for name in names)
-            if found > best:
-                best, spelling = found, (prefix, key_style)
+def _find_spelling(keys, source: Path) -> str:
+    """Whose names the transformer's keys are, "original" or "diffusers"."""
+    spellings = {"original": MODULES.keys(), "diffusers": MODULES.values()}
+    found = {style: sum(f"{name}.weight" in keys for name in names) for style, names in spellings.items()}
+    best = max(found, key=lambda style: found[style])
     # A damaged PixArt-Sigma should be told which key it lacks, and another model what it is.
-    if best < len(MODULES) // 2:
+    if found[best] < len(MODULES) // 2:
         refuse_other_model(keys, source)
-    return spelling
+    return best
 
 
 def _split_shape(value, parts: int):
@@ -188,28 +174,23 @@ def _split_shape(value, parts: int):
     return [((rows // parts, *rest), dtype)] * parts
 
 
-def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> dict:
+def _rename(values: dict, key_style: str, source: Path, split) -> dict:
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
-    for full_key, value in values.items():
-        if not full_key.startswith(prefix):
-            raise left_over_key(full_key, source)
-        key = full_key[len(prefix) :]
+    for key, value in values.items():
         refuse_alpha(key, source)
+        if key in DROPPED[key_style]:
+            continue
         if key_style == "diffusers":
             # The names that diffusers' own converter writes for qk-norm.
             names: tuple[str, ...] = (re.sub(r"\.attn1\.([qk])_norm\.", r".attn1.norm_\1.", key),)
-        elif key in DROPPED:
-            continue
         else:
             names = to_diffusers_keys(key)
             if not names:
-                raise left_over_key(full_key, source)
-        rows = value[0][0] if isinstance(value, tuple) else value.shape[0]
-        if rows % len(names):
-            raise CheckpointError(
-                f"{source}: {full_key} has {rows} rows, which is not {len(names)} equal parts."
-            )
+                raise left_over_key(key, source)
+        shape = value[0] if isinstance(value, tuple) else tuple(value.shape)
+        if len(names) > 1 and (not shape or shape[0] % len(names)):
+            raise CheckpointError(f"{source}: {key} is {shape}, which is not {len(names)} equal parts.")
         renamed.update(zip(names, split(value, len(names)) if len(names) > 1 else [value], strict=True))
     return renamed
 

@@ -33,7 +33,10 @@ BLOCK_MODULES = {
 }
 TABLE = "scale_shift_table"
 # Not weights of the network in use: the null caption of training, and positions that each size recomputes.
-DROPPED = ("y_embedder.y_embedding", "pos_embed")
+DROPPED = {
+    "original": ("y_embedder.y_embedding", "pos_embed"),
+    "diffusers": ("caption_projection.y_embedding", "pos_embed.pos_embed"),
+}
 BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(.+)")
 MODULE_KEY = re.compile(r"(.+)\.(weight|bias)")
 

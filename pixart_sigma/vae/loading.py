@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from ..errors import CheckpointError
-from ..files.weight_files import check_file, read_state_dict
+from ..files.weight_files import read_state_dict
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215
@@ -53,9 +53,7 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     Raises CheckpointError for another kind of model, and for the VAE of Stable Diffusion 1.x.
     """
     path = Path(path)
-    state_dict = {
-        key.removeprefix("first_stage_model."): tensor for key, tensor in _read_weights(path).items()
-    }
+    state_dict = read_state_dict(path, part="vae")
     if "decoder.conv_in.weight" not in state_dict:
         raise CheckpointError(
             f"{path} is not a VAE: it has no decoder.conv_in.weight. Choose the SDXL VAE "
@@ -80,13 +78,6 @@ def read_config(path: str | Path) -> dict:
     """The configuration alone, in diffusers' words. It raises as `read_vae`, which maps the weights and reads
     none of them."""
     return read_vae(path)[1]
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.is_dir():
-        return read_state_dict(path)
-    check_file(path)
-    return read_state_dict(path)
 
 
 def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:

@@ -410,10 +410,20 @@ def test_alpha_by_original_key(tmp_path, write_original, key):
         inspect(path)
 
 
-def test_alpha_by_prompt_length(tmp_path, write_original):
-    path = write_original(tmp_path / "a.pth", extra={"y_embedder.y_embedding": torch.zeros(120, 64)})
-    with pytest.raises(CheckpointError, match="PixArt-alpha.*120 tokens"):
-        inspect(path)
+def test_a_null_caption_of_alphas_length_is_no_alpha(tmp_path, write_original, diffusers_state_dict):
+    """ComfyUI writes 120 rows for any PixArt."""
+    extra = {"y_embedder.y_embedding": torch.zeros(120, 64)}
+    found = inspect(write_original(tmp_path / "a.pth", extra=extra))
+    assert_same(load_transformer_state_dict(found), diffusers_state_dict)
+
+
+def test_what_is_computed_anew_in_diffusers_keys(tmp_path, diffusers_state_dict):
+    extra = {
+        "caption_projection.y_embedding": torch.zeros(120, 64),
+        "pos_embed.pos_embed": torch.zeros(1, 4, 144),
+    }
+    save_file(diffusers_state_dict | extra, tmp_path / "a.safetensors")
+    assert_same(load_transformer_state_dict(inspect(tmp_path / "a.safetensors")), diffusers_state_dict)
 
 
 def test_alpha_by_diffusers_key(tmp_path, diffusers_state_dict):
