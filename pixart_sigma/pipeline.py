@@ -54,6 +54,7 @@ class _Prompted:
     positive: Encoded
     negative: Encoded | None
     fingerprint: str
+    tokenizer: str = ""  # its name, where it is not the encoder's own
     digest: str = ""  # of embeddings that were given, where nobody knows who made them
 
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
@@ -80,6 +81,7 @@ class SigmaPipeline:
         *,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
         needs_text_encoder: bool = True,
@@ -98,6 +100,7 @@ class SigmaPipeline:
             folder,
             transformer=transformer,
             text_encoder=text_encoder,
+            tokenizer=tokenizer,
             vae=vae,
             variant=variant,
             needs_text_encoder=needs_text_encoder,
@@ -207,6 +210,8 @@ class SigmaPipeline:
 
         fingerprints["text_encoder"] = prompted.fingerprint
         names = self.components.names()
+        if prompted.tokenizer:  # the text encoder's fingerprint covers it
+            names["tokenizer"], fingerprints["tokenizer"] = prompted.tokenizer, ""
         metadata = Metadata(
             settings=settings,
             ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
@@ -273,7 +278,8 @@ class SigmaPipeline:
         texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
         encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
-        return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
+        unwanted = negative[0] if negative else None
+        return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
     def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
         picture = crop_back(image[None], *settings.made_size(self.base_size))
@@ -314,7 +320,7 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
         Encoded(embeddings.positive, embeddings.positive_truncated),
         Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
         embeddings.fingerprint,
-        unknown,
+        digest=unknown,
     )
     settings = replace(
         settings,

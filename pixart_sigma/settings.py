@@ -93,8 +93,8 @@ class Settings:
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
     clean_caption: clean the prompts as the training captions were.
-    max_sequence_length: tokens of a prompt, end token included; what is beyond them is cut. Longer prompts than
-        the 300 of the training are read, if it says so.
+    max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
+        300.
 
     Raises SettingError, naming the first field that is wrong.
     """

@@ -69,6 +69,7 @@ def check_prompt(arguments) -> None:
         "--clean-caption": arguments.clean_caption,
         "--max-sequence-length": arguments.max_sequence_length,
         "--text-encoder": arguments.text_encoder,
+        "--tokenizer": arguments.tokenizer,
         "--t5-precision": arguments.t5_precision,
     }
     given = [name for name, value in decided.items() if value]

@@ -80,6 +80,7 @@ def model_arguments(arguments) -> dict:
         "path": "demo" if arguments.model is None else arguments.model,
         "transformer": getattr(arguments, "transformer", None),
         "text_encoder": arguments.text_encoder,
+        "tokenizer": arguments.tokenizer,
         "vae": getattr(arguments, "vae", None),
         "variant": getattr(arguments, "variant", None),
     }

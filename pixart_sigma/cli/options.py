@@ -244,6 +244,10 @@ def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
 def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--model", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument(
+        "--tokenizer",
+        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
+    )
     if t5_precision:
         command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     command.add_argument(

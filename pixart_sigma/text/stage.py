@@ -15,7 +15,7 @@ from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
 from ..settings import DEFAULT_T5_PRECISION, MAX_SEQUENCE_LENGTH, T5_PRECISIONS, Settings, Ways
 from .cache import EmbeddingCache, cache_key
-from .cleaning import prepare_prompt
+from .cleaning import prepare_prompt, refuse_embeddings
 from .encoder import TextEncoder
 from .identity import EncoderIdentity, identify
 from .needs import EncoderShapes
@@ -78,6 +78,8 @@ class TextStage:
 
         Where memory runs out T5 is streamed, and if that is not possible or not enough, it runs on the CPU.
         """
+        for text in texts:
+            refuse_embeddings(text)
         encoder = self._held or self.identify(ways.t5_precision)
         keys: list[str | None] = [None] * len(texts)
         if cache is not None and encoder is not None:
