@@ -211,6 +211,6 @@ def check_comparison(
         check_packages(precision)
         if T5_PRECISIONS[precision].bits == 4:
             check_4bit_widths(config, precision)
-        loaded_tokenizer, size = describe_encoder(text_encoder, tokenizer, precision, device, stream)
-        nbytes.append(size)
-    return loaded_tokenizer, tuple(nbytes)
+        described = describe_encoder(text_encoder, tokenizer, precision, device, stream)
+        nbytes.append(described.nbytes)
+    return described.tokenizer, tuple(nbytes)

@@ -1,4 +1,4 @@
-"""What the sampler writes on its node in a real server."""
+"""What nodes write on themselves in a real server."""
 
 from prompts import node, number, to_prompt
 from server import PACK
@@ -21,3 +21,25 @@ def test_a_size_that_the_model_is_not_made_for_is_said_on_the_sampler(server):
     assert shown_on == number(prompt, "PixArtSigmaSampler") and not text.strip(), "the notice stayed"
     sampler["seed"] = 1
     assert server.texts(prompt) == []
+
+
+def test_what_is_not_read_of_a_prompt_is_said_on_the_node(server):
+    workflow = PACK / "example_workflows" / "demo_text_to_image.json"
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    encode = node(prompt, "PixArtSigmaTextEncode")
+    long = "a red embedding:Nothing circle " + "on a blue square " * 200 + "end"
+    encode.update(positive=long, negative="a red embedding:Other circle")
+    here = number(prompt, "PixArtSigmaTextEncode")
+    texts = [text for shown_on, text in server.texts(prompt) if shown_on == here]
+    shown = texts[-1]  # what came before was shown in its time
+    assert "no embedding 'Nothing'" in shown and "no embedding 'Other'" in shown
+    assert "longer than the 300 tokens" in shown and "blue square end" in shown
+
+    theirs = {"class_type": "CLIPTextEncode", "inputs": {"clip": encode["clip"], "text": long}}
+    prompt["theirs"] = theirs
+    node(prompt, "PixArtSigmaSampler")["positive"] = ["theirs", 0]
+    encode.update(positive="a red circle", negative="")
+    texts = server.texts(prompt)
+    assert [text.strip() for shown_on, text in texts if shown_on == here] == [""], "the notice stayed"
+    (shown,) = [text for shown_on, text in texts if shown_on == "theirs"]
+    assert "no embedding 'Nothing'" in shown and "blue square end" in shown
