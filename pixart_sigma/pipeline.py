@@ -55,6 +55,7 @@ class _Prompted:
     positive: Encoded
     negative: Encoded | None
     fingerprint: str
+    tokenizer: str = ""  # its name, where it is not the encoder's own
     digest: str = ""  # of embeddings that were given, where nobody knows who made them
 
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
@@ -81,6 +82,7 @@ class SigmaPipeline:
         *,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
         noise_schedule: NoiseSchedule | None = None,
@@ -101,6 +103,7 @@ class SigmaPipeline:
             folder,
             transformer=transformer,
             text_encoder=text_encoder,
+            tokenizer=tokenizer,
             vae=vae,
             variant=variant,
             noise_schedule=noise_schedule,
@@ -162,7 +165,7 @@ class SigmaPipeline:
         """
         texts = (settings.prompt, settings.negative)
         (positive, negative), encoder, _ = self.text.encode(
-            texts, self._run_ways(ways), settings.clean_caption, embedding_cache
+            texts, settings, self._run_ways(ways), embedding_cache
         )
         return PromptEmbeddings.made(settings, positive, negative, encoder.precision, encoder.fingerprint)
 
@@ -211,6 +214,8 @@ class SigmaPipeline:
 
         fingerprints["text_encoder"] = prompted.fingerprint
         names = self.components.names()
+        if prompted.tokenizer:  # the text encoder's fingerprint covers it
+            names["tokenizer"], fingerprints["tokenizer"] = prompted.tokenizer, ""
         metadata = Metadata(
             settings=settings,
             ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
@@ -276,9 +281,10 @@ class SigmaPipeline:
 
     def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
         texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, ways, settings.clean_caption, cache)
+        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
-        return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
+        unwanted = negative[0] if negative else None
+        return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
     def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
         picture = crop_back(image[None], *settings.made_size(self.base_size))
@@ -320,23 +326,24 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
         Encoded(embeddings.positive, embeddings.positive_truncated),
         Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
         embeddings.fingerprint,
-        unknown,
+        digest=unknown,
     )
     settings = replace(
         settings,
         prompt=embeddings.positive_text,
         negative=embeddings.negative_text,
         clean_caption=embeddings.clean_caption,
+        max_sequence_length=embeddings.max_sequence_length,
     )
     precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
     return prompted, settings, replace(ways, t5_precision=precision)
 
 
 def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoint: Checkpoint) -> None:
-    if settings.prompt or settings.negative or settings.clean_caption:
+    if settings != settings.without_prompts():
         raise SigmaError(
-            "Encoded prompts bring their words and are cleaned or not; leave prompt, negative and "
-            "clean_caption out."
+            "Encoded prompts bring their words, cleaned or not and cut already; leave prompt, negative, "
+            "clean_caption and max_sequence_length out."
         )
     expected = checkpoint.config.caption_channels
     if embeddings.width != expected:

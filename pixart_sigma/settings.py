@@ -74,6 +74,7 @@ SCHEDULERS = {
     "one_step": Scheduler(timesteps=True, guidance_scale=1.0),
 }
 MAX_STEPS = 999
+MAX_SEQUENCE_LENGTH = 300  # tokens that PixArt-Sigma was trained with, end token included
 LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
 MAX_SEED = 2**64 - 1
 
@@ -92,6 +93,8 @@ class Settings:
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
     clean_caption: clean the prompts as the training captions were.
+    max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
+        300.
 
     Raises SettingError, naming the first field that is wrong.
     """
@@ -112,6 +115,7 @@ class Settings:
     strength: float = 1.0
     kv_compression: str | None = None
     clean_caption: bool = False
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def __post_init__(self):
         _check_texts(self, "prompt", "negative")
@@ -123,6 +127,11 @@ class Settings:
         _set(self, "count", _whole(self, "count", 1, None, "give a whole number of pictures, 1 or more"))
         _set(self, "seed", _whole(self, "seed", 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1"))
         _set(self, "steps", _whole(self, "steps", 1, MAX_STEPS, f"give a whole number from 1 to {MAX_STEPS}"))
+        _set(
+            self,
+            "max_sequence_length",
+            _whole(self, "max_sequence_length", 1, None, "give a whole number of tokens, such as 300"),
+        )
         if self.guidance_scale is not None and not is_finite(self.guidance_scale):
             raise SettingError(
                 "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
@@ -165,6 +174,12 @@ class Settings:
         pixels)."""
         width, height = self.asked_size(base_size)
         return replace(self, width=width, height=height, guidance_scale=self.guidance)
+
+    def without_prompts(self) -> "Settings":
+        """These settings with all left out that encoded prompts bring."""
+        return replace(
+            self, prompt="", negative="", clean_caption=False, max_sequence_length=MAX_SEQUENCE_LENGTH
+        )
 
     def asked_size(self, base_size: int) -> tuple[int, int]:
         """(width, height) of the pictures, for a checkpoint of this base."""

@@ -67,7 +67,9 @@ def check_prompt(arguments) -> None:
         "PROMPT": arguments.prompt is not None,
         "--negative": arguments.negative,
         "--clean-caption": arguments.clean_caption,
+        "--max-sequence-length": arguments.max_sequence_length,
         "--text-encoder": arguments.text_encoder,
+        "--tokenizer": arguments.tokenizer,
         "--t5-precision": arguments.t5_precision,
     }
     given = [name for name, value in decided.items() if value]

@@ -69,7 +69,7 @@ def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
         # How long models are kept, and what is measured, is not the picture's.
         settings, ways = like.settings, replace(like.ways, release=Ways.release)
     if arguments.embeddings:
-        settings = replace(settings, prompt="", negative="", clean_caption=False)
+        settings = settings.without_prompts()
     if arguments.image and arguments.strength is None and not (like and like.image_sha256):
         settings = replace(settings, strength=IMAGE_STRENGTH)
     ways = replace(ways, measure=arguments.memory_report is not None)
@@ -82,6 +82,7 @@ def model_arguments(arguments) -> dict:
         "path": "demo" if arguments.model is None else arguments.model,
         "transformer": getattr(arguments, "transformer", None),
         "text_encoder": arguments.text_encoder,
+        "tokenizer": arguments.tokenizer,
         "vae": getattr(arguments, "vae", None),
         "variant": getattr(arguments, "variant", None),
     }
@@ -133,7 +134,7 @@ def embedding_cache(arguments):
 def tell_truncated(words: str) -> None:
     """Which words of a prompt were cut, if any."""
     if words:
-        tell(f"The prompt is longer than 300 tokens; this was cut: {words}")
+        tell(f"The prompt is longer than the tokens that are read; this was cut: {words}")
 
 
 def _save(result, out: Path) -> None:

@@ -43,10 +43,13 @@ def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> Non
         if component == "text_encoder" and arguments.embeddings:
             continue
         name = component.replace("_", " ")
+        with_, and_ = "", ""
+        if component == "text_encoder" and "tokenizer" in like.models:
+            with_, and_ = f" with the tokenizer {like.models['tokenizer'].name!r}", " and --tokenizer"
         if getattr(arguments, component) is None and arguments.model is None:
             raise SigmaError(
-                f"{arguments.like} was made with another {name}, {was.name!r}; give it with --model "
-                f"or {option}."
+                f"{arguments.like} was made with another {name}, {was.name!r}{with_}; give it with --model "
+                f"or {option}{and_}."
             )
         tell(f"The {name} is another one than {arguments.like} was made with.")
 

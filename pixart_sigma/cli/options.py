@@ -250,6 +250,10 @@ def _add_variant(command: argparse.ArgumentParser):
 def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--model", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument(
+        "--tokenizer",
+        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
+    )
     if t5_precision:
         command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     command.add_argument(
@@ -269,6 +273,12 @@ def _add_encoding(command: argparse.ArgumentParser):
         action="store_const",
         const=True,
         help="clean the prompt as the reference does",
+    )
+    command.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="how much of a prompt is read; default: the 300 of the training",
     )
     command.add_argument(
         "--no-embedding-cache",

@@ -238,6 +238,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(pipeline_folder, cache_home,
         (("--negative", "blurry"), ["--embeddings", "--negative"]),
         (("a boat",), ["--embeddings", "PROMPT"]),
         (("--t5-precision", "int8", "--clean-caption"), ["--clean-caption and --t5-precision"]),
+        (("--max-sequence-length", 77), ["leave --max-sequence-length out"]),
         ((), ["nowhere.safetensors"]),
     ],
 )
