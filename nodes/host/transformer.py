@@ -12,9 +12,11 @@ import torch
 
 from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
 from .lora import EMPTY, PREFIX, original_names
+from .noise_schedule import MODEL_TYPES, as_saved, make_model_sampling, sampling_settings
 from .patcher import make_patcher
 
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
@@ -44,7 +46,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
-    model = SigmaModel(config, network)
+    model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
@@ -73,6 +75,7 @@ def _host_config(checkpoint, parameters: int, dtype):
             "disable_unet_model_creation": True,
         }
     )
+    config.sampling_settings = sampling_settings(checkpoint.noise_schedule)
     management = comfy.model_management
     supported = config.supported_inference_dtypes
     if dtype is None:
@@ -97,9 +100,11 @@ class DemoLatents(comfy.latent_formats.SDXL):
 class SigmaModel(comfy.model_base.PixArt):
     """The host's PixArt with our network; clones of a MODEL share it, so it keeps no settings."""
 
-    def __init__(self, config, network):
-        super().__init__(config)
+    def __init__(self, config, network, noise_schedule=PUBLISHED):
+        super().__init__(config, MODEL_TYPES[noise_schedule.prediction_type])
         self.diffusion_model = network
+        self.noise_schedule = noise_schedule
+        self.model_sampling = make_model_sampling(self, noise_schedule)
 
     def extra_conds(self, **kwargs):
         """Embeddings (B, L, C) and their mask; not the host's c_size and c_ar, which are for PixArt-alpha."""
@@ -132,6 +137,9 @@ class SigmaModel(comfy.model_base.PixArt):
         if self.manual_cast_dtype is not None:
             needed += 4 * config.cross_attention_dim**2 * size
         return needed
+
+    def state_dict_for_saving(self, *arguments, **settings):
+        return super().state_dict_for_saving(*arguments, **settings) | as_saved(self.noise_schedule)
 
     def state_dict(self, *arguments, **settings):
         """With the authors' names beside ours, as the host looks there for what a LoRA can change."""

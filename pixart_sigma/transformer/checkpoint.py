@@ -4,6 +4,7 @@ The published PixArt-Sigma weights come in two spellings: the authors' (`blocks.
 diffusers' (`transformer_blocks.0.attn1.to_q.weight`). Which size they were trained for is not in the weights.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ import torch
 from ..errors import CheckpointError
 from ..files.locating import find_weight_files, read_json, resolve
 from ..files.weight_files import read_header, read_state_dict
-from ..noise_schedule import PUBLISHED, NoiseSchedule
+from ..noise_schedule import PUBLISHED, SAVED_AS, NoiseSchedule
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
@@ -182,8 +183,7 @@ def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
 
 
 def _find_noise_schedule(path: Path, source: Path, file: Path) -> NoiseSchedule:
-    """That of the pipeline folder that the transformer lies in, else what ComfyUI's markers in the weights
-    say."""
+    """That of the pipeline folder that the transformer lies in, else what ComfyUI saved with the weights."""
     folder = source if os.path.isdir(source) else file.parent
     own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
     pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
@@ -191,6 +191,12 @@ def _find_noise_schedule(path: Path, source: Path, file: Path) -> NoiseSchedule:
         return found
     # Into no other format, whose header may cost as much as the weights.
     keys = read_header(source) if file.suffix == ".safetensors" else {}
+    if SAVED_AS in keys:
+        try:
+            saved = json.loads(bytes(read_state_dict(source)[SAVED_AS].tolist()))
+            return NoiseSchedule.from_dict(saved, source="the file")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{source} has a noise schedule that can not be read: {error}") from error
     markers = [key for key in MARKERS if key in keys]
     if "v_pred" not in markers:
         return PUBLISHED
@@ -227,7 +233,7 @@ def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> d
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
     for full_key, value in values.items():
-        if full_key in MARKERS:
+        if full_key in (*MARKERS, SAVED_AS):
             continue
         if not full_key.startswith(prefix):
             raise left_over_key(full_key, source)
