@@ -11,8 +11,6 @@ from .errors import CheckpointError, SettingError
 from .settings import LAST_TIMESTEP, check_switches, check_word, is_finite
 
 TIMESTEPS = LAST_TIMESTEP + 1
-# The tensor of bytes, JSON, that our MODEL adds where ComfyUI saves it.
-SAVED_AS = "pixart_sigma.noise_schedule"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")

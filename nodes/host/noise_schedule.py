@@ -1,12 +1,10 @@
-"""A checkpoint's noise schedule as the host's `model_sampling`, and as something that it saves."""
-
-import json
+"""A checkpoint's noise schedule as the host's `model_sampling`."""
 
 import comfy.model_base
 import comfy.model_sampling
 import torch
 
-from ...pixart_sigma.noise_schedule import PUBLISHED, SAVED_AS, NoiseSchedule
+from ...pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
 
 MODEL_TYPES = {
     "epsilon": comfy.model_base.ModelType.EPS,
@@ -60,14 +58,6 @@ def reference_timesteps(noise_schedule: NoiseSchedule, steps: int):
     scheduler = make_scheduler("dpmpp_2m", noise_schedule)
     scheduler.set_timesteps(steps)
     return scheduler
-
-
-def as_saved(noise_schedule: NoiseSchedule) -> dict[str, torch.Tensor]:
-    """A tensor for the files that the host writes, where the schedule is not the published one."""
-    if noise_schedule == PUBLISHED:
-        return {}
-    text = json.dumps(noise_schedule.as_dict()).encode()
-    return {SAVED_AS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _noise_levels(noise_schedule: NoiseSchedule) -> torch.Tensor:

@@ -10,13 +10,15 @@ import comfy.ops
 import comfy.supported_models
 import torch
 
-from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.files.parts import FACTS
+from ...pixart_sigma.files.weight_files import facts_tensor
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
+from ...pixart_sigma.transformer.keys import to_original_keys
 from .lora import EMPTY, PREFIX, original_names
-from .noise_schedule import MODEL_TYPES, as_saved, make_model_sampling, sampling_settings
+from .noise_schedule import MODEL_TYPES, make_model_sampling, sampling_settings
 from .patcher import make_patcher
 
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
@@ -41,13 +43,14 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     checkpoint = inspect(path, variant)
     state_dict = load_transformer_state_dict(checkpoint)
     config = _host_config(checkpoint, sum(tensor.numel() for tensor in state_dict.values()), dtype)
-    if Path(path) in (DEMO, DEMO_KV):
+    if checkpoint.latent_format == "demo":
         config.latent_format = DemoLatents()
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
     model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
+    model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
         for name in state_dict:
@@ -138,8 +141,19 @@ class SigmaModel(comfy.model_base.PixArt):
             needed += 4 * config.cross_attention_dim**2 * size
         return needed
 
-    def state_dict_for_saving(self, *arguments, **settings):
-        return super().state_dict_for_saving(*arguments, **settings) | as_saved(self.noise_schedule)
+    def state_dict_for_saving(self, unet_state_dict, *others, **settings):
+        """By the authors' names, which every loader of the host knows, with what the shapes do not tell.
+
+        The weights are patched when `to` is called, as the host's are.
+        """
+        authors = {
+            name: unet_state_dict[parts[0]]
+            if len(parts) == 1
+            else torch.cat([unet_state_dict[part].to("cpu") for part in parts])
+            for name, parts in to_original_keys(unet_state_dict).items()
+        }
+        state_dict = super().state_dict_for_saving(authors, *others, **settings)
+        return state_dict | {FACTS: facts_tensor(self.facts)}
 
     def state_dict(self, *arguments, **settings):
         """With the authors' names beside ours, as the host looks there for what a LoRA can change."""
