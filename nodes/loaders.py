@@ -2,7 +2,7 @@
 
 from ..pixart_sigma.settings import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
-from .host.folders import DEMO_CHOICE, choices, find
+from .host.folders import DEMO_CHOICE, check, choices, find
 
 
 class LoadTransformer(io.ComfyNode):
@@ -41,6 +41,10 @@ class LoadTransformer(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The transformer, for our sampler or any of ComfyUI's.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, transformer):
+        return check("transformer", transformer)
 
     @classmethod
     def execute(cls, transformer, variant, dtype):
@@ -93,6 +97,10 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, text_encoder):
+        return check("text_encoder", text_encoder)
+
+    @classmethod
     def execute(cls, text_encoder, precision, device):
         from .host.text_encoder import load_clip
 
@@ -120,6 +128,10 @@ class LoadVAE(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="The VAE, for Σ VAE Decode and all of ComfyUI's VAE nodes.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae):
+        return check("vae", vae)
 
     @classmethod
     def execute(cls, vae):

@@ -125,6 +125,11 @@ class NoiseSchedule:
     def is_flow(self) -> bool:
         return self.prediction_type == "flow_prediction"
 
+    @property
+    def spacing(self) -> tuple[str, int, str, str]:
+        """Where the steps of a run lie."""
+        return self.timestep_spacing, self.steps_offset, self.sigma_spacing, self.final_sigmas_type
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> "NoiseSchedule":
         """What diffusers' scheduler_config.json says; `name` is the file's, for errors.
@@ -177,10 +182,10 @@ class NoiseSchedule:
         return {known.name: getattr(self, known.name) for known in fields(self) if known.compare}
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "NoiseSchedule":
+    def from_dict(cls, found: Mapping[str, Any], source: str = "") -> "NoiseSchedule":
         """What `as_dict` gave; other entries are left alone. Raises SettingError."""
-        names = {known.name for known in fields(cls)}
-        return cls(**{key: value for key, value in found.items() if key in names})
+        names = {known.name for known in fields(cls) if known.compare}
+        return cls(**{key: value for key, value in found.items() if key in names}, source=source)
 
     def evenly(self) -> "NoiseSchedule":
         """The same without a spacing of the sigmas, for steps of one's own."""

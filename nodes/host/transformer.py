@@ -13,10 +13,12 @@ import torch
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.parts import FACTS
 from ...pixart_sigma.files.weight_files import facts_tensor
+from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
 from ...pixart_sigma.transformer.keys import to_original_keys
 from .lora import EMPTY, PREFIX, original_names
+from .noise_schedule import MODEL_TYPES, make_model_sampling, sampling_settings
 from .patcher import make_patcher
 
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
@@ -46,7 +48,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
-    model = SigmaModel(config, network)
+    model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
     model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
     patcher = make_patcher(model, disable_dynamic)
@@ -76,6 +78,7 @@ def _host_config(checkpoint, parameters: int, dtype):
             "disable_unet_model_creation": True,
         }
     )
+    config.sampling_settings = sampling_settings(checkpoint.noise_schedule)
     management = comfy.model_management
     supported = config.supported_inference_dtypes
     if dtype is None:
@@ -100,9 +103,11 @@ class DemoLatents(comfy.latent_formats.SDXL):
 class SigmaModel(comfy.model_base.PixArt):
     """The host's PixArt with our network; clones of a MODEL share it, so it keeps no settings."""
 
-    def __init__(self, config, network):
-        super().__init__(config)
+    def __init__(self, config, network, noise_schedule=PUBLISHED):
+        super().__init__(config, MODEL_TYPES[noise_schedule.prediction_type])
         self.diffusion_model = network
+        self.noise_schedule = noise_schedule
+        self.model_sampling = make_model_sampling(self, noise_schedule)
 
     def extra_conds(self, **kwargs):
         """Embeddings (B, L, C) and their mask; not the host's c_size and c_ar, which are for PixArt-alpha."""

@@ -17,6 +17,7 @@ import torch
 from .. import DEMO, DEMO_KV
 from ..errors import CheckpointError, SettingError
 from ..files.locating import find_weight_files, read_json, resolve
+from ..files.parts import MARKERS
 from ..files.quantization import quantization_of
 from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
 from ..noise_schedule import PUBLISHED, NoiseSchedule
@@ -27,11 +28,8 @@ from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_mode
 from .variant import find_variant
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-DEMOS = (DEMO / "transformer", DEMO_KV)
 MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
-# Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is
-# noise alone.
-MARKERS = ("v_pred", "ztsnr")
+DEMOS = (DEMO / "transformer", DEMO_KV)
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -75,8 +73,11 @@ class Checkpoint:
     @property
     def facts(self) -> dict:
         """What of it can not be seen from the weights, for `facts_tensor`: `inspect` reads it from there."""
-        facts = {"config": self.config.to_diffusers(), "latent_format": self.latent_format}
-        return facts | {"noise_schedule": self.noise_schedule.as_dict()}
+        return {
+            "config": self.config.to_diffusers(),
+            "latent_format": self.latent_format,
+            "noise_schedule": self.noise_schedule.as_dict(),
+        }
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -162,7 +163,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         config,
         files,
         "demo" if source in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
-        _find_noise_schedule(path, source, files[0], original_header, facts),
+        _find_noise_schedule(path, source, files[0], _dict(facts.get("noise_schedule"))),
     )
 
 
@@ -213,20 +214,21 @@ def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
     return NoiseSchedule.from_config(read_json(config), str(config)) if os.path.isfile(config) else None
 
 
-def _find_noise_schedule(path: Path, source: Path, file: Path, keys, facts: dict) -> NoiseSchedule:
-    """That of the pipeline folder that the transformer lies in, else the one that was saved with the weights,
-    else what ComfyUI's markers among them say."""
+def _find_noise_schedule(path: Path, source: Path, file: Path, saved: dict) -> NoiseSchedule:
+    """That of the pipeline folder that the transformer lies in, else what was `saved` with the weights, else
+    what ComfyUI's markers there say."""
     folder = source if os.path.isdir(source) else file.parent
     own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
     pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
     if found := read_noise_schedule(pipeline):
         return found
-    if saved := _dict(facts.get("noise_schedule")):
+    if saved:
         try:
-            return NoiseSchedule.from_dict(saved)
+            return NoiseSchedule.from_dict(saved, source="the file")
         except SettingError as error:
-            message = f"{source} was saved with a noise schedule that is none: {error}"
-            raise CheckpointError(message) from error
+            raise CheckpointError(f"{source} says of its noise schedule: {error}") from error
+    # Into no other format, whose header may cost as much as the weights.
+    keys = read_header(source) if file.suffix == ".safetensors" else {}
     markers = [key for key in MARKERS if key in keys]
     if "v_pred" not in markers:
         return PUBLISHED
@@ -255,8 +257,6 @@ def _rename(values: dict, key_style: str, source: Path, split) -> dict:
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
     for key, value in values.items():
-        if key in MARKERS:
-            continue
         refuse_alpha(key, source)
         if key in DROPPED[key_style]:
             continue

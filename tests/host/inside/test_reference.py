@@ -1,5 +1,7 @@
 """Our MODEL and sampler equal diffusers' pipeline, and do what the host's own nodes ask. On the CPU."""
 
+import shutil
+
 import comfy.sample
 import comfy.utils
 import pytest
@@ -9,6 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from comfy_extras.nodes_model_merging import save_checkpoint
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
@@ -102,6 +106,65 @@ def test_whole_runs_are_those_of_diffusers(files, scheduler):
         expected = run_of_diffusers(theirs, scheduler, size)
         result = sigma_sampler(model, *CONDITIONING, size, steps=20) * 0.13025
         assert difference(result, expected) < 1e-5, name
+
+
+SCHEDULES = {
+    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "v-prediction": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "sample": {"prediction_type": "sample", "timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+}
+
+
+def pipeline_folder(file, folder, scheduler):
+    """A folder of diffusers with a transformer and a scheduler."""
+    (folder / "transformer").mkdir(parents=True)
+    shutil.copy(file, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_noise_schedule_of_a_folder_is_obeyed(files, tmp_path, kind):
+    theirs, path, size = files["tiny_1024"]
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULES[kind])
+    model = load_model(pipeline_folder(path, tmp_path / "models", scheduler))
+    expected = run_of_diffusers(theirs, scheduler, size)
+    result = sigma_sampler(model, *CONDITIONING, size, steps=20) * 0.13025
+    assert difference(result, expected) < 1e-4, kind
+    if kind == "v-prediction":  # which the host's own sampler needs to know as well
+        (node,) = ModelSamplingDiscrete().patch(load_model(path), "v_prediction", True)
+        assert difference(ksampler(model, *CONDITIONING, size), ksampler(node, *CONDITIONING, size)) < 1e-3
+
+    save_checkpoint(model, filename_prefix="saved", output_dir=str(tmp_path))
+    again = load_model(tmp_path / "saved_00001_.safetensors")
+    assert again.model.noise_schedule == model.model.noise_schedule != load_model(path).model.noise_schedule
+    assert (
+        difference(sigma_sampler(again, *CONDITIONING, size), sigma_sampler(model, *CONDITIONING, size)) == 0
+    )
+
+
+def test_a_flow_of_a_folder_is_obeyed(files, tmp_path):
+    _, path, size = files["tiny_1024"]
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    model = load_model(pipeline_folder(path, tmp_path / "models", scheduler))
+    scheduler.set_timesteps(20)
+    assert difference(reference_sigmas(model, 20), scheduler.sigmas) < 1e-5
+    x, sigma, embeds = normal(1, 4, *size, seed=3), torch.tensor([0.75]), CONDITIONING[0][0][0]
+    predicted = model.model.diffusion_model(x, sigma * 1000, embeds)
+    assert difference(model.model.apply_model(x, sigma, c_crossattn=embeds), x - 0.75 * predicted) < 1e-5
+
+
+def test_what_a_node_puts_in_place_of_the_noise_schedule_goes_first(files, tmp_path):
+    folder = pipeline_folder(
+        files["tiny_1024"][1], tmp_path / "models", DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    )
+    model = load_model(folder)
+    (patched,) = ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    assert reference_sigmas(model, 5)[0] < 200 < 4000 < reference_sigmas(patched, 5)[0]
 
 
 def run_of_diffusers(network, scheduler, size):
