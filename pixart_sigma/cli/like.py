@@ -14,6 +14,10 @@ def check_given(arguments, like: Metadata) -> None:
         raise SigmaError(
             f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
         )
+    if like.mask_sha256 and not arguments.mask:
+        raise SigmaError(
+            f"{arguments.like} was made with a mask, which is not kept in it; give that with --mask."
+        )
     if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
         raise SigmaError(
             f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
@@ -56,10 +60,12 @@ def variant_of(arguments, like: Metadata, fingerprints: dict[str, str]) -> str |
     return like.variant if same and arguments.variant is None and like.variant else None
 
 
-def tell_differences(arguments, like: Metadata, image_sha256: str) -> None:
-    """What else makes it another picture than that one."""
-    if like.image_sha256 and image_sha256 != like.image_sha256:
+def tell_differences(arguments, like: Metadata, start) -> None:
+    """What else makes it another picture than that one; start: what it begins from."""
+    if like.image_sha256 and start.image_sha256 != like.image_sha256:
         tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
+    if like.mask_sha256 and start.mask_sha256 != like.mask_sha256:
+        tell(f"{arguments.mask} is another mask than {arguments.like} was made with.")
     now = current_versions()
     changed = [
         f"{name} {now.get(name, 'none')}" for name, was in like.versions.items() if was != now.get(name)
