@@ -17,6 +17,10 @@ def check_given(arguments, like: Metadata) -> None:
         raise SigmaError(
             f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
         )
+    if like.mask_sha256 and not arguments.mask:
+        raise SigmaError(
+            f"{arguments.like} was made with a mask, which is not kept in it; give that with --mask."
+        )
     if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
         raise SigmaError(
             f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
@@ -70,10 +74,12 @@ def taken_as(arguments, like: Metadata, fingerprints: dict[str, str], found: Noi
     return taken
 
 
-def tell_differences(arguments, like: Metadata, image_sha256: str) -> None:
-    """What else makes it another picture than that one."""
-    if like.image_sha256 and image_sha256 != like.image_sha256:
+def tell_differences(arguments, like: Metadata, start) -> None:
+    """What else makes it another picture than that one; start: what it begins from."""
+    if like.image_sha256 and start.image_sha256 != like.image_sha256:
         tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
+    if like.mask_sha256 and start.mask_sha256 != like.mask_sha256:
+        tell(f"{arguments.mask} is another mask than {arguments.like} was made with.")
     now = current_versions()
     changed = [
         f"{name} {now.get(name, 'none')}" for name, was in like.versions.items() if was != now.get(name)
