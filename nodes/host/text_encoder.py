@@ -289,7 +289,16 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
         """Forget the weights, in RAM too."""
         self.model.drop()
 
+    def get_key_patches(self, filter_prefix=None):
+        """What the host's nodes for merging ask for."""
+        raise SigmaError(
+            "The T5 of Load T5 can not be merged: its weights may be quantised. Load both encoders with "
+            "CLIPLoader (type pixart)."
+        )
+
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:
+        if any(isinstance(patch, list) for patch in patches.values()):
+            self.get_key_patches()
         if patches and strength_patch and not self.model.told_about_patches:
             self.model.told_about_patches = True
             logging.getLogger(__name__).warning(

@@ -4,7 +4,9 @@ import comfy.sampler_helpers
 import comfy.sd
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.text_encoders.pixart_t5 import PixArtT5XXL
+from comfy_extras.nodes_model_merging import CLIPMergeSimple
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.files.weight_files import read_state_dict
@@ -121,7 +123,15 @@ def test_nothing_of_a_lora_is_applied_which_is_said_once(clip, expected, caplog)
     (message,) = caplog.messages
     assert "LoRA" in message
     _, loaded = comfy.sd.load_lora_for_models(None, clip, {}, 1.0, 1.0)
-    assert torch.equal(encode(loaded, PROMPT), expected) and clip.get_key_patches() == {}
+    assert torch.equal(encode(loaded, PROMPT), expected)
+
+
+def test_a_merge_of_it_is_refused(clip, theirs):
+    """Either way round."""
+    hosts = ModelPatcher(theirs, torch.device("cpu"), torch.device("cpu"))
+    for encoders in ((clip, clip), (hosts, clip), (clip, hosts)):
+        with pytest.raises(ValueError, match="can not be merged.*CLIPLoader"):
+            CLIPMergeSimple().merge(*encoders, 0.5)
 
 
 def test_a_workflow_can_not_save_it(clip):
