@@ -45,12 +45,14 @@ class LoadTransformer(io.ComfyNode):
 
     @classmethod
     def execute(cls, transformer, variant, dtype):
+        from .host.notice import show_notice
         from .host.transformer import load_model
 
         path = find("transformer", transformer)
-        return io.NodeOutput(
-            load_model(path, None if variant == "auto" else variant, None if dtype == "auto" else dtype)
-        )
+        model = load_model(path, None if variant == "auto" else variant, None if dtype == "auto" else dtype)
+        guessed = model.model.variant_notice
+        show_notice(f"{guessed} If it was trained for another, choose it under variant." if guessed else "")
+        return io.NodeOutput(model)
 
 
 class LoadTextEncoder(io.ComfyNode):

@@ -61,7 +61,9 @@ class Components:
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of the transformer's and the VAE's weights, see `fingerprint`."""
         return {
-            "transformer": fingerprint(read_state_dict(self.checkpoint.components["transformer"])),
+            "transformer": fingerprint(
+                read_state_dict(self.checkpoint.components["transformer"], part="transformer")
+            ),
             "vae": fingerprint(read_vae(self.vae)[0]),
         }
 

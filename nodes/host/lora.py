@@ -5,33 +5,27 @@ The host finds a LoRA's targets by the authors' names, in which q, k and v are o
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...pixart_sigma.transformer.keys import BLOCK_MODULES, FUSED, MODULES, TABLE, to_diffusers_keys
+from ...pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
 from .bypass import RefusedRows
 from .merging import rows_of_merge
 
 PREFIX = "diffusion_model."
 
 
-@functools.cache
-def authors_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """The authors' names of all weights, each with ours: several for a fused one."""
-    modules = [*MODULES]
-    modules += [f"blocks.{layer}.{name}" for layer in range(layers) for name in (*FUSED, *BLOCK_MODULES)]
-    names = [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
-    names += [f"final_layer.{TABLE}", *(f"blocks.{layer}.{TABLE}" for layer in range(layers))]
-    return {PREFIX + name: tuple(PREFIX + ours for ours in to_diffusers_keys(name)) for name in names}
+def authors_names(weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The authors' names of weights, each with ours: several for a fused one."""
+    return _authors_names(tuple(name for name in weights if name.startswith(PREFIX)))
 
 
-@functools.cache
-def _refused(layers: int, width: int) -> tuple[RefusedRows, ...]:
-    fused = [(name, len(ours)) for name, ours in authors_names(layers).items() if len(ours) > 1]
-    return tuple(
-        RefusedRows((name, (0, part * width, width))) for name, parts in fused for part in range(parts)
-    )
+@functools.lru_cache(8)
+def _authors_names(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    found = to_original_keys(name.removeprefix(PREFIX) for name in names)
+    return {PREFIX + name: tuple(PREFIX + part for part in ours) for name, ours in found.items()}
 
 
 class NamedTwice(dict):
@@ -41,11 +35,15 @@ class NamedTwice(dict):
     names alone. `width` is the rows that q, k and v have each.
     """
 
-    def __init__(self, state_dict: dict, layers: int, width: int):
+    def __init__(self, state_dict: dict, width: int):
         super().__init__(state_dict)
-        names = authors_names(layers).items()
-        self._authors = {name: ours for name, ours in names if all(part in self for part in ours)}
-        self._refused = _refused(layers, width)
+        self._authors = authors_names(self)
+        self._refused = [
+            RefusedRows((name, (0, part * width, width)))
+            for name, ours in self._authors.items()
+            if len(ours) > 1
+            for part in range(len(ours))
+        ]
 
     def keys(self):
         return dict.fromkeys((*super().keys(), *self._authors, *self._refused)).keys()

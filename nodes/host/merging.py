@@ -69,7 +69,7 @@ def check_merge(patches: dict, names: dict[str, tuple[str, ...]], weights: dict)
             kept[name] = patch
             continue
         bare = name.removeprefix("diffusion_model.")
-        if bare in DROPPED:
+        if bare in DROPPED["original"]:
             continue
         parts = [weights[part] for part in names.get(name, (name,)) if part in weights]
         if not parts:

@@ -35,7 +35,8 @@ def sigma_patcher(base: type) -> type:
 
         def add_patches(self, patches, *strengths, **named_strengths):
             add = super().add_patches
-            patches = check_merge(patches, self._names(), self.model_state_dict())
+            weights = self.model_state_dict()
+            patches = check_merge(patches, authors_names(weights), weights)
             return add_translated(
                 lambda ours: add(ours, *strengths, **named_strengths), patches, self._width()
             )
@@ -56,13 +57,10 @@ def sigma_patcher(base: type) -> type:
             """Under the authors' names where a prefix is given, as the host's nodes for merging do, so that
             a MODEL from any loader takes them; its hooks give none, and look for their weights by ours."""
             patches = super().get_key_patches(filter_prefix)
-            return in_authors_names(patches, self._names()) if filter_prefix == PREFIX else patches
+            return in_authors_names(patches, authors_names(patches)) if filter_prefix == PREFIX else patches
 
         def _width(self) -> int:
             return self.model.diffusion_model.inner_dim
-
-        def _names(self) -> dict[str, tuple[str, ...]]:
-            return authors_names(self.model.diffusion_model.sigma_config.num_layers)
 
         def model_state_dict(self, filter_prefix=None):
             weights = super().model_state_dict().items()

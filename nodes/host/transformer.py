@@ -11,10 +11,12 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...pixart_sigma import DEMO, DEMO_KV
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.files.parts import FACTS
+from ...pixart_sigma.files.weight_files import facts_tensor
 from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
+from ...pixart_sigma.transformer.keys import to_original_keys
 from .checks import check_conditioning, check_latents
 from .lora import NamedTwice
 from .patcher import make_patcher
@@ -41,13 +43,14 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     checkpoint = inspect(path, variant)
     state_dict = load_transformer_state_dict(checkpoint)
     config = _host_config(checkpoint, sum(tensor.numel() for tensor in state_dict.values()), dtype)
-    if Path(path) in (DEMO, DEMO_KV):
+    if checkpoint.latent_format == "demo":
         config.latent_format = DemoLatents()
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
     model = SigmaModel(config, network)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
+    model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
         for name in state_dict:
@@ -154,10 +157,23 @@ class SigmaModel(comfy.model_base.PixArt):
             needed += 4 * config.cross_attention_dim**2 * size
         return needed
 
+    def state_dict_for_saving(self, unet_state_dict, *others, **settings):
+        """By the authors' names, which every loader of the host knows, with what the shapes do not tell.
+
+        The weights are patched when `to` is called, as the host's are.
+        """
+        authors = {
+            name: unet_state_dict[parts[0]]
+            if len(parts) == 1
+            else torch.cat([unet_state_dict[part].to("cpu") for part in parts])
+            for name, parts in to_original_keys(unet_state_dict).items()
+        }
+        state_dict = super().state_dict_for_saving(authors, *others, **settings)
+        return state_dict | {FACTS: facts_tensor(self.facts)}
+
     def state_dict(self, *arguments, **settings):
         state_dict = super().state_dict(*arguments, **settings)
-        network = self.diffusion_model
-        return NamedTwice(state_dict, network.sigma_config.num_layers, network.inner_dim)
+        return NamedTwice(state_dict, self.diffusion_model.inner_dim)
 
 
 class PaddedCond(comfy.conds.CONDRegular):

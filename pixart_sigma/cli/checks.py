@@ -121,6 +121,12 @@ def tell(words: str) -> None:
     print(words, file=sys.stderr)
 
 
+def tell_guess(checkpoint) -> None:
+    """That the transformer's variant is a guess, if it is one, and how to choose."""
+    if checkpoint.variant_notice:
+        tell(f"{checkpoint.variant_notice} If it was trained for another, say so with --variant.")
+
+
 def check_writable(path: Path) -> None:
     """That a file of this name can be written."""
     if path.is_dir():

@@ -16,6 +16,7 @@ from .checks import (
     read_settings,
     read_ways,
     tell,
+    tell_guess,
     with_aspect,
 )
 from .like import check_given, check_models, own_transformer, tell_differences, variant_of
@@ -38,6 +39,7 @@ def generate(arguments) -> int:
     embeddings = PromptEmbeddings.load(arguments.embeddings) if arguments.embeddings else None
     image = read_picture(arguments.image) if arguments.image else None
     pipeline = _open(arguments, like, ways, image)
+    tell_guess(pipeline.checkpoint)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
     if plan:

@@ -127,6 +127,7 @@ def _add_plan(commands):
     plan.add_argument("--count", type=int, help="pictures (default: 1)")
     plan.add_argument("--guidance", type=float, dest="guidance_scale")
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
+    _add_variant(plan)
     plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -174,9 +175,10 @@ def _add_compare(commands):
 
 
 def _add_inspect(commands):
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
+    inspect = commands.add_parser("inspect", help="say what a model file or folder is, and what uses it")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
+    _add_variant(inspect)
 
 
 def _add_quantize(commands):
@@ -238,6 +240,10 @@ def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
         help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
         "same result",
     )
+    _add_variant(command)
+
+
+def _add_variant(command: argparse.ArgumentParser):
     command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
 
 

@@ -28,10 +28,11 @@ ALLOWED = {
     "memory": BASE,
     **{name: BASE | {"files", "memory", name} for name in STAGES},  # and never one another
     "components": BASE | {"files", "memory"} | STAGES,
+    "inspection": BASE | {"files"} | STAGES,
     "planner": BASE | {"files", "memory"} | STAGES,
     "pipeline": BASE | {"files", "memory", "components", "planner"} | STAGES,
     "studies": BASE | {"files", "memory", "components", "planner", "pipeline"} | STAGES,
-    "cli": BASE | {"files", "memory", "components", "planner", "pipeline", "studies"} | STAGES,
+    "cli": BASE | {"files", "memory", "components", "inspection", "planner", "pipeline", "studies"} | STAGES,
     "__main__": {"cli"},
 }
 

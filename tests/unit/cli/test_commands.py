@@ -274,6 +274,16 @@ def test_the_demos_tokenizer_is_not_used_for_another_encoder(pipeline_folder, tm
     assert "No tokenizer in" in capsys.readouterr().err
 
 
+def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):
+    status, out, err = generate("--transformer", diffusers_file)
+    assert status == 0 and "Nothing says which size tiny_diffusers.safetensors" in err and "--variant" in err
+    assert len(err.strip().splitlines()) == 1 and "Nothing" not in out
+    assert "Nothing says" not in generate("--transformer", diffusers_file, "--variant", "1024")[2]
+    assert "Nothing says" not in generate()[2]
+    plan = ["plan", "--model", str(diffusers_file.parent), "--budget", "2GB", "--variant", "512", "--json"]
+    assert make_parser().parse_args(plan).variant == "512"
+
+
 def test_inspect_says_what_it_is(pipeline_folder, capsys):
     assert cli.main(["inspect", str(pipeline_folder)]) == 0
     assert "1024" in capsys.readouterr().out
