@@ -216,3 +216,15 @@ def test_a_merge_with_another_kind_of_model_is_refused(ours, tmp_path):
     save_file(transformer(16, 2, 4096).state_dict(), deeper)
     with pytest.raises(SigmaError, match="no place for"):
         ModelMergeSimple().merge(ours, comfy.sd.load_diffusion_model(str(deeper)), 0.5)
+
+
+def test_another_models_weights_act_as_a_hook(ours, native, other):
+    """Its names are the authors', and q, k and v one tensor."""
+    weights = comfy.hooks.get_patch_weights_from_model(comfy.sd.load_diffusion_model(str(other)))
+    made = []
+    for model in (native, ours):
+        hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 0.5, 0.0)
+        hooked = comfy.hooks.set_hooks_for_conditioning(CONDITIONING[0], hooks)
+        made.append(ksampler(model, hooked, CONDITIONING[1], SIZE, **QUICK))
+    assert difference(made[0], sample(native, **QUICK)) > 1e-3
+    assert difference(made[1], made[0]) < 1e-4
