@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
+from .files.locating import resolve
 from .files.parts import Choice, Kind, kind_of, models
 from .files.weight_files import read_header, read_metadata
 from .transformer.checkpoint import find_components, inspect
@@ -42,7 +43,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     variant: the transformer's, for `inspect`. Raises CheckpointError, by its true name, for what is of no use
     here, and for what is damaged.
     """
-    path = Path(path)
+    path = resolve(path)
     components = find_components(path)
     if components:
         return _describe_pipeline(path, components, variant)

@@ -59,6 +59,9 @@ TRAINING_STATE |= {"lr_scheduler", "lr_schedulers", "scheduler", "scaler", "grad
 TRAINING_STATE |= {"callbacks", "loops", "rng_state", "rng_states"}
 # Single tensors that count, or that describe a schedule of Stable Diffusion.
 COUNTERS = {"num_updates", "decay", "n_averaged", "step", "global_step", "epoch", "iteration", "initted"}
+# Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is
+# noise alone.
+MARKERS = ("v_pred", "ztsnr")
 # Facts that a file holds as a tensor of JSON, where its writer can set no metadata.
 FACTS = "pixart_sigma.facts"
 
@@ -188,7 +191,7 @@ def _by_owner(names: Iterable[str]) -> dict[str, list[tuple[str, Place]]]:
     groups: dict[str, list[tuple[str, Place]]] = {}
     for name in names:
         found = place(name)
-        if name != FACTS and found.bare not in COUNTERS:
+        if name not in (FACTS, *MARKERS) and found.bare not in COUNTERS:
             groups.setdefault(found.owner, []).append((name, found))
     return groups
 

@@ -56,3 +56,25 @@ def test_a_guessed_size_is_said_on_the_loader_and_a_saved_model_says_its_own(ser
     saved.rename(folder / "again.safetensors")
     loader.update(transformer="again.safetensors", variant="auto")
     assert server.texts(prompt) == []
+
+
+def test_what_is_not_read_of_a_prompt_is_said_on_the_node(server):
+    workflow = PACK / "example_workflows" / "demo_text_to_image.json"
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    encode = node(prompt, "PixArtSigmaTextEncode")
+    long = "a red embedding:Nothing circle " + "on a blue square " * 200 + "end"
+    encode.update(positive=long, negative="a red embedding:Other circle")
+    here = number(prompt, "PixArtSigmaTextEncode")
+    texts = [text for shown_on, text in server.texts(prompt) if shown_on == here]
+    shown = texts[-1]  # what came before was shown in its time
+    assert "no embedding 'Nothing'" in shown and "no embedding 'Other'" in shown
+    assert "longer than the 300 tokens" in shown and "blue square end" in shown
+
+    theirs = {"class_type": "CLIPTextEncode", "inputs": {"clip": encode["clip"], "text": long}}
+    prompt["theirs"] = theirs
+    node(prompt, "PixArtSigmaSampler")["positive"] = ["theirs", 0]
+    encode.update(positive="a red circle", negative="")
+    texts = server.texts(prompt)
+    assert [text.strip() for shown_on, text in texts if shown_on == here] == [""], "the notice stayed"
+    (shown,) = [text for shown_on, text in texts if shown_on == "theirs"]
+    assert "no embedding 'Nothing'" in shown and "blue square end" in shown

@@ -15,6 +15,7 @@ from pixart_sigma import DEMO
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.files.parts import FACTS
 from pixart_sigma.files.weight_files import check_file, facts_tensor, read_header, read_state_dict
+from pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
 from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
 from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
@@ -186,6 +187,56 @@ def test_described_for_people(tmp_path, write_original):
         "original",
     ):
         assert words in text
+
+
+# The noise schedule, which is not in the weights
+
+
+def with_scheduler(folder: Path, **config) -> Path:
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_noise_schedule_is_that_of_the_pipeline_that_the_transformer_lies_in(tmp_path, pipeline_folder):
+    assert inspect(pipeline_folder).noise_schedule == PUBLISHED
+    assert "epsilon, linear betas 0.0001 to 0.02, linspace timesteps (from DPMSolverMultistepScheduler)" in (
+        inspect(pipeline_folder).describe()
+    )
+    folder = tmp_path / "finetune"
+    shutil.copytree(pipeline_folder / "transformer", folder / "transformer")
+    assert "(the published one)" in inspect(folder).describe()
+    with_scheduler(
+        folder, _class_name="EulerDiscreteScheduler", prediction_type="v_prediction", use_karras_sigmas=True
+    )
+    expected = NoiseSchedule("v_prediction", sigma_spacing="karras")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path in (folder, folder / "transformer", weights):
+        assert inspect(path).noise_schedule == expected
+        assert (
+            "v_prediction, linear betas 0.0001 to 0.02, karras sigmas (from Euler" in inspect(path).describe()
+        )
+    shutil.move(weights, folder / "transformer" / "mine.safetensors")
+    assert inspect(folder / "transformer" / "mine.safetensors").noise_schedule == PUBLISHED
+    with_scheduler(folder, prediction_type="score")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: prediction_type is 'score'"):
+        inspect(folder)
+
+
+@pytest.mark.parametrize(
+    "markers, expected",
+    [
+        (("v_pred",), NoiseSchedule("v_prediction")),
+        (("v_pred", "ztsnr"), NoiseSchedule("v_prediction", rescale_betas_zero_snr=True)),
+        ((), PUBLISHED),
+    ],
+)
+def test_the_markers_that_comfyui_writes(tmp_path, write_original, diffusers_state_dict, markers, expected):
+    extra = {marker: torch.tensor([]) for marker in markers}
+    found = inspect(write_original(tmp_path / "saved.safetensors", extra=extra))
+    assert found.noise_schedule == expected
+    assert all(marker in found.describe() for marker in markers)
+    assert_same(load_transformer_state_dict(found), diffusers_state_dict)
 
 
 # Only headers
@@ -690,6 +741,15 @@ def test_pipeline_without_transformer(tmp_path, pipeline_folder):
     shutil.copytree(pipeline_folder, folder, ignore=shutil.ignore_patterns("transformer"))
     with pytest.raises(CheckpointError, match="has no transformer, only tokenizer, text_encoder, vae"):
         inspect(folder)
+
+
+def test_a_folder_of_components_without_a_model_index(tmp_path, pipeline_folder):
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "only" / "transformer")
+    found = inspect(tmp_path / "only")
+    assert found.kind == "pipeline" and list(found.components) == ["transformer"]
+    shutil.copytree(pipeline_folder / "vae", tmp_path / "vae only" / "vae")
+    with pytest.raises(CheckpointError, match="has no transformer, only vae"):
+        inspect(tmp_path / "vae only")
 
 
 def test_folder_with_a_choice(tmp_path, diffusers_state_dict):
