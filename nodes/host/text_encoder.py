@@ -16,10 +16,6 @@ from comfy.patcher_extension import CallbacksMP
 from ...pixart_sigma.errors import CheckpointError, SigmaError
 from .tokenizer import PAD, T5_TOKENIZER, SigmaTokenizer, sections_of
 
-NOT_PATCHED = (
-    "The weights of this T5 can not be merged. Load T5 with ComfyUI's Load CLIP (type pixart) to merge it."
-)
-
 
 def load_clip(path: Path, precision: str | None, device: str) -> "SigmaClip":
     """A CLIP around the T5 encoder at `path`; its weights are read at the first encode.
@@ -65,14 +61,6 @@ class SigmaClip(comfy.sd.CLIP):
         )
 
     state_dict_for_saving = get_sd
-
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        if strength_model != 1:  # only a merge asks for less of the model itself
-            raise SigmaError(NOT_PATCHED)
-        return super().add_patches(patches, strength_patch, strength_model)
-
-    def get_key_patches(self):
-        raise SigmaError(NOT_PATCHED)
 
     def load_sd(self, sd, full_model=False):
         raise SigmaError("This T5 reads its own file. Load another one with Load T5 (8-bit) or Load CLIP.")
@@ -255,7 +243,16 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
         """Forget the weights, in RAM too."""
         self.model.drop()
 
+    def get_key_patches(self, filter_prefix=None):
+        """What the host's nodes for merging ask for."""
+        raise SigmaError(
+            "The T5 of Load T5 can not be merged: its weights may be quantised. Load both encoders with "
+            "CLIPLoader (type pixart)."
+        )
+
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:
+        if any(isinstance(patch, list) for patch in patches.values()):
+            self.get_key_patches()
         if patches and strength_patch and not self.model.told_about_patches:
             self.model.told_about_patches = True
             logging.getLogger(__name__).warning(

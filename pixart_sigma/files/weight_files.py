@@ -1,5 +1,6 @@
 """Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
 
+import argparse
 import json
 import pickle
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 from .locating import is_index, locate, shards_of
-from .parts import AVERAGES, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
+from .parts import FACTS, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -37,8 +38,6 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
-# Under which key a training checkpoint keeps its weights, the first that is there.
-TOP_LEVELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", *sorted(AVERAGES))
 DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 
 
@@ -65,8 +64,8 @@ def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, torc
 
     part: "transformer", "text_encoder" or "vae" for the weights of that model alone, by their bare names,
     without what wrappers, trainers and files of several models put in front of them or into them, without
-    averages where the weights themselves are there, and without an optimiser's state. None for all tensors
-    by the names of the file; of a pickled training checkpoint those under its first usual key.
+    averages where the weights themselves are there. None for all tensors by the names of the file; of nested
+    dictionaries in a pickle the names are joined, and an optimiser's state is left out.
     They are memory-mapped from safetensors and zip `.pth` files. Raises CheckpointError as `read_header`
     does, and for a file without that part, by the name of what it is.
     """
@@ -88,6 +87,27 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{located} can not be read: {error}. {DAMAGED}") from error
+
+
+def read_facts(path: str | Path) -> dict:
+    """What this package wrote into a safetensors file beside the weights, {} where it wrote nothing.
+
+    A tensor of JSON in bytes: who saves by ComfyUI's nodes can add tensors, and no metadata.
+    """
+    located = locate(Path(path))
+    if is_index(located) or _format(located) != "safetensors":
+        return {}
+    try:
+        with safe_open(located, framework="np") as file:
+            found = json.loads(file.get_tensor(FACTS).tobytes()) if FACTS in file.keys() else {}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"What {located} says of itself can not be read: {error}. {DAMAGED}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def facts_tensor(facts: dict) -> torch.Tensor:
+    """What `read_facts` reads under the name FACTS."""
+    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
 def choose_part(names, part: str, path: Path) -> Choice:
@@ -114,9 +134,9 @@ def choose_part(names, part: str, path: Path) -> Choice:
 
 
 def _read(path: Path, part: str | None, read) -> dict:
+    values = _merge(path, read)
     if part is None:
-        return _merge(path, read)
-    values = _merge(path, lambda file: read(file, whole=True))
+        return values
     return {bare: values[name] for bare, name in choose_part(values, part, path).names.items()}
 
 
@@ -166,7 +186,8 @@ def _format(path: Path) -> str:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the model. Run `git lfs pull` beside it.")
     if head.startswith(b"GGUF"):
         raise CheckpointError(
-            f"{path} is a GGUF file, which is not read here. Use a safetensors or .pth file."
+            f"{path} is a GGUF file{_gguf_architecture(head)}, which is not read here. Use a safetensors or "
+            ".pth file."
         )
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path, size)
@@ -177,6 +198,15 @@ def _format(path: Path) -> str:
     if re.match(rb"\x80[\x02-\x05]", head):
         return "pickle"
     raise CheckpointError(f"{path} is not a model file: it is neither safetensors nor a PyTorch checkpoint.")
+
+
+def _gguf_architecture(head: bytes) -> str:
+    """What a GGUF file says first of itself, by convention its architecture (llama.cpp, docs/gguf.md)."""
+    found = re.match(rb"GGUF.{20}\x14\0{7}general\.architecture\x08\0{3}(.)\0{7}", head, re.DOTALL)
+    if found is None:
+        return ""
+    name = head[found.end() : found.end() + found[1][0]].decode("utf-8", "replace")
+    return f" of the architecture {name!r}"
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -211,9 +241,9 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
         raise CheckpointError(f"{path} is cut off: {size} of {needed} bytes are there. Download it again.")
 
 
-def _file_header(path: Path, whole: bool = False) -> dict:
+def _file_header(path: Path) -> dict:
     if _format(path) != "safetensors":
-        tensors = _load_pickle(path, "meta", whole)
+        tensors = _load_pickle(path, "meta")
         return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     header = {}
     try:
@@ -231,17 +261,16 @@ def _file_header(path: Path, whole: bool = False) -> dict:
     return header
 
 
-def _file_tensors(path: Path, whole: bool = False) -> dict[str, torch.Tensor]:
+def _file_tensors(path: Path) -> dict[str, torch.Tensor]:
     if _format(path) != "safetensors":
-        return _load_pickle(path, "cpu", whole)
+        return _load_pickle(path, "cpu")
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} can not be read: {error}. {DAMAGED}") from error
 
 
-def _load_pickle(path: Path, device: str, whole: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle: of all its dictionaries as one, or those under the first usual key."""
+def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
     mapped = _format(path) == "zip"
     if not mapped:
         warnings.warn(
@@ -250,7 +279,8 @@ def _load_pickle(path: Path, device: str, whole: bool) -> dict[str, torch.Tensor
             stacklevel=2,
         )
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training run's options
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -270,7 +300,7 @@ def _load_pickle(path: Path, device: str, whole: bool) -> dict[str, torch.Tensor
         struct.error,
     ) as error:
         raise CheckpointError(f"{path} can not be read as a PyTorch checkpoint. {DAMAGED}") from error
-    return _all_tensors(content, path) if whole else _weights_of(content, path)
+    return _all_tensors(content, path)
 
 
 def _all_tensors(content, path: Path) -> dict[str, torch.Tensor]:
@@ -291,17 +321,3 @@ def _all_tensors(content, path: Path) -> dict[str, torch.Tensor]:
         under = f" under {name!r}" if name else ""
         raise CheckpointError(f"{path} holds a {type(value).__name__}{under} and no weights by name.")
     return found
-
-
-def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
-    for name in TOP_LEVELS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            return _weights_of(content[name], path)
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights by name.")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(
-                f"{path} holds a {type(tensor).__name__} under {key!r} where a weight belongs."
-            )
-    return content

@@ -40,6 +40,15 @@ def _alpha(reason: str, source: Path) -> CheckpointError:
     return CheckpointError(f"{source} is PixArt-alpha ({reason}), another model. Choose a PixArt-Sigma one.")
 
 
+def refuse_quantized(quantization: str, source: Path) -> None:
+    """Raise CheckpointError when a transformer is quantised; `quantization` says how, "" for plain."""
+    if quantization:
+        raise CheckpointError(
+            f"{source} is a quantised PixArt-Sigma transformer ({quantization}), which is not read here. Use "
+            "its weights in float32, float16, bfloat16 or float8 without scales."
+        )
+
+
 def refuse_other_model(keys, source: Path) -> None:
     """Raise CheckpointError for weights that are not a PixArt transformer's nor known to be another's."""
     first = next(iter(keys), None)

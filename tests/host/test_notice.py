@@ -1,6 +1,9 @@
 """What nodes write on themselves in a real server."""
 
+import torch
+from diffusers import PixArtTransformer2DModel
 from prompts import node, number, to_prompt
+from safetensors.torch import save_file
 from server import PACK
 
 
@@ -20,6 +23,38 @@ def test_a_size_that_the_model_is_not_made_for_is_said_on_the_sampler(server):
     ((shown_on, text),) = server.texts(prompt)
     assert shown_on == number(prompt, "PixArtSigmaSampler") and not text.strip(), "the notice stayed"
     sampler["seed"] = 1
+    assert server.texts(prompt) == []
+
+
+def test_a_guessed_size_is_said_on_the_loader_and_a_saved_model_says_its_own(server):
+    torch.manual_seed(0)
+    made = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=72,
+        num_layers=1,
+        cross_attention_dim=144,
+        sample_size=64,
+        interpolation_scale=1,
+        caption_channels=64,
+        use_additional_conditions=False,
+    )
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(made.state_dict(), folder / "mine.safetensors")
+    loader = {"transformer": "mine.safetensors", "variant": "auto", "dtype": "fp32"}
+    prompt = {
+        "1": {"class_type": "PixArtSigmaLoadTransformer", "inputs": loader},
+        "2": {"class_type": "ModelSave", "inputs": {"model": ["1", 0], "filename_prefix": "saved"}},
+    }
+    ((shown_on, text),) = server.texts(prompt)
+    assert shown_on == "1" and "mine.safetensors" in text and "1024" in text and "variant" in text
+
+    loader["variant"] = "512"
+    ((shown_on, text),) = server.texts(prompt)
+    assert shown_on == "1" and not text.strip(), "the notice stayed"
+    saved = sorted((server.base / "output").glob("saved*.safetensors"))[-1]
+    saved.rename(folder / "again.safetensors")
+    loader.update(transformer="again.safetensors", variant="auto")
     assert server.texts(prompt) == []
 
 

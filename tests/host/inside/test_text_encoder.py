@@ -225,12 +225,6 @@ def test_every_other_entry_explains_a_wrong_use(clip):
         clip.generate(clip.tokenize("red"))
     with pytest.raises(ValueError, match="reads its own file"):
         clip.load_sd({})
-    for merge in (
-        lambda: CLIPMergeSimple().merge(clip, clip, 0.5),
-        lambda: clip.add_patches({"x": (torch.zeros(1),)}, 0.5, 0.5),
-    ):
-        with pytest.raises(ValueError, match="can not be merged"):
-            merge()
 
 
 def test_a_bare_file_takes_the_hosts_tokenizer(tmp_path):
@@ -292,6 +286,14 @@ def test_nothing_of_a_lora_is_applied_which_is_said_once(clip, expected, caplog)
     assert "LoRA" in message
     _, loaded = comfy.sd.load_lora_for_models(None, clip, {}, 1.0, 1.0)
     assert torch.equal(encode(loaded, PROMPT), expected)
+
+
+def test_a_merge_of_it_is_refused(clip, theirs):
+    """Either way round."""
+    hosts = comfy.model_patcher.ModelPatcher(theirs, torch.device("cpu"), torch.device("cpu"))
+    for encoders in ((clip, clip), (hosts, clip), (clip, hosts)):
+        with pytest.raises(ValueError, match="can not be merged.*CLIPLoader"):
+            CLIPMergeSimple().merge(*encoders, 0.5)
 
 
 def test_a_workflow_can_not_save_it(clip):
