@@ -28,7 +28,8 @@ class LoadTransformer(io.ComfyNode):
                     options=["auto", *VARIANTS],
                     default="auto",
                     advanced=True,
-                    tooltip="Which size the file was trained for. 1024 and 2K files look alike: choose it "
+                    tooltip="Which size the file was trained for. The picture is the same with each: nodes "
+                    "that pick a size, or warn of one, go by it. 1024 and 2K files look alike: choose it "
                     "here if the file's name does not say.",
                 ),
                 io.Combo.Input(

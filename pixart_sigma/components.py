@@ -22,7 +22,7 @@ from .vae.loading import read_vae
 @dataclass(frozen=True)
 class Components:
     """Where the models are on disk. `text_encoder` and `tokenizer` are None where there is none, or where the
-    encoder's own folder has the tokenizer."""
+    tokenizer is looked for beside the encoder and with other models."""
 
     checkpoint: Checkpoint
     text_encoder: Path | None
@@ -37,6 +37,7 @@ class Components:
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         variant: str | None = None,
         noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
@@ -58,14 +59,14 @@ class Components:
             noise_schedule = read_noise_schedule(folder)
         if noise_schedule is not None:
             checkpoint = replace(checkpoint, noise_schedule=noise_schedule)
-        tokenizer = found.get("tokenizer")
+        own_tokenizer = found.get("tokenizer")
         # The demo's tokenizer knows 128 words, and no other encoder means them.
         if text_encoder and (folder == DEMO or _has_tokenizer(Path(text_encoder))):
-            tokenizer = None
+            own_tokenizer = None
         return cls(
             checkpoint=checkpoint,
             text_encoder=resolve(text_encoder) if text_encoder else found.get("text_encoder"),
-            tokenizer=tokenizer,
+            tokenizer=Path(tokenizer) if tokenizer else own_tokenizer,
             vae=resolve(vae) if vae else found["vae"],
         )
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .aspect_ratio import BINNING, check_side, nearest
-from .errors import SettingError
+from .errors import SettingError, SigmaError
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ SCHEDULERS = {
     "one_step": Scheduler(timesteps=True, guidance_scale=1.0),
 }
 MAX_STEPS = 999
+MAX_SEQUENCE_LENGTH = 300  # tokens that PixArt-Sigma was trained with, end token included
 LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
 MAX_SEED = 2**64 - 1
 
@@ -92,6 +93,8 @@ class Settings:
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
     clean_caption: clean the prompts as the training captions were.
+    max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
+        300.
 
     Raises SettingError, naming the first field that is wrong.
     """
@@ -112,6 +115,7 @@ class Settings:
     strength: float = 1.0
     kv_compression: str | None = None
     clean_caption: bool = False
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def __post_init__(self):
         _check_texts(self, "prompt", "negative")
@@ -120,9 +124,16 @@ class Settings:
             side = getattr(self, name)
             if side is not None:
                 _set(self, name, check_side(name, side))
-        _set(self, "count", _whole(self, "count", 1, None, "give a whole number of pictures, 1 or more"))
-        _set(self, "seed", _whole(self, "seed", 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1"))
-        _set(self, "steps", _whole(self, "steps", 1, MAX_STEPS, f"give a whole number from 1 to {MAX_STEPS}"))
+        _set(self, "count", check_count(self.count))
+        _set(self, "seed", check_seed(self.seed))
+        advice = f"give a whole number from 1 to {MAX_STEPS}"
+        _set(self, "steps", check_whole("steps", self.steps, 1, MAX_STEPS, advice))
+        advice = "give a whole number of tokens, such as 300"
+        _set(
+            self,
+            "max_sequence_length",
+            check_whole("max_sequence_length", self.max_sequence_length, 1, None, advice),
+        )
         if self.guidance_scale is not None and not is_finite(self.guidance_scale):
             raise SettingError(
                 "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
@@ -165,6 +176,12 @@ class Settings:
         pixels)."""
         width, height = self.asked_size(base_size)
         return replace(self, width=width, height=height, guidance_scale=self.guidance)
+
+    def without_prompts(self) -> "Settings":
+        """These settings with all left out that encoded prompts bring."""
+        return replace(
+            self, prompt="", negative="", clean_caption=False, max_sequence_length=MAX_SEQUENCE_LENGTH
+        )
 
     def asked_size(self, base_size: int) -> tuple[int, int]:
         """(width, height) of the pictures, for a checkpoint of this base."""
@@ -249,6 +266,36 @@ class Ways:
         return cls(**_known(cls, found))
 
 
+def check_settings(settings: Any) -> Settings:
+    """The settings; SigmaError for anything else in their place, such as a prompt."""
+    if not isinstance(settings, Settings):
+        raise SigmaError(
+            f"settings is a {type(settings).__name__}; give Settings, such as Settings('a boat')."
+        )
+    return settings
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None, advice: str) -> int:
+    """The value as a whole number within these limits. Raises SettingError."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise SettingError(name, value, advice)
+    return number
+
+
+def check_seed(seed: Any) -> int:
+    """A whole number from 0 to 2^64 - 1. Raises SettingError."""
+    return check_whole("seed", seed, 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1")
+
+
+def check_count(count: Any) -> int:
+    """A whole number of pictures, 1 or more. Raises SettingError."""
+    return check_whole("count", count, 1, None, "give a whole number of pictures, 1 or more")
+
+
 def is_finite(value: Any) -> bool:
     """Whether it is a number that is neither NaN nor infinite."""
     try:
@@ -305,17 +352,6 @@ CHECKS = {"timesteps": check_timesteps, "sigmas": check_sigmas}
 
 def _descends(values: tuple) -> bool:
     return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
-
-
-def _whole(settings, name: str, least: int, most: int | None, advice: str) -> int:
-    value = getattr(settings, name)
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        raise SettingError(name, value, advice)
-    return number
 
 
 def check_word(settings, name: str, words: Iterable[str]) -> None:

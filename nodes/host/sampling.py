@@ -12,7 +12,8 @@ import torch
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import LAST_TIMESTEP
-from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
+from .checks import check_conditioning, check_latents
+from .kv_compression import can_compress, is_ours, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import show_notice
 
@@ -79,7 +80,12 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
     samples = latent["samples"]
     scale = {name: latent[name] for name in ("downscale_ratio_spacial",) if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **scale)
-    _check_latents(model, samples)
+    check_latents(samples, model.get_model_object("latent_format").latent_channels)
+    if not samples.isfinite().all():
+        raise SigmaError(
+            "The latents contain NaN or infinity. Encode the picture again, with the VAE in fp32."
+        )
+    _check_prompts(model, positive, negative)
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
     model = _compress(model, chosen.kv_compression)
     noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
@@ -142,15 +148,11 @@ def _check_size(model, height: int, width: int):
     show_notice(warning)
 
 
-def _check_latents(model, samples):
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
-        shape = "nested" if samples.is_nested else tuple(samples.shape)
-        raise SigmaError(
-            f"The latents are {shape}; this model works on (batch, {channels}, height, width). They come "
-            "from another kind of model: use Aspect-Ratio Bucket, or encode with the SDXL VAE."
-        )
-    if not samples.isfinite().all():
-        raise SigmaError(
-            "The latents contain NaN or infinity. Encode the picture again, with the VAE in fp32."
-        )
+def _check_prompts(model, *conditionings):
+    """Of the host's own PixArt; ours checks them itself, for every sampler."""
+    width = prompt_width(model)
+    if width is None:
+        return
+    for conditioning in conditionings:
+        for embeds, _ in conditioning:
+            check_conditioning(embeds, width)

@@ -17,6 +17,10 @@ def check_given(arguments, like: Metadata) -> None:
         raise SigmaError(
             f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
         )
+    if like.mask_sha256 and not arguments.mask:
+        raise SigmaError(
+            f"{arguments.like} was made with a mask, which is not kept in it; give that with --mask."
+        )
     if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
         raise SigmaError(
             f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
@@ -43,10 +47,13 @@ def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> Non
         if component == "text_encoder" and arguments.embeddings:
             continue
         name = component.replace("_", " ")
+        with_, and_ = "", ""
+        if component == "text_encoder" and "tokenizer" in like.models:
+            with_, and_ = f" with the tokenizer {like.models['tokenizer'].name!r}", " and --tokenizer"
         if getattr(arguments, component) is None and arguments.model is None:
             raise SigmaError(
-                f"{arguments.like} was made with another {name}, {was.name!r}; give it with --model "
-                f"or {option}."
+                f"{arguments.like} was made with another {name}, {was.name!r}{with_}; give it with --model "
+                f"or {option}{and_}."
             )
         tell(f"The {name} is another one than {arguments.like} was made with.")
 
@@ -67,10 +74,12 @@ def taken_as(arguments, like: Metadata, fingerprints: dict[str, str], found: Noi
     return taken
 
 
-def tell_differences(arguments, like: Metadata, image_sha256: str) -> None:
-    """What else makes it another picture than that one."""
-    if like.image_sha256 and image_sha256 != like.image_sha256:
+def tell_differences(arguments, like: Metadata, start) -> None:
+    """What else makes it another picture than that one; start: what it begins from."""
+    if like.image_sha256 and start.image_sha256 != like.image_sha256:
         tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
+    if like.mask_sha256 and start.mask_sha256 != like.mask_sha256:
+        tell(f"{arguments.mask} is another mask than {arguments.like} was made with.")
     now = current_versions()
     changed = [
         f"{name} {now.get(name, 'none')}" for name, was in like.versions.items() if was != now.get(name)

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import SigmaError
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, Ways
+from .picture_files import read_said
 
-KEY = "pixart_sigma"  # of the PNG's text
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -28,7 +28,7 @@ class Metadata:
 
     settings: with nothing left open. ways: as the stages ran in the end. models: by component. versions: of
     this package and of those that compute. variant: what the transformer was taken to be trained for.
-    image_sha256: of the picture that it started from.
+    image_sha256, mask_sha256: of the picture that it started from, and of the mask.
     noise_schedule: that the transformer was run with; an earlier version had the published one for all.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
@@ -38,6 +38,7 @@ class Metadata:
     models: dict[str, Model]
     versions: dict[str, str] = field(default_factory=lambda: current_versions())
     image_sha256: str = ""
+    mask_sha256: str = ""
     embeddings_sha256: str = ""
     variant: str = ""
     noise_schedule: NoiseSchedule = PUBLISHED
@@ -49,23 +50,15 @@ class Metadata:
 
     @classmethod
     def read(cls, path: str | Path) -> "Metadata":
-        """What `as_json` wrote into a PNG. A picture of an earlier version has the settings alone.
+        """What `as_json` wrote into a picture's file. One of an earlier version has the settings alone.
 
         Raises SigmaError for a file that is no picture, or none of ours.
         """
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as picture:
-                text = getattr(picture, "text", {}).get(KEY)
-        except (UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise SigmaError(
-                f"{path} is not a picture that can be read; give a PNG of `generate`."
-            ) from error
+        text = read_said(path)
         if text is None:
             raise SigmaError(
-                f"{path} does not say how it was made; give a PNG that `pixart-sigma generate` wrote. Other "
-                "programs drop what a PNG says when they save it."
+                f"{path} does not say how it was made; give a picture that `pixart-sigma generate` wrote. "
+                "Other programs drop what a file says when they save it."
             )
         try:
             return cls._of(json.loads(text))
@@ -80,7 +73,7 @@ class Metadata:
             raise ValueError("its KV compression is a file, which is not trusted")
         known = {
             name: content[name]
-            for name in ("image_sha256", "embeddings_sha256", "variant")
+            for name in ("image_sha256", "mask_sha256", "embeddings_sha256", "variant")
             if name in content
         }
         # Before the ways were written down there was this one of them.

@@ -17,7 +17,7 @@ PARTS = {
 # Parts of a name that say nothing: anywhere in it (DataParallel, torch.compile, FSDP, checkpointing), and
 # in front (what a training run keeps beside other things).
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-CONTAINERS = {"state_dict", "model_state_dict", "model", "net", "params", "weights"}
+CONTAINERS = {"state_dict", "model_state_dict", "model", "base_model", "net", "params", "weights"}
 AVERAGES = {"ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema"}
 # In front of one model of several: whose it is. "other" is no part of PixArt-Sigma.
 OWNERS = {
@@ -55,15 +55,8 @@ OTHER_TEXT_ENCODERS = {
 }
 # Of a training run, at the top of a pickle: not weights.
 TRAINING_STATE = {"optimizer", "optimizers", "opt", "optimizer_states", "optimizer_state_dict"}
-TRAINING_STATE |= {
-    "lr_scheduler",
-    "lr_schedulers",
-    "scheduler",
-    "scaler",
-    "grad_scaler",
-    "callbacks",
-    "loops",
-}
+TRAINING_STATE |= {"lr_scheduler", "lr_schedulers", "scheduler", "scaler", "grad_scaler"}
+TRAINING_STATE |= {"callbacks", "loops", "rng_state", "rng_states"}
 # Single tensors that count, or that describe a schedule of Stable Diffusion.
 COUNTERS = {"num_updates", "decay", "n_averaged", "step", "global_step", "epoch", "iteration", "initted"}
 # Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is

@@ -150,10 +150,15 @@ def check_scheduler(scheduler):
 
 def get_step_arguments(scheduler, generator, eta: float, count: int) -> dict:
     """Which of them the scheduler's `step` takes. Raises SigmaError for an eta that it does not take, and
-    where there is neither one generator nor one for each of `count` pictures."""
+    for what is neither one generator nor one for each of `count` pictures."""
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
         raise SettingError("eta", eta, f"{type(scheduler).__name__} has none; use the scheduler ddim")
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator | None):
+            raise SigmaError(
+                f"generator is {one!r}; give a torch.Generator, such as torch.Generator().manual_seed(7)."
+            )
     if isinstance(generator, list) and len(generator) != count:
         raise SigmaError(
             f"There are {len(generator)} generators for {count} pictures; give one, or one each."

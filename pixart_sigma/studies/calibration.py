@@ -164,7 +164,7 @@ def calibrate_pipeline(
     width, height = settings.made_size(pipeline.base_size)
     settings = replace(settings, width=width, height=height)
     on_stage("text encoder")
-    (*encoded, negative), _, _ = pipeline.text.encode((*prompts, settings.negative), pipeline.ways)
+    (*encoded, negative), _, _ = pipeline.text.encode((*prompts, settings.negative), settings, pipeline.ways)
     on_stage("transformer")
     device, dtype = pipeline.device, pipeline.dtype
     channels = pipeline.checkpoint.config.in_channels

@@ -10,7 +10,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_sigma import DEMO
 from pixart_sigma.cli.commands import main
-from pixart_sigma.files.metadata import KEY, Metadata
+from pixart_sigma.files.metadata import Metadata
+from pixart_sigma.files.picture_files import KEY
 from pixart_sigma.noise_schedule import NoiseSchedule
 
 

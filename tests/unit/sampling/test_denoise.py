@@ -8,7 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel, StableDiffusionInpaintPipeline
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -140,7 +142,7 @@ def run_reference(reference, scheduler, noise, positive, negative=None, **settin
 
 def denoise(transformer, noise, *prompts, scheduler="dpmpp_2m", callback=None, **settings):
     """A run from noise and `Prompts`; those of the settings that are not in `Settings` go elsewhere."""
-    named = ("image_latents", "generator", "noise_schedule")
+    named = ("image_latents", "mask", "generator", "noise_schedule")
     beside = {name: settings.pop(name) for name in named if name in settings}
     named = ("prompt_mask", "negative_embeds", "negative_mask")
     embeds = Prompts(*prompts, **{name: settings.pop(name) for name in named if name in settings})
@@ -541,6 +543,94 @@ def test_image_to_image_equals_a_loop_written_by_hand(pair, name, strength):
     assert_equal(actual, latents)
 
 
+class SineModel(ModelMixin, ConfigMixin):
+    """A model of 4 channels, as StableDiffusionInpaintPipeline takes them."""
+
+    @register_to_config
+    def __init__(self, in_channels=4, time_cond_proj_dim=None, sample_size=8):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, latents, timestep, *_, **__):
+        return (torch.sin(3 * latents) * self.scale + timestep / 2000,)
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler", "euler_ancestral", "ddim", "unipc", "lcm"])
+def test_a_mask_equals_diffusers_inpainting(name):
+    model = SineModel().requires_grad_(False)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4,
+        latent_channels=4,
+    )
+    beside = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionInpaintPipeline(
+        vae=vae, unet=model, scheduler=REFERENCE[name](), requires_safety_checker=False, **beside
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.randn(1, 4, 8, 8, generator=seeded(1))
+    cells = (torch.rand(1, 1, 8, 8, generator=seeded(2)) > 0.5).float()
+    expected = pipe(
+        prompt_embeds=torch.zeros(1, 2, 8),
+        image=image,
+        mask_image=cells.repeat_interleave(8, 2).repeat_interleave(8, 3),
+        masked_image_latents=image,
+        height=64,
+        width=64,
+        strength=0.6,
+        num_inference_steps=10,
+        guidance_scale=1,
+        generator=seeded(5),
+        output_type="latent",
+    ).images
+    generator = seeded(5)
+    noise = get_noise(1, 64, 64, generator)
+    actual = loop.denoise(
+        lambda latents, timestep: model(latents, timestep)[0],
+        noise,
+        Settings(scheduler=name, steps=10, strength=0.6),
+        image_latents=image,
+        mask=cells,
+        generator=generator,
+    )
+    assert_equal(actual, expected)
+    kept = cells.expand_as(image) == 0
+    assert torch.equal(actual[kept], image[kept]) and not torch.allclose(actual[~kept], image[~kept])
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_mask_equals_a_loop_written_by_hand(pair, strength):
+    """Also a mask of greys, which mixes, and one for each picture."""
+    ours, _ = pair
+    image, noise = (torch.randn(2, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+    mask, positive = torch.rand(2, 1, 8, 8, generator=seeded(3)), embeddings(5, 1, 2)
+    scheduler = REFERENCE["ddim"]()
+    scheduler.set_timesteps(6)
+    timesteps = scheduler.timesteps[6 - int(6 * strength) :]
+    latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(2))
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        latents = scheduler.step(ours(latents, timestep, positive, None), timestep, latents).prev_sample
+        share = 1.0 if following is None else scheduler.alphas_cumprod[int(following)]
+        kept = share**0.5 * image + (1 - share) ** 0.5 * noise
+        latents = mask * latents + (1 - mask) * kept
+    beside = {"image_latents": image, "mask": mask, "strength": strength, "guidance_scale": 1}
+    assert_equal(denoise(ours, noise, positive, scheduler="ddim", steps=6, **beside), latents)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_white_mask_is_none_and_a_black_one_keeps_everything(pair, name):
+    image, noise = (torch.randn(1, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+
+    def run(mask):
+        beside = {"image_latents": image, "generator": seeded(4), "guidance_scale": 1}
+        return denoise(pair[0], noise, EMBEDS, scheduler=name, steps=3, mask=mask, **beside)
+
+    assert torch.equal(run(torch.ones(1, 1, 8, 8)), run(None))
+    assert torch.equal(run(torch.zeros(1, 1, 8, 8)), image)
+
+
 # Arithmetic that needs no other pipeline: for normally distributed latents the best prediction is known.
 
 
@@ -742,6 +832,14 @@ def test_scheduler_settings_are_those_of_the_published_noise_schedule(name):
         ({"strength": 0.5}, "no image_latents"),
         ({"image_latents": NOISE[..., :4]}, r"\(2, 4, 8, 4\)"),
         ({"image_latents": NOISE * NAN}, "image_latents hold NaN"),
+        ({"image_latents": [NOISE]}, "image_latents must be a tensor of floats .* not a list"),
+        ({"mask": NOISE[:, :1]}, "image_latents are kept, and there are none"),
+        ({"image_latents": NOISE, "mask": NOISE}, r"\(1 or 2, 1, 8, 8\), not torch.float32 \(2, 4, 8, 8\)"),
+        ({"image_latents": NOISE, "mask": "mask.png"}, "not a str"),
+        ({"image_latents": NOISE, "mask": torch.ones(1, 1, 8, 8) * 255}, "from 0, where .* to 1"),
+        ({"image_latents": NOISE, "mask": torch.ones(1, 1, 8, 8) * NAN}, "from 0, where .* to 1"),
+        ({"generator": 7}, r"generator is 7; give a torch.Generator"),
+        ({"generator": [seeded(), 7]}, "generator is 7"),
         ({"scheduler": "dpm"}, "scheduler is 'dpm'"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler"),
         ({"scheduler": diffusers.EDMEulerScheduler()}, "EDMEulerScheduler"),
@@ -780,6 +878,7 @@ def test_bad_settings_are_named(pair, settings, message):
         (NOISE * NAN, EMBEDS, "latents hold NaN"),
         (NOISE[0], EMBEDS, r"\(4, 8, 8\)"),
         (NOISE.long(), EMBEDS, "int64"),
+        (None, EMBEDS, "latents must be a tensor of floats .* not a NoneType"),
         (NOISE, EMBEDS[..., :7], "7"),
         (NOISE, embeddings(5, 1, 3), r"\(3, 5, 12\)"),
         (NOISE, EMBEDS[:, :0], r"\(1, 0, 12\)"),
@@ -807,11 +906,31 @@ def test_latents_that_blow_up_name_the_step(pair):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 64, 64, 0), (1, 0, 64, 0), (1, 64, -8, 0), (1, 64, 64, 2**64), (1, 64, 64, "x")]
+    "arguments, message",
+    [
+        ((0, 64, 64, 0), "count is 0"),
+        ((1.5, 64, 64, 0), "count is 1.5"),
+        ((1, 0, 64, 0), "height is 0"),
+        ((1, None, 64, 0), "height is None"),
+        ((1, 64, -8, 0), "width is -8"),
+        ((1, 64, 64, 2**64), f"seed is {2**64}; give a whole number from 0"),
+        ((1, 64, 64, -1), "seed is -1"),
+        ((1, 64, 64, None), "seed is None"),
+        ((1, 64, 64, 1.5), "seed is 1.5"),
+        ((1, 64, 64, "x"), "seed is x"),
+        ((1, 64, 64, 0, torch.int64), "dtype is torch.int64"),
+        ((1, 64, 64, 0, "float32"), "dtype is 'float32'"),
+    ],
 )
-def test_impossible_noise_is_named(arguments):
-    with pytest.raises(SigmaError, match="Noise for|Seed"):
+def test_impossible_noise_is_named(arguments, message):
+    with pytest.raises(SigmaError, match=message):
         get_noise(*arguments)
+
+
+@pytest.mark.parametrize("settings", ["a boat", {"steps": 4}, loop])
+def test_what_is_not_settings_is_named(settings):
+    with pytest.raises(SigmaError, match="settings is a .*; give Settings"):
+        loop.denoise(lambda latents, timestep: latents, NOISE, settings)
 
 
 # Cost, in counts

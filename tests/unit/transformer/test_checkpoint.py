@@ -21,6 +21,7 @@ from pixart_sigma.files.weight_files import check_file, facts_tensor, read_heade
 from pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
 from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
 from pixart_sigma.transformer.config import KVWeights
+from pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
 
 
 def assert_same(state_dict, expected):
@@ -422,6 +423,15 @@ def test_qk_norm(tmp_path, write_original, trained_state_dict, converter):
     found = inspect(path)
     assert found.config.qk_norm
     assert_same(load_transformer_state_dict(found), trained)
+
+
+def test_authors_names_and_back(trained_state_dict, to_original):
+    trained = trained_state_dict((0,), 2, qk_norm=True)
+    names = to_original_keys(trained)
+    assert names.keys() == to_original(trained).keys()
+    assert all(to_diffusers_keys(name) == parts for name, parts in names.items())
+    del trained["transformer_blocks.0.attn1.to_k.weight"]  # what lacks a part is kept as it is
+    assert "transformer_blocks.0.attn1.to_q.weight" in to_original_keys(trained)
 
 
 @pytest.mark.parametrize("name", ["sr.weight", "sr.bias", "norm.weight", "norm.bias"])
