@@ -875,6 +875,19 @@ def test_what_a_folder_lacks_is_named_at_once(tmp_path, pipeline_folder, transfo
     )
 
 
+def test_a_checkpoint_of_several_models_is_a_pipeline(tmp_path, pipeline_folder, diffusers_state_dict):
+    vae = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusers_state_dict.items()}
+    path = tmp_path / "whole.safetensors"
+    save_file(whole | {f"vae.{key}": tensor for key, tensor in vae.items()}, path)
+    found = Components.find(path, needs_text_encoder=False)
+    assert found.vae == path and found.checkpoint.path == path and len(found.fingerprints()) == 2
+    with pytest.raises(
+        CheckpointError, match="holds transformer, vae, with no text_encoder: .*--text-encoder"
+    ):
+        Components.find(path)
+
+
 def test_a_transformer_by_itself_brings_its_noise_schedule_or_takes_the_folders(
     tmp_path, pipeline_folder, diffusers_file
 ):
