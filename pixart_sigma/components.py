@@ -43,8 +43,8 @@ class Components:
         noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "Components":
-        """The components of a pipeline folder, or of one file that holds them all; one given by itself goes first. A transformer "demo-kv" is the
-        demo's, trained with KV compression.
+        """The components of a pipeline folder, or of one file that holds them all; one given by itself goes
+        first. A transformer "demo-kv" is the demo's, trained with KV compression.
 
         A transformer given by itself brings its noise schedule; where neither it nor its folder says one, the
         pipeline folder's scheduler decides, as in diffusers. `noise_schedule` takes the place of all of them.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError
+from pixart_sigma.vae.coding import decode_dtype
 from pixart_sigma.vae.loading import load_vae, read_vae
 
 ORIGINAL_NAMES = (
@@ -152,6 +153,13 @@ def test_a_config_without_a_scaling_factor_means_that_of_sdxl(tmp_path, pipeline
         load_vae(with_config(pipeline_folder, tmp_path / "b", scaling_factor=0.2)).config.scaling_factor
         == 0.2
     )
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_full(tmp_path, pipeline_folder):
+    """Which is what a config means that does not say otherwise."""
+    for number, (upcast, expected) in enumerate(((None, torch.float32), (False, torch.float16))):
+        folder = with_config(pipeline_folder, tmp_path / str(number), force_upcast=upcast)
+        assert decode_dtype(load_vae(folder, torch.float16), torch.float16) == expected
 
 
 @pytest.mark.parametrize(
