@@ -7,7 +7,8 @@ from . import DEMO, DEMO_KV
 from .errors import CheckpointError
 from .files.fingerprint import fingerprint
 from .files.locating import resolve
-from .files.weight_files import read_state_dict
+from .files.parts import models
+from .files.weight_files import read_header, read_state_dict
 from .noise_schedule import NoiseSchedule
 from .transformer.checkpoint import (
     COMPONENTS,
@@ -42,8 +43,8 @@ class Components:
         noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "Components":
-        """The components of a pipeline folder; one given by itself goes first. A transformer "demo-kv" is the
-        demo's, trained with KV compression.
+        """The components of a pipeline folder, or of one file that holds them all; one given by itself goes
+        first. A transformer "demo-kv" is the demo's, trained with KV compression.
 
         A transformer given by itself brings its noise schedule; where neither it nor its folder says one, the
         pipeline folder's scheduler decides, as in diffusers. `noise_schedule` takes the place of all of them.
@@ -51,7 +52,7 @@ class Components:
         """
         transformer = DEMO_KV if str(transformer) == "demo-kv" else transformer
         folder = resolve(folder)
-        found = find_components(folder)
+        found = find_components(folder) or _parts_of(folder)
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         _check_complete(folder, found, given, needs_text_encoder)
         checkpoint = inspect(transformer or folder, variant=variant)
@@ -83,6 +84,14 @@ class Components:
         """What people call the files: the last part of their paths."""
         paths = {"transformer": self.checkpoint.path, "text_encoder": self.text_encoder, "vae": self.vae}
         return {name: _name(path) for name, path in paths.items() if path is not None}
+
+
+def _parts_of(file: Path) -> dict[str, Path]:
+    """The models in a checkpoint of several, as ComfyUI saves them; {} for a file of one."""
+    if not file.is_file():
+        return {}
+    held = models(read_header(file)).keys() & {"transformer", "text_encoder", "vae"}
+    return {name: file for name in COMPONENTS if name in held} if len(held) > 1 else {}
 
 
 def _check_complete(folder: Path, found: dict[str, Path], given: dict, needs_text_encoder: bool) -> None:

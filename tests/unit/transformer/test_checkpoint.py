@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from pixart_sigma import DEMO
+from pixart_sigma.components import Components
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.files.locating import find_weight_files
 from pixart_sigma.files.parts import FACTS
 from pixart_sigma.files.weight_files import check_file, facts_tensor, read_header, read_state_dict
 from pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
@@ -765,6 +768,142 @@ def test_broken_config(tmp_path, transformer_folder):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="config.json"):
             inspect(folder)
+
+
+# Variants, shards and Hugging Face's cache
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers", "diffusers, pickles"])
+def test_variants_as_the_libraries_write_them(tmp_path, tiny_transformer, pipeline_folder, library):
+    """The plain files where they are too, else the only variant, whole or in shards."""
+    model, kind = tiny_transformer, {"safe_serialization": False} if "pickles" in library else {}
+    if library == "transformers":
+        model = T5EncoderModel.from_pretrained(pipeline_folder / "text_encoder")
+    expected = set(model.state_dict())
+    model.save_pretrained(tmp_path / "whole", variant="fp16", **kind)
+    model.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="400KB", **kind)
+    assert [file.name.split(".")[1] for file in find_weight_files(tmp_path / "whole")] == ["fp16"]
+    shards = find_weight_files(tmp_path / "shards")
+    assert len(shards) > 1 and all(".fp16-0" in shard.name for shard in shards)
+    for folder in ("whole", "shards"):
+        assert expected - {"encoder.embed_tokens.weight"} <= set(read_header(tmp_path / folder))
+    with pytest.raises(
+        CheckpointError, match=f"one of {len(shards)} parts of a model. Choose its folder, .*shards"
+    ):
+        read_state_dict(shards[0])
+
+    model.save_pretrained(tmp_path / "whole", variant="bf16", **kind)
+    with pytest.raises(CheckpointError, match=r"several variants \(bf16, fp16\): choose one of its files"):
+        read_header(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole", **kind)
+    assert [file.name.count(".") for file in find_weight_files(tmp_path / "whole")] == [1]
+
+
+def test_the_older_spelling_of_a_variants_shards(tmp_path, sharded_folder, diffusers_state_dict):
+    shutil.copytree(sharded_folder, tmp_path / "a")
+    index = tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json"
+    index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+        index.read_text().replace(".safetensors", ".fp16.safetensors")
+    )
+    index.unlink()
+    for shard in (tmp_path / "a").glob("*.safetensors"):
+        shard.rename(shard.with_name(shard.name.replace(".safetensors", ".fp16.safetensors")))
+    assert_same(load_transformer_state_dict(inspect(tmp_path / "a")), diffusers_state_dict)
+
+
+def cached(folder: Path, target: Path, snapshots=("abc",), main: str | None = "abc") -> Path:
+    """A folder as huggingface_hub keeps a repository: links in snapshots, and which of them is main."""
+    shutil.copytree(folder, target / "blobs")
+    for snapshot in snapshots:
+        for file in (path for path in (target / "blobs").rglob("*") if path.is_file()):
+            link = target / "snapshots" / snapshot / file.relative_to(target / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    if main is not None:
+        (target / "refs").mkdir()
+        (target / "refs" / "main").write_text(main)
+    return target
+
+
+def test_hugging_faces_cache(tmp_path, pipeline_folder, diffusers_state_dict):
+    one = cached(pipeline_folder, tmp_path / "models--owner--one", main=None)
+    two = cached(pipeline_folder, tmp_path / "models--owner--two", ("abc", "def"), "def\n")
+    shutil.rmtree(two / "snapshots" / "abc" / "transformer")
+    for path in (one, two, one / "snapshots" / "abc"):
+        found = inspect(path)
+        assert found.kind == "pipeline" and found.variant_source == "config"
+        assert_same(load_transformer_state_dict(found), diffusers_state_dict)
+    assert Components.find(two).names() == dict.fromkeys(("transformer", "text_encoder", "vae"), "two")
+    alone = cached(pipeline_folder / "transformer", tmp_path / "models--owner--alone")
+    assert_same(read_state_dict(alone), diffusers_state_dict)
+
+    for main in ("../../../etc", "gone"):
+        (two / "refs" / "main").write_text(main)
+        with pytest.raises(CheckpointError, match="with 2 snapshots, and refs/main names none of them"):
+            inspect(two)
+    shutil.rmtree(one / "snapshots" / "abc")
+    with pytest.raises(CheckpointError, match="with no snapshot"):
+        inspect(one)
+
+
+def test_what_a_folder_lacks_is_named_at_once(tmp_path, pipeline_folder, transformer_folder, diffusers_file):
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "mine" / "transformer")
+    both = (
+        "no text_encoder and no vae: name the file or folder with --text-encoder and --vae, or give a whole"
+    )
+    for folder, words in (
+        (tmp_path / "mine", f"mine holds transformer, with {both}"),
+        (transformer_folder, f"tiny is a transformer alone, with {both}"),
+        (diffusers_file, f"tiny_diffusers.safetensors is a transformer alone, with {both}"),
+        (pipeline_folder / "vae", "is a VAE, not a PixArt-Sigma transformer"),
+        (tmp_path / "gone", "There is no file or folder .*gone"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            Components.find(folder)
+    shutil.copytree(pipeline_folder / "vae", tmp_path / "others" / "vae")
+    with pytest.raises(
+        CheckpointError, match="others holds vae, with no transformer and no text_encoder: .*--transformer"
+    ):
+        Components.find(tmp_path / "others")
+    found = Components.find(
+        tmp_path / "others", transformer=diffusers_file, text_encoder=pipeline_folder / "text_encoder"
+    )
+    assert found.vae == tmp_path / "others" / "vae"
+    assert (
+        Components.find(transformer_folder, vae=pipeline_folder, needs_text_encoder=False).text_encoder
+        is None
+    )
+
+
+def test_a_checkpoint_of_several_models_is_a_pipeline(tmp_path, pipeline_folder, diffusers_state_dict):
+    vae = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusers_state_dict.items()}
+    path = tmp_path / "whole.safetensors"
+    save_file(whole | {f"vae.{key}": tensor for key, tensor in vae.items()}, path)
+    found = Components.find(path, needs_text_encoder=False)
+    assert found.vae == path and found.checkpoint.path == path and len(found.fingerprints()) == 2
+    with pytest.raises(
+        CheckpointError, match="holds transformer, vae, with no text_encoder: .*--text-encoder"
+    ):
+        Components.find(path)
+
+
+def test_a_transformer_by_itself_brings_its_noise_schedule_or_takes_the_folders(
+    tmp_path, pipeline_folder, diffusers_file
+):
+    for name, spacing in (("base", "trailing"), ("other", "leading")):
+        shutil.copytree(pipeline_folder, tmp_path / name)
+        with_scheduler(tmp_path / name, timestep_spacing=spacing)
+    for transformer, spacing in (
+        (None, "trailing"),
+        (tmp_path / "other", "leading"),
+        (tmp_path / "other" / "transformer", "leading"),
+        (diffusers_file, "trailing"),
+    ):
+        found = Components.find(tmp_path / "base", transformer=transformer).checkpoint.noise_schedule
+        assert found.timestep_spacing == spacing
+    given = Components.find(tmp_path / "base", noise_schedule=PUBLISHED).checkpoint
+    assert given.noise_schedule == PUBLISHED
 
 
 # Shards
