@@ -69,6 +69,11 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         noise = predict(scaled, timestep)
+        if not isinstance(noise, torch.Tensor) or noise.shape != scaled.shape:
+            raise SigmaError(
+                f"predict gave {_describe(noise)}; it returns the noise in the latents, "
+                f"{tuple(scaled.shape)}."
+            )
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
         if mask is not None:
             kept = _noised(scheduler, image_latents, unit_noise, timesteps[index + 1 : index + 2])

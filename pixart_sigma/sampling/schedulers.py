@@ -102,6 +102,11 @@ def get_timesteps(scheduler, settings: Settings, device: str | torch.device = "c
 
 
 def check_scheduler(scheduler):
+    """A diffusers scheduler for a model that predicts noise; SigmaError for others, and for a name."""
+    if isinstance(scheduler, str):
+        raise SigmaError(
+            f"scheduler is {scheduler!r}; a name belongs into Settings(scheduler={scheduler!r})."
+        )
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.prediction_type != "epsilon":
         raise SigmaError(
             f"{type(scheduler).__name__} is not for a model that predicts noise. "

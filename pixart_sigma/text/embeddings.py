@@ -15,7 +15,7 @@ from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
-from ..settings import Settings
+from ..settings import Settings, check_settings
 from .encoder import TextEncoder
 
 FORMAT = "pixart-sigma prompt embeddings"
@@ -107,6 +107,7 @@ class PromptEmbeddings:
 
 def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     """The embeddings of the settings' prompt and negative prompt. Raises SigmaError as TextEncoder.encode."""
+    check_settings(settings)
     positive, negative = (
         encoder.encode(text, settings.clean_caption) for text in (settings.prompt, settings.negative)
     )
