@@ -16,13 +16,14 @@ from .files.fingerprint import digest
 from .files.metadata import Metadata, Model
 from .files.pictures import Start, latent_mask
 from .memory.stages import Stages
+from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
 from .prompt_embeds import Encoded, Prompts
 from .sampling.denoise import Step, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
-from .sampling.schedulers import get_step_arguments, get_timesteps, make_scheduler
+from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
 from .settings import DTYPES, T5_PRECISIONS, Settings, Ways, check_settings, check_ways
 from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
@@ -54,6 +55,7 @@ class _Prompted:
     positive: Encoded
     negative: Encoded | None
     fingerprint: str
+    tokenizer: str = ""  # its name, where it is not the encoder's own
     digest: str = ""  # of embeddings that were given, where nobody knows who made them
 
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
@@ -80,8 +82,10 @@ class SigmaPipeline:
         *,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
+        noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
@@ -89,7 +93,8 @@ class SigmaPipeline:
 
         Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
         float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo
-        fp32. Without `needs_text_encoder` the prompts must be encoded already.
+        fp32; a `noise_schedule` of None is the checkpoint's. Without `needs_text_encoder` the prompts must be
+        encoded already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
@@ -98,8 +103,10 @@ class SigmaPipeline:
             folder,
             transformer=transformer,
             text_encoder=text_encoder,
+            tokenizer=tokenizer,
             vae=vae,
             variant=variant,
+            noise_schedule=noise_schedule,
             needs_text_encoder=needs_text_encoder,
         )
         if ways.t5_precision is None and folder == DEMO and text_encoder is None:
@@ -158,7 +165,7 @@ class SigmaPipeline:
         """
         texts = (check_settings(settings).prompt, settings.negative)
         (positive, negative), encoder, _ = self.text.encode(
-            texts, self._run_ways(ways), settings.clean_caption, embedding_cache
+            texts, settings, self._run_ways(ways), embedding_cache
         )
         return PromptEmbeddings.made(settings, positive, negative, encoder.precision, encoder.fingerprint)
 
@@ -214,11 +221,12 @@ class SigmaPipeline:
         metadata = Metadata(
             settings=settings,
             ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
-            models=self._models(fingerprints),
+            models=self._models(fingerprints, prompted.tokenizer),
             image_sha256=start.image_sha256,
             mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
             variant=self.checkpoint.variant,
+            noise_schedule=self.checkpoint.noise_schedule,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
@@ -240,8 +248,10 @@ class SigmaPipeline:
         encoder = self.text.identify(self.ways.t5_precision)
         return found | ({"text_encoder": encoder.fingerprint} if encoder else {})
 
-    def _models(self, fingerprints: dict[str, str]) -> dict[str, Model]:
+    def _models(self, fingerprints: dict[str, str], tokenizer: str) -> dict[str, Model]:
         names = self.components.names()
+        if tokenizer:  # the text encoder's fingerprint covers it
+            names["tokenizer"], fingerprints = tokenizer, fingerprints | {"tokenizer": ""}
         return {component: Model(names.get(component, ""), sha) for component, sha in fingerprints.items()}
 
     def _run_ways(self, ways: Ways | None) -> Ways:
@@ -266,7 +276,7 @@ class SigmaPipeline:
             raise SettingError("strength", settings.strength, "there is no picture to start from")
         if embeddings is not None:
             _check_embeddings(embeddings, settings, self.checkpoint)
-        scheduler = make_scheduler(settings.scheduler)
+        scheduler = scheduler_for(settings, self.checkpoint.noise_schedule)
         get_step_arguments(scheduler, None, settings.eta, settings.count)
         get_timesteps(scheduler, settings)
         size = settings.made_size(self.base_size)
@@ -277,9 +287,10 @@ class SigmaPipeline:
 
     def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
         texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, ways, settings.clean_caption, cache)
+        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
-        return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
+        unwanted = negative[0] if negative else None
+        return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
     def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
         picture = crop_back(image[None], *settings.made_size(self.base_size))
@@ -307,6 +318,7 @@ class SigmaPipeline:
                 guide(transformer, prompts, settings, in_turn),
                 noise,
                 settings,
+                noise_schedule=self.checkpoint.noise_schedule,
                 image_latents=image_latents,
                 mask=painted,
                 generator=generator.set_state(state),
@@ -323,13 +335,14 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
         Encoded(embeddings.positive, embeddings.positive_truncated),
         Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
         embeddings.fingerprint,
-        unknown,
+        digest=unknown,
     )
     settings = replace(
         settings,
         prompt=embeddings.positive_text,
         negative=embeddings.negative_text,
         clean_caption=embeddings.clean_caption,
+        max_sequence_length=embeddings.max_sequence_length,
     )
     precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
     return prompted, settings, replace(ways, t5_precision=precision)
@@ -341,10 +354,10 @@ def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoi
             f"embeddings is a {type(embeddings).__name__}; give PromptEmbeddings, such as "
             "PromptEmbeddings.load(file)."
         )
-    if settings.prompt or settings.negative or settings.clean_caption:
+    if settings != settings.without_prompts():
         raise SigmaError(
-            "Encoded prompts bring their words and are cleaned or not; leave prompt, negative and "
-            "clean_caption out."
+            "Encoded prompts bring their words, cleaned or not and cut already; leave prompt, negative, "
+            "clean_caption and max_sequence_length out."
         )
     expected = checkpoint.config.caption_channels
     if embeddings.width != expected:

@@ -9,6 +9,7 @@ import comfy.utils
 import torch
 
 from ...pixart_sigma.errors import SigmaError
+from .checks import check_latents, check_pictures
 
 STEPS = 100  # of the progress bar, for each picture
 
@@ -20,6 +21,32 @@ class _Share(Fraction):
         return int(width * Fraction(self))
 
 
+class SigmaVAE(comfy.sd.VAE):
+    """The host's VAE, that says what it can not work on."""
+
+    def decode(self, samples_in, *arguments, **settings):
+        return super().decode(_single_frame(samples_in), *arguments, **settings)
+
+    def decode_tiled(self, samples, *arguments, **settings):
+        return super().decode_tiled(_single_frame(samples), *arguments, **settings)
+
+    def encode(self, pixel_samples, *arguments, **settings):
+        check_pictures(pixel_samples)
+        return super().encode(pixel_samples, *arguments, **settings)
+
+    def encode_tiled(self, pixel_samples, *arguments, **settings):
+        check_pictures(pixel_samples)
+        return super().encode_tiled(pixel_samples, *arguments, **settings)
+
+
+def _single_frame(latents: torch.Tensor) -> torch.Tensor:
+    """The latents (B, 4, h, w), also of a single frame, which the host itself takes; the check of others."""
+    if latents.ndim == 5 and latents.shape[2] == 1:
+        latents = latents[:, :, 0]
+    check_latents(latents)
+    return latents
+
+
 def load_vae(path: Path) -> comfy.sd.VAE:
     """The host's VAE from a file or a diffusers folder; CheckpointError for anything but a VAE for Sigma."""
     from ...pixart_sigma.vae.loading import SDXL_VAE, read_vae
@@ -28,7 +55,7 @@ def load_vae(path: Path) -> comfy.sd.VAE:
         path = path / "vae"
     state_dict, config = read_vae(path)
     widths = config["block_out_channels"]
-    return comfy.sd.VAE(
+    return SigmaVAE(
         sd=state_dict,
         config=None if tuple(widths) == SDXL_VAE["block_out_channels"] else _host_config(config),
     )

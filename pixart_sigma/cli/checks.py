@@ -70,7 +70,9 @@ def check_prompt(arguments) -> None:
         "--prompt-file" if arguments.prompt_file else "PROMPT": arguments.prompt is not None,
         "--negative": arguments.negative,
         "--clean-caption": arguments.clean_caption,
+        "--max-sequence-length": arguments.max_sequence_length,
         "--text-encoder": arguments.text_encoder,
+        "--tokenizer": arguments.tokenizer,
         "--t5-precision": arguments.t5_precision,
     }
     given = [name for name, value in decided.items() if value]
@@ -146,6 +148,12 @@ def read_prompts(path: str) -> tuple[str, ...]:
 def tell(words: str) -> None:
     """A line for people, beside the results."""
     print(words, file=sys.stderr)
+
+
+def tell_guess(checkpoint) -> None:
+    """That the transformer's variant is a guess, if it is one, and how to choose."""
+    if checkpoint.variant_notice:
+        tell(f"{checkpoint.variant_notice} If it was trained for another, say so with --variant.")
 
 
 def check_writable(path: Path) -> None:

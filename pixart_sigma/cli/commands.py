@@ -21,6 +21,7 @@ from .checks import (
     read_settings,
     read_ways,
     take_prompt,
+    tell_guess,
 )
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
 from .options import OPTIONS, make_parser
@@ -81,7 +82,9 @@ def _plan(arguments) -> int:
     if arguments.model:
         from ..pipeline import SigmaPipeline
 
-        made = SigmaPipeline.from_path(arguments.model, ways).plan(settings)
+        pipeline = SigmaPipeline.from_path(arguments.model, ways, variant=arguments.variant)
+        tell_guess(pipeline.checkpoint)
+        made = pipeline.plan(settings)
     else:
         from ..planner import plan
 
@@ -105,6 +108,7 @@ def _calibrate(arguments) -> int:
     from ..transformer.kv_calibration import calibration_path
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    tell_guess(pipeline.checkpoint)
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     check_writable(out)
 
@@ -144,6 +148,7 @@ def _compare(arguments) -> int:
     from ..studies.precision_picture import draw
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    tell_guess(pipeline.checkpoint)
     with progress() as bar:
         comparison = compare_t5(
             pipeline,
@@ -165,9 +170,9 @@ def _compare(arguments) -> int:
 
 
 def _inspect(arguments) -> int:
-    from ..transformer.checkpoint import inspect
+    from ..inspection import describe
 
-    say(inspect(arguments.path).describe())
+    say(describe(arguments.path, arguments.variant))
     return 0
 
 

@@ -16,9 +16,10 @@ from .checks import (
     read_ways,
     take_prompt,
     tell,
+    tell_guess,
     with_aspect,
 )
-from .like import check_given, check_models, own_transformer, tell_differences, variant_of
+from .like import check_given, check_models, own_transformer, taken_as, tell_differences
 from .output import check_out, write_pictures
 from .progress import progress
 
@@ -41,6 +42,7 @@ def generate(arguments) -> int:
     embeddings = PromptEmbeddings.load(arguments.embeddings) if arguments.embeddings else None
     start = _read_start(arguments)
     pipeline = _open(arguments, like, ways, start)
+    tell_guess(pipeline.checkpoint)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
     if plan:
@@ -74,7 +76,7 @@ def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
         # How long models are kept, and what is measured, is not the picture's.
         settings, ways = like.settings, replace(like.ways, release=Ways.release)
     if arguments.embeddings:
-        settings = replace(settings, prompt="", negative="", clean_caption=False)
+        settings = settings.without_prompts()
     if arguments.image and arguments.strength is None and not (like and like.image_sha256):
         settings = replace(settings, strength=MASK_STRENGTH if arguments.mask else IMAGE_STRENGTH)
     ways = replace(ways, measure=arguments.memory_report is not None)
@@ -87,6 +89,7 @@ def model_arguments(arguments) -> dict:
         "path": "demo" if arguments.model is None else arguments.model,
         "transformer": getattr(arguments, "transformer", None),
         "text_encoder": arguments.text_encoder,
+        "tokenizer": arguments.tokenizer,
         "vae": getattr(arguments, "vae", None),
         "variant": getattr(arguments, "variant", None),
     }
@@ -115,8 +118,8 @@ def _open(arguments, like: Metadata | None, ways: Ways, start):
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
     tell_differences(arguments, like, start)
-    variant = variant_of(arguments, like, fingerprints)
-    return SigmaPipeline.from_path(**named | {"variant": variant}) if variant else pipeline
+    taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
+    return SigmaPipeline.from_path(**named | taken) if taken else pipeline
 
 
 def embedding_cache(arguments):
@@ -134,7 +137,7 @@ def embedding_cache(arguments):
 def tell_truncated(words: str) -> None:
     """Which words of a prompt were cut, if any."""
     if words:
-        tell(f"The prompt is longer than 300 tokens; this was cut: {words}")
+        tell(f"The prompt is longer than the tokens that are read; this was cut: {words}")
 
 
 def _report(pipeline, plan, report: str) -> None:

@@ -77,17 +77,7 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
-    generate.add_argument("--image", metavar="FILE", help="start from this picture")
-    generate.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="with --image: paint anew where this picture is white, keep the rest",
-    )
-    generate.add_argument(
-        "--strength",
-        type=float,
-        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
-    )
+    _add_start(generate)
     generate.add_argument(
         "--kv-compression",
         metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
@@ -124,6 +114,21 @@ def _add_generate(commands):
     )
 
 
+def _add_start(command: argparse.ArgumentParser):
+    """What a picture starts from beside noise."""
+    command.add_argument("--image", metavar="FILE", help="start from this picture")
+    command.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="with --image: paint anew where this picture is white, keep the rest",
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
+    )
+
+
 def _add_encode(commands):
     encode = commands.add_parser(
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
@@ -147,6 +152,7 @@ def _add_plan(commands):
     plan.add_argument("--count", type=int, help="pictures (default: 1)")
     plan.add_argument("--guidance", type=float, dest="guidance_scale")
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
+    _add_variant(plan)
     plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -199,9 +205,10 @@ def _add_compare(commands):
 
 
 def _add_inspect(commands):
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
+    inspect = commands.add_parser("inspect", help="say what a model file or folder is, and what uses it")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
+    _add_variant(inspect)
 
 
 def _add_quantize(commands):
@@ -269,12 +276,20 @@ def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
         help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
         "same result",
     )
+    _add_variant(command)
+
+
+def _add_variant(command: argparse.ArgumentParser):
     command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
 
 
 def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--model", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument(
+        "--tokenizer",
+        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
+    )
     if t5_precision:
         command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     command.add_argument(
@@ -294,6 +309,12 @@ def _add_encoding(command: argparse.ArgumentParser):
         action="store_const",
         const=True,
         help="clean the prompt as the reference does",
+    )
+    command.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="how much of a prompt is read; default: the 300 of the training",
     )
     command.add_argument(
         "--no-embedding-cache",

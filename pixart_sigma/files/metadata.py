@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SigmaError
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, Ways
 from .picture_files import read_said
 
@@ -28,6 +29,7 @@ class Metadata:
     settings: with nothing left open. ways: as the stages ran in the end. models: by component. versions: of
     this package and of those that compute. variant: what the transformer was taken to be trained for.
     image_sha256, mask_sha256: of the picture that it started from, and of the mask.
+    noise_schedule: that the transformer was run with; an earlier version had the published one for all.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
 
@@ -39,10 +41,11 @@ class Metadata:
     mask_sha256: str = ""
     embeddings_sha256: str = ""
     variant: str = ""
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
-        content = asdict(self)
+        content = asdict(self) | {"noise_schedule": self.noise_schedule.as_dict()}
         return json.dumps(content.pop("settings") | content, ensure_ascii=False)
 
     @classmethod
@@ -80,6 +83,7 @@ class Metadata:
             ways=Ways.from_dict(ways),
             models={name: Model(**model) for name, model in content.get("models", {}).items()},
             versions=dict(content.get("versions", {})),
+            noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
             **{name: str(value) for name, value in known.items()},
         )
 

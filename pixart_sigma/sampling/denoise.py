@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingError, SigmaError
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, check_settings
 from .guidance import Predict
-from .schedulers import check_scheduler, get_step_arguments, get_timesteps, make_scheduler
+from .schedulers import check_scheduler, get_step_arguments, get_timesteps, scheduler_for
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def denoise(
     latents: torch.Tensor,
     settings: Settings | None = None,
     *,
+    noise_schedule: NoiseSchedule = PUBLISHED,
     scheduler=None,
     image_latents: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -41,14 +43,14 @@ def denoise(
 ) -> torch.Tensor:
     """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
 
-    predict: the noise that a step removes, see `guide`. settings: read are scheduler, steps, timesteps,
-    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments. scheduler:
-    a diffusers scheduler in place of the one that the settings name. image_latents (B or 1, 4, h, w), clean
-    and scaled: start from them, noised to the first timestep, and not from noise alone. mask (B or 1, 1, h,
-    w) in [0, 1], beside image_latents: where it is 0 those are kept, noised to each step's timestep by the
-    same noise, and at the end as they are; between 0 and 1 the two are mixed. generator: for the stochastic
-    schedulers, one or one per picture. callback(Step) is called after each step; if it returns False the
-    latents are returned as they are then.
+    predict: what the model predicts, see `guide`. settings: read are scheduler, steps, timesteps,
+    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments.
+    noise_schedule: the checkpoint's. scheduler: a diffusers scheduler in place of the one that those two
+    make. image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep,
+    and not from noise alone. mask (B or 1, 1, h, w) in [0, 1], beside image_latents: where it is 0 those are
+    kept, noised to each step's timestep by the same noise, and at the end as they are; between 0 and 1 the
+    two are mixed. generator: for the stochastic schedulers, one or one per picture. callback(Step) is called
+    after each step; if it returns False the latents are returned as they are then.
 
     Latents stay in float32 between steps and come back in the dtype they had. The mask is that of diffusers'
     StableDiffusionInpaintPipeline for a model of 4 channels.
@@ -58,7 +60,10 @@ def denoise(
     _check_latents("latents", latents)
     _check_image_latents(image_latents, latents, settings.strength)
     _check_mask(mask, image_latents, latents)
-    scheduler = make_scheduler(settings.scheduler) if scheduler is None else check_scheduler(scheduler)
+    if scheduler is None:
+        scheduler = scheduler_for(settings, noise_schedule)
+    else:
+        check_scheduler(scheduler)
     step_arguments = get_step_arguments(scheduler, generator, settings.eta, len(latents))
     timesteps = get_timesteps(scheduler, settings, latents.device)
     dtype, unit_noise = latents.dtype, latents.float()
@@ -69,21 +74,12 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         noise = predict(scaled, timestep)
-        if not isinstance(noise, torch.Tensor) or noise.shape != scaled.shape:
-            raise SigmaError(
-                f"predict gave {_describe(noise)}; it returns the noise in the latents, "
-                f"{tuple(scaled.shape)}."
-            )
+        _check_prediction(noise, scaled)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
         if mask is not None:
             kept = _noised(scheduler, image_latents, unit_noise, timesteps[index + 1 : index + 2])
             latents = torch.lerp(kept, latents, mask.to(latents))
-        if not latents.isfinite().all():
-            raise SigmaError(
-                f"Latents are not finite after step {index + 1} of {len(timesteps)}, "
-                f"timestep {float(timestep):g}. "
-                "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
-            )
+        _check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {float(timestep):g}")
         if callback is not None:
             predicted = predict_clean(scheduler, scaled, noise, timestep)
             if callback(Step(index, len(timesteps), float(timestep), latents, predicted)) is False:
@@ -91,19 +87,29 @@ def denoise(
     return latents.to(dtype)
 
 
-def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise.
+def predict_clean(scheduler, scaled: torch.Tensor, predicted: torch.Tensor, timestep) -> torch.Tensor:
+    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise, by what the model
+    predicted for it.
 
-    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler. Between
-    two whole timesteps sigma = sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
-    Source: DDPM, arXiv 2006.11239.
+    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler, but for
+    a flow: there it is (1 - sigma) x0 + sigma noise. Between two whole timesteps sigma =
+    sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
+    Source: DDPM, arXiv 2006.11239; v: arXiv 2202.00512; flow: arXiv 2209.03003.
     """
+    kind = scheduler.config.prediction_type
     table = scheduler.alphas_cumprod
+    if kind == "sample":
+        return predicted
+    if kind == "flow_prediction":
+        return scaled - float(timestep) / len(table) * predicted
     below = min(max(int(timestep), 0), len(table) - 1)
     pair = table[[below, min(below + 1, len(table) - 1)]].double()
     low, high = ((1 - pair) / pair).sqrt().tolist()
-    sigma = low + (float(timestep) - below) * (high - low)
-    return scaled * math.sqrt(1 + sigma**2) - sigma * noise
+    share = float(timestep) - below
+    sigma = low + share * (high - low) if share else low  # low is infinite where there is noise alone
+    if kind == "v_prediction":
+        return (scaled / sigma - predicted) / math.sqrt(1 + 1 / sigma**2)
+    return scaled * math.sqrt(1 + sigma**2) - sigma * predicted
 
 
 def _start(scheduler, noise, image_latents, first_timestep):
@@ -132,6 +138,22 @@ def _check_image_latents(image_latents, latents, strength):
         raise SigmaError(
             f"image_latents are {tuple(image_latents.shape)}, the noise is {tuple(latents.shape)}; "
             "both must have one size."
+        )
+
+
+def _check_prediction(noise, latents):
+    if not isinstance(noise, torch.Tensor) or noise.shape != latents.shape:
+        raise SigmaError(
+            f"predict gave {_describe(noise)}; it returns what the model predicts for the latents, "
+            f"{tuple(latents.shape)}."
+        )
+
+
+def _check_finite(latents, step):
+    if not latents.isfinite().all():
+        raise SigmaError(
+            f"Latents are not finite after {step}. "
+            "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
         )
 
 

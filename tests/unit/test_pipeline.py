@@ -39,10 +39,15 @@ def pipeline(folder, **settings) -> SigmaPipeline:
 
 
 @pytest.mark.parametrize(
-    "size, guidance_scale, negative",
-    [((256, 256), 4.5, ""), ((300, 170), 4.5, "blurry, cropped"), ((256, 256), 1.0, "")],
+    "size, guidance_scale, negative, length",
+    [
+        ((256, 256), 4.5, "", 300),
+        ((300, 170), 4.5, "blurry, cropped", 300),
+        ((256, 256), 1.0, "", 300),
+        ((256, 256), 4.5, "blurry, cropped", 5),  # both prompts are longer
+    ],
 )
-def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, negative):
+def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, negative, length):
     from diffusers import PixArtSigmaPipeline
 
     width, height = size
@@ -57,6 +62,7 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(7),
         clean_caption=False,
+        max_sequence_length=length,
         output_type="pil",
     ).images[0]
     result = pipeline(folder).generate(
@@ -68,9 +74,10 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
             steps=STEPS,
             guidance_scale=guidance_scale,
             seed=7,
+            max_sequence_length=length,
         )
     )
-    assert result.images[0].size == size
+    assert result.images[0].size == size and bool(result.truncated) == (length == 5)
     ours, theirs = (
         torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (result.images[0], expected)
     )

@@ -1,5 +1,6 @@
 """Prompt embeddings on disk say where they are from, as far as it is true."""
 
+import folder_paths
 import pytest
 import torch
 from pack.nodes.embeddings import LoadEmbeddings, SaveEmbeddings
@@ -9,6 +10,7 @@ from pack.nodes.text import TextEncode
 from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.text.embeddings import PromptEmbeddings
 from pack.pixart_sigma.text.identity import identify
+from safetensors.torch import save_file
 
 import nodes as host_nodes
 
@@ -39,14 +41,43 @@ def test_a_file_says_where_its_embeddings_are_from(clip, encoded):
         _, file = saved(shown, unwanted)
         assert torch.equal(file.positive, shown[0][0]) and torch.equal(file.negative, unwanted[0][0])
         assert (file.positive_text, file.negative_text, file.clean_caption) == (*WORDS, False)
-        assert file.precision == "int8" and file.fingerprint == identify(DEMO).fingerprint
+        assert (file.precision, file.fingerprint) == ("int8", ""), "a terminal knows no weights"
         assert file.positive_truncated == "" and "red circle" in file.negative_truncated
         shown, unwanted = TextEncode.execute(clip, *WORDS, False, "keep").result
         assert clip.cond_stage_model.encoder is None, "it was loaded for a cached prompt"
 
 
-def test_loaded_and_saved_again_nothing_is_lost(encoded):
-    choice, file = saved(*encoded)
+def test_only_plain_words_are_known_by_their_encoder(clip):
+    """Elsewhere the words alone would not make these embeddings again."""
+    for options, text, plain in (
+        ({}, "A red circle", True),
+        ({}, "red circle " * 400, True),
+        ({}, r"a \(red\) circle", False),
+        ({}, "a (red:1.2) circle", False),
+        ({}, "red embedding:nothing circle", False),
+        ({"t5xxl_min_length": 77}, "A red circle", False),
+    ):
+        other = clip.clone()
+        for option, value in options.items():
+            other.set_tokenizer_option(option, value)
+        _, file = saved(*TextEncode.execute(other, text, "", False, "keep").result)
+        negative_too = not options  # it is padded as well
+        assert file.fingerprint == (identify(DEMO).fingerprint if plain and negative_too else ""), text
+
+
+def test_a_changed_embedding_is_encoded_anew(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(tmp_path)], set()))
+    made = []
+    for value in (1.0, 2.0, 2.0):
+        save_file({"emb": torch.full((1, 128), value)}, tmp_path / "Style.safetensors")
+        shown, _ = TextEncode.execute(clip, "a red embedding:Style circle", "", False, "free").result
+        made.append(shown[0][0])
+    assert not torch.equal(made[0], made[1]) and torch.equal(made[1], made[2])
+
+
+def test_loaded_and_saved_again_nothing_is_lost(clip):
+    choice, file = saved(*TextEncode.execute(clip, "A red circle", WORDS[1], False, "free").result)
+    assert file.fingerprint
     _, again = saved(*LoadEmbeddings.execute(choice).result)
     assert torch.equal(again.positive, file.positive) and torch.equal(again.negative, file.negative)
     for name in ("positive_text", "precision", "fingerprint", "negative_truncated"):

@@ -238,6 +238,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(pipeline_folder, cache_home,
         (("--negative", "blurry"), ["--embeddings", "--negative"]),
         (("a boat",), ["--embeddings", "PROMPT"]),
         (("--t5-precision", "int8", "--clean-caption"), ["--clean-caption and --t5-precision"]),
+        (("--max-sequence-length", 77), ["leave --max-sequence-length out"]),
         ((), ["nowhere.safetensors"]),
     ],
 )
@@ -272,6 +273,17 @@ def test_the_demos_tokenizer_is_not_used_for_another_encoder(pipeline_folder, tm
     out = ["--device", "cpu", "--out", str(tmp_path / "prompt.safetensors")]
     assert cli.main(["encode", "a boat", "--text-encoder", str(tmp_path / "alone" / "t5"), *out]) == 2
     assert "No tokenizer in" in capsys.readouterr().err
+
+
+def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):
+    status, out, err = generate("--transformer", diffusers_file)
+    line = next(line for line in err.splitlines() if line.startswith("Nothing says"))
+    assert status == 0 and "tiny_diffusers.safetensors" in line and "--variant" in line
+    assert err.count("Nothing says") == 1 and "Nothing" not in out
+    assert "Nothing says" not in generate("--transformer", diffusers_file, "--variant", "1024")[2]
+    assert "Nothing says" not in generate()[2]
+    plan = ["plan", "--model", str(diffusers_file.parent), "--budget", "2GB", "--variant", "512", "--json"]
+    assert make_parser().parse_args(plan).variant == "512"
 
 
 def test_inspect_says_what_it_is(pipeline_folder, capsys):

@@ -12,6 +12,7 @@ from pixart_sigma import DEMO
 from pixart_sigma.cli.commands import main
 from pixart_sigma.files.metadata import Metadata
 from pixart_sigma.files.picture_files import KEY
+from pixart_sigma.noise_schedule import NoiseSchedule
 
 
 @pytest.fixture
@@ -149,6 +150,33 @@ def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
     assert generate("--like", kept, *model, "--variant", "1024")[1] != first
 
 
+def test_the_noise_schedule_that_it_was_made_with_is_kept(generate, tmp_path):
+    """Also where an earlier version took the published one for every checkpoint."""
+    shutil.copytree(DEMO, tmp_path / "mine")
+    config = tmp_path / "mine" / "scheduler" / "scheduler_config.json"
+    published = config.read_text()
+    config.write_text(json.dumps(json.loads(published) | {"beta_schedule": "scaled_linear"}))
+    model = ("--model", tmp_path / "mine", "--t5-precision", "fp32")
+    status, first, err = generate("a red circle", *FAST, *model, out="kept.png")
+    assert status == 0, err
+    made = Metadata.read(tmp_path / "kept.png")
+    assert made.noise_schedule == NoiseSchedule(beta_schedule="scaled_linear")
+    assert generate("--like", tmp_path / "kept.png", *model)[:2] == (0, first)
+
+    content = json.loads(made.as_json())
+    del content["noise_schedule"]
+    text = PngInfo()
+    text.add_text(KEY, json.dumps(content))
+    Image.open(tmp_path / "kept.png").save(tmp_path / "before.png", pnginfo=text)
+    status, before, err = generate("--like", tmp_path / "before.png", *model)
+    assert status == 0 and before != first
+    assert "before.png was made with epsilon, linear betas" in err and "scaled_linear" in err
+    config.write_text(published)
+    assert generate("a red circle", *FAST, *model)[:2] == (0, before)
+    status, again, err = generate("--like", tmp_path / "kept.png", *model)
+    assert (status, again) == (0, first) and "was made with epsilon, scaled_linear" in err
+
+
 def test_a_picture_of_before_is_read_and_others_are_named(generate, tmp_path):
     def write(name, said):
         text = PngInfo()
@@ -167,6 +195,7 @@ def test_a_picture_of_before_is_read_and_others_are_named(generate, tmp_path):
     for file, words in (
         (write("none.png", None), "does not say how it was made"),
         (write("list.png", "[1]"), "in a way that can be read"),
+        (write("noise.png", json.dumps(old | {"noise_schedule": {"beta_end": 9}})), "beta_end is 9"),
         (write("wrong.png", json.dumps(old | {"steps": "many"})), "steps is many"),
         (write("hostile.png", json.dumps(hostile)), "not trusted"),
         (tmp_path / "gone.png", "gone.png"),
