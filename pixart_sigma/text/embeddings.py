@@ -15,7 +15,7 @@ from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
-from ..settings import MAX_SEQUENCE_LENGTH, Settings
+from ..settings import MAX_SEQUENCE_LENGTH, Settings, check_settings
 from .encoder import TextEncoder
 
 FORMAT = "pixart-sigma prompt embeddings"
@@ -120,6 +120,7 @@ class PromptEmbeddings:
 
 def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     """The embeddings of the settings' prompt and negative prompt. Raises SigmaError as TextEncoder.encode."""
+    check_settings(settings)
     positive, negative = (
         encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
         for text in (settings.prompt, settings.negative)
