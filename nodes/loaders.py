@@ -2,7 +2,7 @@
 
 from ..pixart_sigma.settings import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
-from .host.folders import DEMO_CHOICE, choices, find
+from .host.folders import DEMO_CHOICE, check, choices, find
 
 
 class LoadTransformer(io.ComfyNode):
@@ -37,7 +37,8 @@ class LoadTransformer(io.ComfyNode):
                     options=["auto", *VARIANTS],
                     default="auto",
                     advanced=True,
-                    tooltip="Which size the file was trained for. 1024 and 2K files look alike: choose it "
+                    tooltip="Which size the file was trained for. The picture is the same with each: nodes "
+                    "that pick a size, or warn of one, go by it. 1024 and 2K files look alike: choose it "
                     "here if the file's name does not say.",
                 ),
                 io.Combo.Input(
@@ -52,13 +53,19 @@ class LoadTransformer(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, transformer):
+        return check("transformer", transformer)
+
+    @classmethod
     def execute(cls, transformer, variant, dtype):
+        from .host.notice import show_notice
         from .host.transformer import load_model
 
         path = find("transformer", transformer)
-        return io.NodeOutput(
-            load_model(path, None if variant == "auto" else variant, None if dtype == "auto" else dtype)
-        )
+        model = load_model(path, None if variant == "auto" else variant, None if dtype == "auto" else dtype)
+        guessed = model.model.variant_notice
+        show_notice(f"{guessed} If it was trained for another, choose it under variant." if guessed else "")
+        return io.NodeOutput(model)
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -112,6 +119,10 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, text_encoder):
+        return check("text_encoder", text_encoder)
+
+    @classmethod
     def execute(cls, text_encoder, precision, device):
         from .host.text_encoder import load_clip
 
@@ -139,6 +150,10 @@ class LoadVAE(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="The VAE, for Σ VAE Decode and all of ComfyUI's VAE nodes.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae):
+        return check("vae", vae)
 
     @classmethod
     def execute(cls, vae):

@@ -78,14 +78,17 @@ class TextEncode(io.ComfyNode):
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning [[(1, n, C), dict]] of a prompt, by our CLIP or by one of the host's for T5."""
     from ..pixart_sigma.errors import SigmaError
-    from ..pixart_sigma.text.cleaning import prepare_prompt
+    from ..pixart_sigma.text.cleaning import prepare_around_embeddings
     from .host import embeddings
     from .host.text_encoder import SigmaClip
+    from .host.tokenizer import tell_left_out
 
     if isinstance(clip, SigmaClip):
         return embeddings.encode(clip, text, clean_caption)
     # Cleaning leaves no bracket for the host to read as a weight.
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepare_prompt(text, clean_caption)))
+    prepared = prepare_around_embeddings(text, clean_caption)
+    tell_left_out(prepared, T5_XXL_WIDTH)
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepared))
     width = conditioning[0][0].shape[-1]
     if width != T5_XXL_WIDTH:
         raise SigmaError(

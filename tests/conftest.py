@@ -1,10 +1,21 @@
+import gc
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server import Server, find_host  # noqa: E402
+from hosts import find_host, host_python, start_server  # noqa: E402
+
+
+def pytest_configure():
+    host_python()  # a wrong name is said before anything runs
+
+
+def pytest_collection_finish():
+    # The engine calls gc.collect() and counts live tensors, hundreds of times in a session: each would go
+    # through the half million objects of the imported libraries.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +26,6 @@ def host() -> Path:
 @pytest.fixture(scope="session")
 def server(host, tmp_path_factory):
     """A running ComfyUI with a copy of this pack."""
-    running = Server(host, tmp_path_factory.mktemp("comfyui"))
+    running = start_server(host, tmp_path_factory.mktemp("comfyui"))
     yield running
     running.stop()

@@ -17,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pytest
 import websocket
 from PIL import Image
 
@@ -32,12 +31,12 @@ MODELS = {"transformer", "text_encoder", "vae", "prompt_embeddings"}
 DEMO_SETTINGS = {"variant": "auto", "base": "256"}
 
 
-def find_host() -> Path:
-    """The folder of ComfyUI: $COMFYUI_PATH or ~/comfy/ComfyUI. Skips the test where there is none."""
-    folder = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
-    if not (folder / "comfy" / "sd.py").is_file():
-        pytest.skip(f"no ComfyUI at {folder}; set COMFYUI_PATH to the folder that holds custom_nodes")
-    return folder.resolve()
+class DidNotStart(Exception):
+    """ComfyUI ended before it answered; `said` is what it printed."""
+
+    def __init__(self, said: str):
+        super().__init__(f"ComfyUI did not start:\n{said[-3000:]}")
+        self.said = said
 
 
 class Rejected(Exception):
@@ -93,10 +92,10 @@ def with_the_demo(prompt: dict):
 
 
 class Server:
-    """ComfyUI on the CPU in a base folder of its own; `address` once it answers."""
+    """ComfyUI on the CPU in a base folder of its own, run by `python`; `address` once it answers."""
 
-    def __init__(self, host: Path, base: Path):
-        self.base, self.log = base, base / "server.log"
+    def __init__(self, host: Path, base: Path, python: str = sys.executable):
+        self.base, self.log, self.python = base, base / "server.log", python
         pack = base / "custom_nodes" / FOLDER
         pack.mkdir(parents=True)
         for name in COPIED:
@@ -115,7 +114,7 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch"]
+                [self.python, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch"]
                 + ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", FOLDER]
                 + ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"],
                 cwd=host,
@@ -129,9 +128,11 @@ class Server:
                 self.get("/system_stats")
                 return
             except OSError as error:
-                if self.process.poll() is not None or time.monotonic() > deadline:
+                if self.process.poll() is not None:
+                    raise DidNotStart(self.log.read_text(encoding="utf-8", errors="replace")) from error
+                if time.monotonic() > deadline:
                     self.stop()
-                    raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}") from error
+                    raise TimeoutError(f"ComfyUI does not answer:\n{self.log.read_text()[-3000:]}") from error
                 time.sleep(0.3)
 
     def stop(self):

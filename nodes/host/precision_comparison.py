@@ -16,7 +16,8 @@ from .kv_compression import is_ours
 from .memory import record
 from .release import release
 from .sampling import SamplerSettings, sample
-from .text_encoder import SECTION, load_clip
+from .text_encoder import load_clip
+from .tokenizer import SECTION
 from .vae import decode
 
 
@@ -70,6 +71,7 @@ def compare(
         prompts,
         precisions,
         path,
+        tokenizer=clips[precisions[0]].cond_stage_model.tokenizer(),
         device=clips[precisions[0]].patcher.load_device,
         stream=device == "stream",
         caption_channels=drawing.caption_channels,

@@ -1,5 +1,6 @@
 """Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
 
+import argparse
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 from .locating import is_index, locate, shards_of
+from .parts import FACTS, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -23,6 +25,11 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -31,8 +38,6 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
-# Under which key a training checkpoint keeps its weights, the first that is there.
-TOP_LEVELS = ("state_dict", "state_dict_ema", "model")
 DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 
 
@@ -45,21 +50,94 @@ def check_file(path: str | Path) -> None:
     _format(Path(path))
 
 
-def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def read_header(path: str | Path, part: str | None = None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a file, an index or a folder (see `locating`).
 
-    Reads no tensor data. Raises CheckpointError as `check_file` does, and for a pickle with code in it.
+    With a part, as `read_state_dict` has it. Reads no tensor data. Raises CheckpointError as `check_file`
+    does, and for a pickle with code in it.
     """
-    return _merge(Path(path), _file_header)
+    return _read(Path(path), part, _file_header)
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a file, an index or a folder (see `locating`), in the dtypes of the file.
 
-    They are memory-mapped from safetensors and zip `.pth` files. Of a training checkpoint it is the part
-    under `state_dict`, `state_dict_ema` or `model`. Raises CheckpointError as `read_header` does.
+    part: "transformer", "text_encoder" or "vae" for the weights of that model alone, by their bare names,
+    without what wrappers, trainers and files of several models put in front of them or into them, without
+    averages where the weights themselves are there. None for all tensors by the names of the file; of nested
+    dictionaries in a pickle the names are joined, and an optimiser's state is left out.
+    They are memory-mapped from safetensors and zip `.pth` files. Raises CheckpointError as `read_header`
+    does, and for a file without that part, by the name of what it is.
     """
-    return _merge(Path(path), _file_tensors)
+    return _read(Path(path), part, _file_tensors)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; of an index, what its first shard says.
+
+    {} for other formats. Raises CheckpointError as `check_file` does.
+    """
+    located = locate(Path(path))
+    if is_index(located):
+        located = located.parent / next(iter(shards_of(located)))
+    if _format(located) != "safetensors":
+        return {}
+    try:
+        with safe_open(located, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{located} can not be read: {error}. {DAMAGED}") from error
+
+
+def read_facts(path: str | Path) -> dict:
+    """What this package wrote into a safetensors file beside the weights, {} where it wrote nothing.
+
+    A tensor of JSON in bytes: who saves by ComfyUI's nodes can add tensors, and no metadata.
+    """
+    located = locate(Path(path))
+    if is_index(located) or _format(located) != "safetensors":
+        return {}
+    try:
+        with safe_open(located, framework="np") as file:
+            found = json.loads(file.get_tensor(FACTS).tobytes()) if FACTS in file.keys() else {}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"What {located} says of itself can not be read: {error}. {DAMAGED}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def facts_tensor(facts: dict) -> torch.Tensor:
+    """What `read_facts` reads under the name FACTS."""
+    return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def choose_part(names, part: str, path: Path) -> Choice:
+    """The names of one part's weights among all `names` of `path`; see `read_state_dict`.
+
+    Raises CheckpointError for a file that has no such part, or one weight twice.
+    """
+    names = list(names)
+    try:
+        choice = choose(names, part)
+        kind = kind_of(choice.names)
+        if choice.names and (kind is None or kind.part == part):
+            return choice
+        held = [kind_of(found.names) for found in models(names).values()]
+    except ValueError as error:
+        one, other = error.args
+        raise CheckpointError(
+            f"{path} holds one weight twice, as {one} and as {other}. Choose another file."
+        ) from None
+    words = [kind.words for kind in held if kind is not None]
+    if not words:
+        return choice  # who knows the model says what is missing
+    raise CheckpointError(f"{path} is {' and '.join(words)}, not {PARTS[part]}. Choose another file.")
+
+
+def _read(path: Path, part: str | None, read) -> dict:
+    values = _merge(path, read)
+    if part is None:
+        return values
+    return {bare: values[name] for bare, name in choose_part(values, part, path).names.items()}
 
 
 def _merge(path: Path, read) -> dict:
@@ -108,7 +186,8 @@ def _format(path: Path) -> str:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the model. Run `git lfs pull` beside it.")
     if head.startswith(b"GGUF"):
         raise CheckpointError(
-            f"{path} is a GGUF file, which is not read here. Use a safetensors or .pth file."
+            f"{path} is a GGUF file{_gguf_architecture(head)}, which is not read here. Use a safetensors or "
+            ".pth file."
         )
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path, size)
@@ -119,6 +198,15 @@ def _format(path: Path) -> str:
     if re.match(rb"\x80[\x02-\x05]", head):
         return "pickle"
     raise CheckpointError(f"{path} is not a model file: it is neither safetensors nor a PyTorch checkpoint.")
+
+
+def _gguf_architecture(head: bytes) -> str:
+    """What a GGUF file says first of itself, by convention its architecture (llama.cpp, docs/gguf.md)."""
+    found = re.match(rb"GGUF.{20}\x14\0{7}general\.architecture\x08\0{3}(.)\0{7}", head, re.DOTALL)
+    if found is None:
+        return ""
+    name = head[found.end() : found.end() + found[1][0]].decode("utf-8", "replace")
+    return f" of the architecture {name!r}"
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -155,9 +243,8 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
 
 def _file_header(path: Path) -> dict:
     if _format(path) != "safetensors":
-        return {
-            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in _load_pickle(path, "meta").items()
-        }
+        tensors = _load_pickle(path, "meta")
+        return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     header = {}
     try:
         with safe_open(path, framework="np") as file:
@@ -192,7 +279,8 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
             stacklevel=2,
         )
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training run's options
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -212,18 +300,24 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
         struct.error,
     ) as error:
         raise CheckpointError(f"{path} can not be read as a PyTorch checkpoint. {DAMAGED}") from error
-    return _weights_of(content, path)
+    return _all_tensors(content, path)
 
 
-def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
-    for name in TOP_LEVELS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            return _weights_of(content[name], path)
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights by name.")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(
-                f"{path} holds a {type(tensor).__name__} under {key!r} where a weight belongs."
-            )
-    return content
+def _all_tensors(content, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of nested dictionaries, by the names of all joined, without an optimiser's state."""
+    found, passed = {}, []
+    levels = [("", content)]
+    for prefix, level in levels:
+        if not isinstance(level, dict):
+            passed.append((prefix.rstrip("."), level))
+            continue
+        for key, value in level.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                found[prefix + key] = value
+            elif key not in TRAINING_STATE:
+                levels.append((f"{prefix}{key}.", value))
+    if not found:
+        name, value = passed[0] if passed else ("", content)
+        under = f" under {name!r}" if name else ""
+        raise CheckpointError(f"{path} holds a {type(value).__name__}{under} and no weights by name.")
+    return found

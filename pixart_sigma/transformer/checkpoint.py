@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
-from ..files.locating import find_weight_files, read_json
-from ..files.weight_files import read_header, read_state_dict
+from .. import DEMO, DEMO_KV
+from ..errors import CheckpointError, SettingError
+from ..files.locating import find_weight_files, read_json, resolve
+from ..files.parts import MARKERS
+from ..files.quantization import quantization_of
+from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
-from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_alpha_prompt, refuse_other_model
+from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_model, refuse_quantized
+from .variant import find_variant
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-# What a training run, a wrapper or a user interface may have put in front of every key.
-PREFIX = re.compile(
-    r"(?:(?:state_dict|state_dict_ema|model|module|net|diffusion_model|transformer|_orig_mod)\.)*"
-)
+MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
+DEMOS = (DEMO / "transformer", DEMO_KV)
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -38,7 +41,12 @@ STORAGE_DTYPES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `inspect` found. `dtype` is the one that most of the weights are stored in."""
+    """What `inspect` found.
+
+    dtype: the one that most of the weights are stored in. variant_source: what said it, "default" for a
+    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s. noise_schedule: the published one
+    where nothing beside or in the weights says otherwise.
+    """
 
     path: Path
     kind: str
@@ -49,6 +57,27 @@ class Checkpoint:
     components: dict[str, Path]
     config: TransformerConfig
     files: tuple[Path, ...]
+    latent_format: str = "sdxl"
+    noise_schedule: NoiseSchedule = PUBLISHED
+
+    @property
+    def variant_notice(self) -> str:
+        """What to tell whoever loads it when the variant is a guess, or ""."""
+        if self.variant_source != "default":
+            return ""
+        return (
+            f"Nothing says which size {self.path.name} was trained for: neither a config.json, nor the file, "
+            f"nor its name. {self.variant} is assumed."
+        )
+
+    @property
+    def facts(self) -> dict:
+        """What of it can not be seen from the weights, for `facts_tensor`: `inspect` reads it from there."""
+        return {
+            "config": self.config.to_diffusers(),
+            "latent_format": self.latent_format,
+            "noise_schedule": self.noise_schedule.as_dict(),
+        }
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -62,9 +91,10 @@ class Checkpoint:
             if kv
             else "no trained weights"
         )
-        source = {"default": "assumed, nothing says so", "user": "as you chose"}.get(
-            self.variant_source, f"from {self.variant_source}"
-        )
+        source = {
+            "default": "assumed, nothing says so: choose it with --variant",
+            "user": "as you chose",
+        }.get(self.variant_source, f"from {self.variant_source}")
         return "\n".join(
             [
                 f"{self.path}: PixArt-Sigma {self.kind}",
@@ -74,6 +104,7 @@ class Checkpoint:
                 f"{config.num_attention_heads} heads, prompt width {config.caption_channels}"
                 + (", qk-norm" if config.qk_norm else ""),
                 f"KV compression  {compressed}",
+                f"noise schedule  {self.noise_schedule.describe()}",
                 f"weights         {self.key_style} keys, {stored}, {names}",
                 f"components      {', '.join(self.components)}",
             ]
@@ -83,10 +114,11 @@ class Checkpoint:
 def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Say what a pipeline folder, a transformer folder, a weight file or an index is, from headers only.
 
-    The variant is the caller's, else that of config.json, of `pos_embed`'s shape, of the file's name, else
-    1024. Raises CheckpointError, naming what is wrong, for anything but a whole PixArt-Sigma transformer.
+    The variant is the caller's, else that of config.json or of what was saved with the weights, of
+    `pos_embed`'s shape, of the metadata, of the file's name, else 1024. Raises CheckpointError, naming what
+    is wrong, for anything but a whole PixArt-Sigma transformer.
     """
-    path = Path(path)
+    path = resolve(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"Unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
     components = find_components(path)
@@ -95,22 +127,28 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     if components:
         if "transformer" not in components:
             raise CheckpointError(
-                f"{path} has no transformer, only {', '.join(components)}. Choose a transformer beside it."
+                f"{path} has no transformer, only {', '.join(components)}. Choose a "
+                "transformer beside it: --transformer, or another choice in Load Σ Transformer."
             )
         source = components["transformer"]
         refuse_alpha_pipeline(path)
     else:
         components = {"transformer": path}
     files = find_weight_files(source)
-    settings = _read_settings(source, files[0])
+    settings, facts = _read_settings(source, files[0]), read_facts(source)
+    settings = settings or _dict(facts.get("config"))
     refuse_alpha(settings, source)
+    metadata = read_metadata(source)
 
-    original_header = read_header(source)
-    prefix, key_style = _find_spelling(original_header, source)
-    refuse_alpha_prompt(original_header.get(prefix + "y_embedder.y_embedding"), source)
-    header = _rename(original_header, prefix, key_style, source, _split_shape)
-    positions = original_header.get(prefix + "pos_embed")
-    chosen, variant_source = _find_variant(variant, settings, positions, source, files[0])
+    original_header = read_header(source, part="transformer")
+    key_style = _find_spelling(original_header, source)
+    dtypes = [dtype for _, dtype in original_header.values()]
+    refuse_quantized(quantization_of(original_header, dtypes, settings, metadata), source)
+    header = _rename(original_header, key_style, source, _split_shape)
+    positions = original_header.get("pos_embed")
+    chosen, variant_source = find_variant(
+        variant, settings, positions and positions[0], metadata, source, files[0]
+    )
     config = read_config(header, settings, source)
     config = _set_variant(config, chosen, {} if variant_source == "user" else settings, source)
     check_keys(header, config, source)
@@ -124,15 +162,21 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         components,
         config,
         files,
+        "demo" if source.absolute() in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        _find_noise_schedule(path, source, files[0], _dict(facts.get("noise_schedule"))),
     )
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def find_components(path: str | Path) -> dict[str, Path]:
     """The component folders of a pipeline folder, by name; empty when `path` is not one."""
-    path = Path(path)
+    path = resolve(path)
     # os.path answers False where there is no permission; opening the weights then says so.
     found = {name: path / name for name in COMPONENTS if os.path.isdir(path / name)}
-    if not os.path.isfile(path / "model_index.json") and "transformer" not in found:
+    if not os.path.isfile(path / "model_index.json") and not found.keys() & MODELS:
         return {}
     return found
 
@@ -144,9 +188,8 @@ def load_transformer_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tenso
     `attn1.norm_q.*` and `attn1.norm_k.*` (C,). Raises CheckpointError when the file is no longer what it was.
     """
     source = checkpoint.components["transformer"]
-    state_dict = read_state_dict(source)
-    prefix, key_style = _find_spelling(state_dict, source)
-    state_dict = _rename(state_dict, prefix, key_style, source, torch.chunk)
+    state_dict = read_state_dict(source, part="transformer")
+    state_dict = _rename(state_dict, _find_spelling(state_dict, source), source, torch.chunk)
     check_keys(
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state_dict.items()},
         checkpoint.config,
@@ -164,23 +207,45 @@ def _read_settings(source: Path, file: Path) -> dict:
     return {}
 
 
-def _find_spelling(keys, source: Path) -> tuple[str, str]:
-    """What stands in front of the transformer's keys, and whose names they are."""
-    fixed = {
-        "original": [f"{name}.weight" for name in MODULES],
-        "diffusers": [f"{name}.weight" for name in MODULES.values()],
-    }
-    prefixes = dict.fromkeys(match[0] for key in keys if (match := PREFIX.match(key)))
-    best, spelling = 0, ("", "diffusers")
-    for prefix in sorted(prefixes, key=len):
-        for key_style, names in fixed.items():
-            found = sum(prefix + name in keys for name in names)
-            if found > best:
-                best, spelling = found, (prefix, key_style)
+def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
+    """What a pipeline folder's scheduler_config.json says; None where there is none. Raises CheckpointError
+    for what cannot be obeyed."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return NoiseSchedule.from_config(read_json(config), str(config)) if os.path.isfile(config) else None
+
+
+def _find_noise_schedule(path: Path, source: Path, file: Path, saved: dict) -> NoiseSchedule:
+    """That of the pipeline folder that the transformer lies in, else what was `saved` with the weights, else
+    what ComfyUI's markers there say."""
+    folder = source if os.path.isdir(source) else file.parent
+    own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
+    pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
+    if found := read_noise_schedule(pipeline):
+        return found
+    if saved:
+        try:
+            return NoiseSchedule.from_dict(saved, source="the file")
+        except SettingError as error:
+            raise CheckpointError(f"{source} says of its noise schedule: {error}") from error
+    # Into no other format, whose header may cost as much as the weights.
+    keys = read_header(source) if file.suffix == ".safetensors" else {}
+    markers = [key for key in MARKERS if key in keys]
+    if "v_pred" not in markers:
+        return PUBLISHED
+    return NoiseSchedule(
+        prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in markers, source=", ".join(markers)
+    )
+
+
+def _find_spelling(keys, source: Path) -> str:
+    """Whose names the transformer's keys are, "original" or "diffusers"."""
+    spellings = {"original": list(MODULES), "diffusers": list(MODULES.values())}
+    found = {style: sum(f"{name}.weight" in keys for name in names) for style, names in spellings.items()}
+    best = max(found, key=lambda style: found[style])
     # A damaged PixArt-Sigma should be told which key it lacks, and another model what it is.
-    if best < len(MODULES) // 2:
+    if found[best] < len(MODULES) // 2:
         refuse_other_model(keys, source)
-    return spelling
+    return best
 
 
 def _split_shape(value, parts: int):
@@ -188,61 +253,25 @@ def _split_shape(value, parts: int):
     return [((rows // parts, *rest), dtype)] * parts
 
 
-def _rename(values: dict, prefix: str, key_style: str, source: Path, split) -> dict:
+def _rename(values: dict, key_style: str, source: Path, split) -> dict:
     """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
     renamed: dict[str, Any] = {}
-    for full_key, value in values.items():
-        if not full_key.startswith(prefix):
-            raise left_over_key(full_key, source)
-        key = full_key[len(prefix) :]
+    for key, value in values.items():
         refuse_alpha(key, source)
+        if key in DROPPED[key_style]:
+            continue
         if key_style == "diffusers":
             # The names that diffusers' own converter writes for qk-norm.
             names: tuple[str, ...] = (re.sub(r"\.attn1\.([qk])_norm\.", r".attn1.norm_\1.", key),)
-        elif key in DROPPED:
-            continue
         else:
             names = to_diffusers_keys(key)
             if not names:
-                raise left_over_key(full_key, source)
-        rows = value[0][0] if isinstance(value, tuple) else value.shape[0]
-        if rows % len(names):
-            raise CheckpointError(
-                f"{source}: {full_key} has {rows} rows, which is not {len(names)} equal parts."
-            )
+                raise left_over_key(key, source)
+        shape = value[0] if isinstance(value, tuple) else tuple(value.shape)
+        if len(names) > 1 and (not shape or shape[0] % len(names)):
+            raise CheckpointError(f"{source}: {key} is {shape}, which is not {len(names)} equal parts.")
         renamed.update(zip(names, split(value, len(names)) if len(names) > 1 else [value], strict=True))
     return renamed
-
-
-def _find_variant(variant, settings, positions, source, file) -> tuple[str, str]:
-    if variant is not None:
-        return variant, "user"
-    if settings.get("sample_size") is not None:
-        for name, (sample_size, _) in VARIANTS.items():
-            if settings["sample_size"] == sample_size:
-                return name, "config"
-        known = ", ".join(str(sample_size) for sample_size, _ in VARIANTS.values())
-        raise CheckpointError(
-            f"The config.json of {source} says sample_size {settings['sample_size']!r}; "
-            f"PixArt-Sigma has {known}. Choose the variant ({', '.join(VARIANTS)}) yourself."
-        )
-    if positions is not None:
-        patches = prod(positions[0][:-1])
-        for name, (sample_size, _) in VARIANTS.items():
-            if patches == (sample_size // 2) ** 2:
-                return name, "pos_embed"
-    named = _variant_in_name(file.stem) or _variant_in_name(source.name)
-    if named is None and (os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")):
-        named = _variant_in_name(source.absolute().parent.name)
-    return (named, "file name") if named else ("1024", "default")
-
-
-def _variant_in_name(name: str) -> str | None:
-    """The one variant that a name speaks of; a count of steps or epochs is none."""
-    name = re.sub(r"(step|epoch)s?[-_=]?\d+", "", name.lower())
-    sizes = set(re.findall(r"(?<![a-z0-9])(?:256|512|1024|2048|1k|2k)(?=x|px|ms|[^a-z0-9]|$)", name))
-    found = {{"1k": "1024", "2k": "2K", "2048": "2K"}.get(size, size) for size in sizes}
-    return found.pop() if len(found) == 1 else None
 
 
 def _set_variant(config: TransformerConfig, variant: str, settings: dict, source: Path) -> TransformerConfig:
@@ -250,7 +279,7 @@ def _set_variant(config: TransformerConfig, variant: str, settings: dict, source
     explicit = settings.get("interpolation_scale")
     if explicit is not None:
         if not isinstance(explicit, int | float) or isinstance(explicit, bool) or not 0 < explicit < 1000:
-            raise CheckpointError(f"The config.json of {source} says interpolation_scale {explicit!r}.")
+            raise CheckpointError(f"The config of {source} says interpolation_scale {explicit!r}.")
         interpolation_scale = float(explicit)
     return replace(config, sample_size=sample_size, interpolation_scale=interpolation_scale)
 

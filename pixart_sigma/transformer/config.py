@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 KV_KEY = re.compile(r"transformer_blocks\.(\d+)\.attn1\.(?:sr|norm)\.(?:weight|bias)")
 BLOCK_KEY = re.compile(r"transformer_blocks\.(\d+)\.")
 TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
+USUAL_HEAD_DIMS = (72, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_config(header: dict, settings: dict, source: Path) -> TransformerConfig
             continue
         if settings.get(name) is not None and settings[name] != value:
             raise CheckpointError(
-                f"The config.json of {source} says {name} {settings[name]!r}, but its weights need "
+                f"The config of {source} says {name} {settings[name]!r}, but its weights need "
                 f"{value!r}: they do not belong together, or this is not PixArt-Sigma."
             )
     return config
@@ -126,22 +127,29 @@ def _find_heads(width: int, settings: dict, source: Path) -> tuple[int, int]:
     heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
     for name, value in (("num_attention_heads", heads), ("attention_head_dim", head_dim)):
         if value is not None and (not isinstance(value, int) or value < 1 or width % value):
-            raise CheckpointError(
-                f"The config.json of {source} says {name} {value!r}, but the width is {width}."
-            )
+            raise CheckpointError(f"The config of {source} says {name} {value!r}, but the width is {width}.")
     if heads is None:
-        head_dim = head_dim or next((dim for dim in (72, 64, 32) if width % dim == 0), None)
+        head_dim = head_dim or _certain_head_dim(width)
         if head_dim is None:
             raise CheckpointError(
-                f"{source} has width {width}; its number of heads is needed from a config.json."
+                f"Nothing says how many heads the attention of {source} has; width {width} does not. Put the "
+                "file into a folder of its own with the config.json of the model, and choose the folder."
             )
         heads = width // head_dim
     if head_dim is not None and heads * head_dim != width:
         raise CheckpointError(
-            f"The config.json of {source} says {heads} heads of {head_dim}, "
+            f"The config of {source} says {heads} heads of {head_dim}, "
             f"but the width of the weights is {width}."
         )
     return heads, width // heads
+
+
+def _certain_head_dim(width: int) -> int | None:
+    """The published one, or the only usual one that divides the width; None if there is a choice."""
+    if width == XL_2.cross_attention_dim:
+        return XL_2.attention_head_dim
+    possible = [dim for dim in USUAL_HEAD_DIMS if width % dim == 0]
+    return possible[0] if len(possible) == 1 else None
 
 
 def _find_kv_weights(header: dict, source: Path) -> KVWeights | None:

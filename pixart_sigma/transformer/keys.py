@@ -5,6 +5,7 @@ KV compression (`attn.sr`, `attn.norm`) and qk-norm (`attn.q_norm`, `attn.k_norm
 """
 
 import re
+from collections.abc import Iterable
 
 # How many diffusers tensors a fused one holds, one after the other along dimension 0.
 FUSED = {
@@ -33,7 +34,10 @@ BLOCK_MODULES = {
 }
 TABLE = "scale_shift_table"
 # Not weights of the network in use: the null caption of training, and positions that each size recomputes.
-DROPPED = ("y_embedder.y_embedding", "pos_embed")
+DROPPED = {
+    "original": ("y_embedder.y_embedding", "pos_embed"),
+    "diffusers": ("caption_projection.y_embedding", "pos_embed.pos_embed"),
+}
 BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(.+)")
 MODULE_KEY = re.compile(r"(.+)\.(weight|bias)")
 
@@ -54,3 +58,21 @@ def to_diffusers_keys(key: str) -> tuple[str, ...]:
         return tuple(f"{block}{name}.{parameter}" for name in FUSED[module])
     renamed = (BLOCK_MODULES if in_block else MODULES).get(module)
     return (f"{block}{renamed}.{parameter}",) if renamed else ()
+
+
+def to_original_keys(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The authors' names for diffusers' ones, each with those whose tensors it joins along dimension 0.
+
+    A name that is neither's is kept, and so is one of a joined tensor that lacks another part.
+    """
+    names = list(names)
+    in_blocks = (re.match(r"transformer_blocks\.(\d+)\.", name) for name in names)
+    blocks = sorted({int(match[1]) for match in in_blocks if match})
+    modules = list(MODULES)
+    modules += [f"blocks.{block}.{module}" for block in blocks for module in (*FUSED, *BLOCK_MODULES)]
+    originals = [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
+    originals += [f"final_layer.{TABLE}", *(f"blocks.{block}.{TABLE}" for block in blocks)]
+    found = {original: to_diffusers_keys(original) for original in originals}
+    found = {original: parts for original, parts in found.items() if set(parts) <= set(names)}
+    taken = {part for parts in found.values() for part in parts}
+    return found | {name: (name,) for name in names if name not in taken}

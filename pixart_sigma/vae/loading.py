@@ -1,6 +1,8 @@
 """The SDXL VAE from a diffusers folder or a single file."""
 
-import json
+import inspect
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -8,10 +10,16 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from ..errors import CheckpointError
-from ..files.weight_files import check_file, read_state_dict
+from ..files.locating import read_json
+from ..files.parts import kind_of, models
+from ..files.quantization import quantization_of
+from ..files.weight_files import read_header, read_state_dict
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215
+# In a config.json, by the only value beside null that is taken.
+NOT_DONE = {"shift_factor": 0, "latents_mean": None, "latents_std": None, "act_fn": "silu"}
+ANOTHER = "it is damaged, or the VAE of another model."
 # The published VAE, in diffusers' words.
 SDXL_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -21,6 +29,19 @@ SDXL_VAE = {
     "latent_channels": 4,
     "norm_num_groups": 32,
 }
+# What the training of a VAE leaves beside it.
+TRAINING = ("loss.", "discriminator.", "perceptual_loss.", "lpips.")
+# The mid block's attention: diffusers' names of before 0.18, its own of today, and the original release's.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+ATTENTION = re.compile(
+    r"(.+\.mid_block\.attentions\.0\.)(to_[qkv]|to_out\.0|query|key|value|proj_attn)\.(.+)"
+)
+ORIGINAL_ATTENTION = re.compile(r".+\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight")
+ORIGINAL = re.compile(
+    r"(?:en|de)coder\.(?:conv_in|conv_out|norm_out|mid\.(?:block_[12]|attn_1)\.\w+"
+    r"|(?:down|up)\.\d+\.(?:block\.\d+\.\w+|(?:down|up)sample\.conv))\.(?:weight|bias)"
+    r"|(?:post_)?quant_conv\.(?:weight|bias)"
+)
 
 
 def load_vae(
@@ -28,14 +49,9 @@ def load_vae(
 ) -> AutoencoderKL:
     """An AutoencoderKL in eval mode, without gradients, from what `read_vae` reads; it raises the same."""
     state_dict, config = read_vae(path)
-    if any(key.startswith("decoder.mid.") for key in state_dict):
-        state_dict = convert_ldm_vae_checkpoint(state_dict, config)
     vae = build_vae(config)
-    state_dict = {key: tensor.to(device, dtype) for key, tensor in state_dict.items()}
-    missing, left_over = vae.load_state_dict(state_dict, strict=False, assign=True)
-    if missing or left_over:
-        word, key = ("lacks", missing[0]) if missing else ("has the unknown key", left_over[0])
-        raise CheckpointError(f"{path} {word} {key}: it is damaged, or the VAE of another model.")
+    state_dict = {key: tensor.to(device, dtype) for key, tensor in _in_diffusers(state_dict, config).items()}
+    vae.load_state_dict(state_dict, assign=True)
     return vae.eval().requires_grad_(False)
 
 
@@ -49,23 +65,29 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The weights of a VAE and its configuration in diffusers' words.
 
     `path` is a diffusers folder (`config.json` and weights) or one file, in diffusers' keys or in the keys
-    of the original release that ComfyUI uses, with or without `first_stage_model.` in front.
-    Raises CheckpointError for another kind of model, and for the VAE of Stable Diffusion 1.x.
+    of the original release that ComfyUI uses, alone or beside other models. Older names of the attention
+    become those of today, and its weights (C, C) in diffusers' keys and (C, C, 1, 1) in the original ones.
+    Raises CheckpointError for another kind of model, for one that is quantised or not whole, and for the VAE
+    of Stable Diffusion 1.x.
     """
     path = Path(path)
-    state_dict = {
-        key.removeprefix("first_stage_model."): tensor for key, tensor in _read_weights(path).items()
-    }
+    state_dict = _with_todays_names(read_state_dict(path, part="vae"))
     if "decoder.conv_in.weight" not in state_dict:
         raise CheckpointError(
             f"{path} is not a VAE: it has no decoder.conv_in.weight. Choose the SDXL VAE "
             "(the vae folder of PixArt-Sigma-XL-2-1024-MS, or sdxl_vae.safetensors)."
         )
-    config_file = path / "config.json"
-    config = json.loads(config_file.read_text()) if config_file.is_file() else _config_from(state_dict)
-    if config.get("scaling_factor") == SD15_SCALING_FACTOR:
+    settings = _read_settings(path)
+    dtypes = [tensor.dtype for tensor in state_dict.values()]
+    if quantization := quantization_of(state_dict, dtypes, settings):
         raise CheckpointError(
-            f"{path} is the VAE of Stable Diffusion 1.x or 2.x (scaling factor {SD15_SCALING_FACTOR}); "
+            f"{path} is a quantised VAE ({quantization}), which is not read here. Use one in float32, "
+            "float16 or bfloat16; it is small."
+        )
+    config = _obeyed(settings, path) if settings else _config_from(state_dict, path)
+    if config.get("scaling_factor") == SD15_SCALING_FACTOR or _is_beside_sd15(path):
+        raise CheckpointError(
+            f"{path} has the VAE of Stable Diffusion 1.x or 2.x (scaling factor {SD15_SCALING_FACTOR}); "
             f"PixArt-Sigma needs the SDXL VAE ({SDXL_SCALING_FACTOR})."
         )
     if config.get("latent_channels", 4) != 4:
@@ -73,7 +95,83 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"{path} makes latents of {config['latent_channels']} channels; "
             "PixArt-Sigma needs the SDXL VAE with 4."
         )
+    _check(state_dict, config, path)
     return state_dict, config
+
+
+def _read_settings(path: Path) -> dict:
+    """The config.json of a folder, or beside a file that diffusers names so."""
+    folder = path if os.path.isdir(path) else path.parent
+    if folder != path and not path.name.startswith("diffusion_pytorch_model"):
+        return {}
+    config = folder / "config.json"
+    return read_json(config) if os.path.isfile(config) else {}
+
+
+def _obeyed(settings: dict, path: Path) -> dict:
+    """A config.json with all that it leaves out, as diffusers has it but for the scaling factor: without one
+    it is SDXL's, as for a file without config.json. Raises CheckpointError for what is not done here."""
+    for name, only in NOT_DONE.items():
+        if settings.get(name, only) not in (None, only):
+            raise CheckpointError(
+                f"The config.json of {path} says {name} {settings[name]!r}, which PixArt-Sigma is run "
+                "without: it is the VAE of another model."
+            )
+    scale = settings.get("scaling_factor", SDXL_SCALING_FACTOR)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1000:
+        raise CheckpointError(
+            f"The config.json of {path} says scaling_factor {scale!r}; SDXL's VAE has 0.13025."
+        )
+    parameters = inspect.signature(AutoencoderKL).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return defaults | settings | {"scaling_factor": scale}
+
+
+def _is_beside_sd15(path: Path) -> bool:
+    """Whether the file is a checkpoint of Stable Diffusion 1.x or 2.x; its VAE alone looks like SDXL's."""
+    transformer = models(read_header(path)).get("transformer")
+    kind = kind_of(transformer.names) if transformer else None
+    return kind is not None and kind.words == "Stable Diffusion"
+
+
+def _with_todays_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if key.startswith(TRAINING):
+            continue
+        if attention := ATTENTION.fullmatch(key):
+            block, name, parameter = attention.groups()
+            key = f"{block}{OLD_ATTENTION.get(name, name)}.{parameter}"
+            if parameter == "weight" and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]
+        elif ORIGINAL_ATTENTION.fullmatch(key) and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        renamed[key] = tensor
+    return renamed
+
+
+def _in_diffusers(state_dict: dict, config: dict) -> dict:
+    original = any(key.startswith("decoder.mid.") for key in state_dict)
+    return convert_ldm_vae_checkpoint(state_dict, config) if original else state_dict
+
+
+def _check(state_dict: dict, config: dict, path: Path) -> None:
+    """Raise CheckpointError unless these are the weights of a VAE of this configuration, all of them."""
+    try:
+        expected = {key: tuple(tensor.shape) for key, tensor in build_vae(config).state_dict().items()}
+        found = _in_diffusers(state_dict, config)
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a VAE that can be built: {error}. {ANOTHER}") from error
+    left_over = sorted(found.keys() - expected.keys())
+    if found is not state_dict:  # what the conversion does not know it leaves out
+        left_over += [key for key in state_dict if not ORIGINAL.fullmatch(key)]
+    missing = sorted(expected.keys() - found.keys())
+    if missing or left_over:
+        word, key = ("lacks", missing[0]) if missing else ("has the unknown key", left_over[0])
+        raise CheckpointError(f"{path} {word} {key}: {ANOTHER}")
+    for key, shape in expected.items():
+        if tuple(found[key].shape) != shape:
+            raise CheckpointError(f"{path}: {key} is {tuple(found[key].shape)}, not {shape}: {ANOTHER}")
 
 
 def read_config(path: str | Path) -> dict:
@@ -82,14 +180,7 @@ def read_config(path: str | Path) -> dict:
     return read_vae(path)[1]
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.is_dir():
-        return read_state_dict(path)
-    check_file(path)
-    return read_state_dict(path)
-
-
-def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
+def _config_from(state_dict: dict[str, torch.Tensor], path: Path) -> dict:
     """The configuration that the shapes of a single file imply."""
     diffusers_keys = "decoder.mid_block.resnets.0.conv1.weight" in state_dict
     first = (
@@ -99,12 +190,12 @@ def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
     )
     widths: list[int] = []
     while (key := first.format(len(widths), 0)) in state_dict:
-        widths.append(state_dict[key].shape[0])
+        widths.append(_convolution(state_dict, key, path)[0])
     layers = 0
     while first.format(0, layers) in state_dict:
         layers += 1
     if not widths:
-        raise CheckpointError("The VAE file has a decoder but no encoder; choose the whole SDXL VAE.")
+        raise CheckpointError(f"{path} has a decoder but no encoder; choose the whole SDXL VAE.")
     return {
         "in_channels": 3,
         "out_channels": 3,
@@ -112,8 +203,15 @@ def _config_from(state_dict: dict[str, torch.Tensor]) -> dict:
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "latent_channels": state_dict["decoder.conv_in.weight"].shape[1],
+        "latent_channels": _convolution(state_dict, "decoder.conv_in.weight", path)[1],
         "norm_num_groups": 32,
         "sample_size": 512,
         "scaling_factor": SDXL_SCALING_FACTOR,
     }
+
+
+def _convolution(state_dict: dict[str, torch.Tensor], key: str, path: Path) -> tuple[int, ...]:
+    shape = tuple(state_dict[key].shape)
+    if len(shape) != 4:
+        raise CheckpointError(f"{path}: {key} is {shape}, not that of a picture's convolution: {ANOTHER}")
+    return shape

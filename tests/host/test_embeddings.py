@@ -4,8 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+from hosts import start_server
 from prompts import node, number, quick, to_prompt
-from server import DEMO, PACK, Rejected, Server
+from server import DEMO, PACK, Rejected
 
 LOADED = "Requested to load SigmaTextModel"  # the host's words, when T5 is brought into memory
 
@@ -13,7 +14,7 @@ LOADED = "Requested to load SigmaTextModel"  # the host's words, when T5 is brou
 @pytest.fixture(scope="module")
 def own_server(host, tmp_path_factory):
     """A server of its own, for its log and its restart."""
-    running = Server(host, tmp_path_factory.mktemp("embeddings"))
+    running = start_server(host, tmp_path_factory.mktemp("embeddings"))
     yield running
     running.stop()
 

@@ -1,19 +1,14 @@
 """The pack in the oldest ComfyUI that it promises to work with."""
 
-import os
-from pathlib import Path
-
 import pytest
+from hosts import find_host, start_server
 from prompts import SAVED_WORKFLOW, WORKFLOWS, contract, promised_contract, run_with_the_demo
-from server import Server
 
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory):
-    folder = os.environ.get("COMFYUI_OLDEST_PATH")
-    if not folder:
-        pytest.skip("no old ComfyUI: set COMFYUI_OLDEST_PATH to the folder of a ComfyUI 0.26")
-    running = Server(Path(folder), tmp_path_factory.mktemp("oldest_comfyui"))
+    variable = "COMFYUI_OLDEST_PATH"
+    running = start_server(find_host(variable), tmp_path_factory.mktemp("oldest_comfyui"), variable)
     yield running
     running.stop()
 

@@ -3,15 +3,14 @@ ComfyUI can not be unloaded. What comes of their tests is reported as if they ha
 
 import ast
 import functools
+import json
 import os
-import pickle
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from server import find_host
+from hosts import find_host, host_python, refuse
 
 START = Path(__file__).with_name("start.py")
 SECONDS = 900  # for all tests of a file
@@ -32,22 +31,28 @@ class HostFile(pytest.File):
     @functools.cached_property
     def outcome(self) -> tuple[list[pytest.TestReport], str]:
         """The reports on those tests of this file that were chosen, and what the process printed."""
-        environment = os.environ | {"COMFYUI_PATH": str(find_host())}
+        host = find_host()
         chosen = [f"{self.path}::{item.name}" for item in self.session.items if item.parent is self]
         with tempfile.TemporaryDirectory() as folder:
             reports, output = Path(folder) / "reports", Path(folder) / "output"
-            command = [sys.executable, START, "--rootdir", self.config.rootpath, "--reports", reports]
+            command = [host_python(), START, "--rootdir", self.config.rootpath, "--reports", reports]
             with output.open("w") as printed:
                 try:
                     subprocess.run(
-                        command + chosen, env=environment, stdout=printed, stderr=printed, timeout=SECONDS
+                        command + chosen,
+                        env=os.environ | {"COMFYUI_PATH": str(host)},
+                        stdout=printed,
+                        stderr=printed,
+                        timeout=SECONDS,
                     )
                 except subprocess.TimeoutExpired:
                     printed.write(f"\nIt was stopped after {SECONDS} s.")
-            return (
-                pickle.loads(reports.read_bytes()) if reports.exists() else [],
-                output.read_text(encoding="utf-8", errors="replace"),
-            )
+            said = output.read_text(encoding="utf-8", errors="replace")
+            if not reports.exists():
+                refuse(host, said)
+            read = self.config.hook.pytest_report_from_serializable
+            written = map(json.loads, reports.read_text(encoding="utf-8").splitlines())
+            return [read(config=self.config, data=report) for report in written], said
 
 
 class HostTest(pytest.Item):

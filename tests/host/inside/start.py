@@ -1,13 +1,16 @@
 """Runs pytest in ComfyUI's own process, on the CPU: its modules can be imported, and the pack as `pack`.
+Run it with the interpreter that ComfyUI runs with.
 
 `conftest.py` starts it. By hand, as to use a debugger:
 
     COMFYUI_PATH=~/comfy/ComfyUI python tests/host/inside/start.py tests/host/inside/test_decode.py --pdb
 """
 
+import gc
+import importlib
 import importlib.util
+import json
 import os
-import pickle
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +27,9 @@ def become_the_host(base: str):
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    # As ComfyUI's main.py does: what these need and is not there ends this before any test.
+    for name in ("execution", "nodes", "server"):
+        importlib.import_module(name)
     # As ComfyUI loads a pack: a package under a folder name that it does not choose.
     spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py")
     sys.modules["pack"] = importlib.util.module_from_spec(spec)
@@ -32,9 +38,6 @@ def become_the_host(base: str):
 
 class Inside:
     """How each test runs, and the reports for the process that started this one."""
-
-    def __init__(self):
-        self.reports = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self):
@@ -52,16 +55,22 @@ class Inside:
 
         comfy.model_management.unload_all_models()
 
+    def pytest_collection_finish(self):
+        gc.freeze()  # as tests/conftest.py does
+
     def pytest_addoption(self, parser):
-        parser.addoption("--reports", type=Path, help="a file that is to hold the reports, pickled")
+        parser.addoption("--reports", type=Path, help="a file for the reports, a line of JSON each")
 
     def pytest_configure(self, config):
-        self.file = config.getoption("--reports")
+        self.config, self.file = config, config.getoption("--reports")
+        if self.file:  # the sign that ComfyUI could be imported
+            self.file.touch()
 
     def pytest_runtest_logreport(self, report):
-        self.reports.append(report)
         if self.file:  # at once: the process may be killed
-            self.file.write_bytes(pickle.dumps(self.reports))
+            written = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(written) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ def sample(model, **settings):
     return ksampler(model, *CONDITIONING, SIZE, **settings)
 
 
-def sigma_sampler(model, setting, steps=2, cfg=4.5):
+def sigma_sampler(model, setting, steps=2, cfg=4.5, positive=CONDITIONING[0]):
     made = Sampler.execute(
         model,
-        *CONDITIONING,
+        positive,
+        CONDITIONING[1],
         {"samples": torch.zeros(1, 4, *SIZE)},
         seed=0,
         steps=steps,
@@ -178,3 +179,13 @@ def test_a_model_that_is_not_sigma_is_refused(tmp_path):
     for act in (compress, sigma_sampler):
         with pytest.raises(SigmaError, match="KV compression is for PixArt-Sigma"):
             act(other, "mean:2:all")
+
+
+def test_a_prompt_that_is_not_for_the_hosts_own_model_is_explained(native):
+    wrong = conditioning(5, 64, seed=3)
+    for run in (
+        lambda: sigma_sampler(native, "off", positive=wrong),
+        lambda: ksampler(compress(native, "mean:2:all"), wrong, CONDITIONING[1], SIZE, **QUICK),
+    ):
+        with pytest.raises(SigmaError, match="is 64 wide, and this transformer reads 4096"):
+            run()
