@@ -280,7 +280,7 @@ def test_an_embedding_in_a_prompt_is_not_encoded_as_its_letters(generate, monkey
     for option in ((), ("--negative", "ugly embedding:Bad, (embedding:Worse:1.2)")):
         prompt = "a boat" if option else "a boat embedding:My-Style"
         assert_mistake(
-            generate(*option, prompt=prompt), "'embedding:", "only in ComfyUI", "Save Prompt Embeddings"
+            generate(*option, prompt=prompt), "'embedding:", "only in ComfyUI", "Save Σ Prompt Embeddings"
         )
 
 
