@@ -138,9 +138,13 @@ def test_another_model_is_named_and_used_only_where_it_is_asked_for(generate, tm
 
 
 def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
-    """A file that says nothing may be of 1024 or of 2K, and the picture depends on it."""
-    shutil.copy(DEMO / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
-    model = ("--transformer", tmp_path / "mine.safetensors")
+    """A folder that does not say may be of 1024 or of 2K, and the picture depends on it."""
+    shutil.copytree(DEMO / "transformer", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    for name in ("sample_size", "interpolation_scale"):
+        config.pop(name)
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    model = ("--transformer", tmp_path / "mine")
     _, assumed, _ = generate("a red circle", *FAST, *model)
     status, first, err = generate("a red circle", *FAST, *model, "--variant", "256")
     assert status == 0 and first != assumed, err
