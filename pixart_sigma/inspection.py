@@ -12,7 +12,7 @@ from .transformer.checkpoint import find_components, inspect
 
 USES = {
     "transformer": "Load Σ Transformer, or --transformer",
-    "text_encoder": "Load T5 (8-bit), or --text-encoder",
+    "text_encoder": "Load Σ Text Encoder (T5), or --text-encoder",
     "vae": "Load Σ VAE, or --vae",
 }
 PIPELINE_USE = "each of the three loaders, or --model"
@@ -27,7 +27,7 @@ SIGMA_LAYER = re.compile(
 )
 LORA_DOWN = ("lora_A.weight", "lora_down.weight", "lora_A.default.weight")
 T5_EMBEDDING = {"t5xxl", "t5"}  # the tensors of a textual inversion
-EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Prompt Embeddings
+EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Σ Prompt Embeddings
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _describe_other(path: Path, header: dict) -> str:
                 f"{path}: prompt embeddings, encoded in {saved.precision}",
                 f"prompt          {saved.positive_text}",
                 f"negative        {saved.negative_text}",
-                "use             Load Prompt Embeddings, or generate --embeddings",
+                "use             Load Σ Prompt Embeddings, or generate --embeddings",
             ]
         )
     try:

@@ -136,7 +136,7 @@ TEXTS = (
     "positive_truncated",
     "negative_truncated",
 )
-_WRITE_AGAIN = "Save it again, with Save Prompt Embeddings or `pixart-sigma encode`."
+_WRITE_AGAIN = "Save it again, with Save Σ Prompt Embeddings or `pixart-sigma encode`."
 
 
 def check_embeds(name: str, embeds: torch.Tensor) -> None:
@@ -197,7 +197,7 @@ def _check_format(path: Path, found) -> None:
         raise CheckpointError(f"{path} was written by a newer version of the pack ({found}). Update it.")
     raise CheckpointError(
         f"{path} holds no prompt embeddings: its format is {found!r}, not '{FORMAT} {VERSION}'. "
-        "Choose a file from Save Prompt Embeddings or `pixart-sigma encode`."
+        "Choose a file from Save Σ Prompt Embeddings or `pixart-sigma encode`."
     )
 
 
