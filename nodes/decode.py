@@ -37,7 +37,7 @@ class VAEDecode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=16384,
-                    tooltip="Scale and crop to this width, from Aspect-Ratio Bucket. 0 leaves the size.",
+                    tooltip="Scale and crop to this width, from Σ Aspect-Ratio Bucket. 0 leaves the size.",
                 ),
                 io.Int.Input(
                     "asked_height",

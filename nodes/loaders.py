@@ -13,8 +13,17 @@ class LoadTransformer(io.ComfyNode):
             display_name="Load Σ Transformer",
             category="PixArt Sigma",
             description="Loads a PixArt-Σ transformer from any published format, or the small demo model "
-            "that comes with the pack. What it loads is an ordinary MODEL.",
-            search_aliases=["pixart", "pixart sigma", "load diffusion model", "unet loader", "dit"],
+            "that comes with the pack. What it loads is an ordinary MODEL: LoRAs of PixArt-Σ go into "
+            "ComfyUI's own Load LoRA behind it.",
+            search_aliases=[
+                "pixart",
+                "pixart sigma",
+                "pixart lora",
+                "load diffusion model",
+                "unet loader",
+                "model loader",
+                "dit",
+            ],
             inputs=[
                 io.Combo.Input(
                     "transformer",
@@ -64,11 +73,23 @@ class LoadTextEncoder(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaLoadTextEncoder",
-            display_name="Load T5 (8-bit)",
+            display_name="Load Σ Text Encoder (T5)",
             category="PixArt Sigma",
             description="Loads the T5 text encoder in 8 or 4 bit, or unquantised. It is read when the first "
             "prompt is encoded, and not at all if every prompt is cached.",
-            search_aliases=["t5", "t5xxl", "load clip", "text encoder", "bitsandbytes", "int8", "nf4"],
+            search_aliases=[
+                "t5 loader",
+                "load t5",
+                "t5xxl",
+                "pixart text encoder",
+                "text encoder loader",
+                "clip loader",
+                "load clip",
+                "bitsandbytes",
+                "8 bit",
+                "int8",
+                "nf4",
+            ],
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
@@ -117,7 +138,7 @@ class LoadVAE(io.ComfyNode):
             category="PixArt Sigma",
             description="Loads the SDXL VAE that PixArt-Σ uses, or the demo's, as ComfyUI's own VAE. A VAE "
             "of Stable Diffusion 1.x in a folder is refused.",
-            search_aliases=["sdxl vae", "load vae", "autoencoder"],
+            search_aliases=["pixart vae", "sdxl vae", "load vae", "vae loader", "autoencoder"],
             inputs=[
                 io.Combo.Input(
                     "vae",

@@ -19,13 +19,14 @@ class TextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="From Load T5 (8-bit), or from ComfyUI's Load CLIP with type pixart. CLIP models "
-                    "of Stable Diffusion do not work.",
+                    tooltip="From Load Σ Text Encoder (T5), or from ComfyUI's Load CLIP with type pixart. "
+                    "CLIP models of Stable Diffusion do not work.",
                 ),
                 io.String.Input(
                     "positive",
                     multiline=True,
                     dynamic_prompts=True,
+                    default="a large yellow star on a blue background",  # which the demo draws well
                     tooltip="What the picture shows. Whole sentences work well; about 200 words fit.",
                 ),
                 io.String.Input(
@@ -63,8 +64,8 @@ class TextEncode(io.ComfyNode):
 
         if clip is None:
             raise ValueError(
-                "There is no text encoder in this model file. Connect Load T5 (8-bit), or Load CLIP with "
-                "type pixart."
+                "There is no text encoder in this model file. Connect Load Σ Text Encoder (T5), or Load "
+                "CLIP with type pixart."
             )
         with record("Encode the prompts"):
             try:
@@ -92,8 +93,8 @@ def encode(clip, text: str, clean_caption: bool) -> list:
     if width != T5_XXL_WIDTH:
         raise SigmaError(
             f"This text encoder makes embeddings {width} numbers wide, and PixArt-Sigma needs the "
-            f"{T5_XXL_WIDTH} of T5-XXL. Connect Load T5 (8-bit), or Load CLIP with a t5xxl file and type "
-            "pixart."
+            f"{T5_XXL_WIDTH} of T5-XXL. Connect Load Σ Text Encoder (T5), or Load CLIP with a t5xxl file and "
+            "type pixart."
         )
     return embeddings.with_source(conditioning, text=text, clean_caption=clean_caption)
 

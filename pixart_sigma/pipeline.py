@@ -24,7 +24,7 @@ from .sampling.denoise import Step, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
 from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
-from .settings import DTYPES, T5_PRECISIONS, Settings, Ways, check_settings
+from .settings import DTYPES, T5_PRECISIONS, Settings, Ways, check_settings, check_ways
 from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
@@ -98,7 +98,7 @@ class SigmaPipeline:
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
-        ways = ways or Ways()
+        ways = Ways() if ways is None else check_ways(ways)
         components = Components.find(
             folder,
             transformer=transformer,
@@ -235,7 +235,7 @@ class SigmaPipeline:
         raises."""
         found = self.components
         return make_plan(
-            check_settings(settings),
+            settings,
             self._run_ways(ways),
             Models.read(found.checkpoint, found.text_encoder, found.vae),
             dtype=self.dtype,
@@ -257,8 +257,7 @@ class SigmaPipeline:
     def _run_ways(self, ways: Ways | None) -> Ways:
         if ways is None:
             return self.ways
-        if not isinstance(ways, Ways):
-            raise SigmaError(f"ways is a {type(ways).__name__}; give Ways, such as Ways(decode='strips').")
+        check_ways(ways)
         for name in FIXED:
             if getattr(ways, name) != getattr(self.ways, name):
                 raise SettingError(

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from .errors import SettingError, SigmaError
 from .memory.measure import readable
 from .memory.ways import Way
-from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways
+from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways, check_settings, check_ways
 from .table import align
 from .text import stage as text
 from .text.needs import EncoderShapes
@@ -123,6 +123,8 @@ def plan(
     Raises SigmaError without a budget, and where not even the smallest way of a stage fits: it says which,
     and what it needs.
     """
+    check_settings(settings)
+    check_ways(ways)
     if ways.budget is None:
         raise SettingError("budget", None, "give more than 0 bytes, such as 2 GB (2e9)")
     models = models or Models.published()

@@ -275,6 +275,13 @@ def check_settings(settings: Any) -> Settings:
     return settings
 
 
+def check_ways(ways: Any) -> Ways:
+    """The ways; SigmaError for anything else in their place, such as a device."""
+    if not isinstance(ways, Ways):
+        raise SigmaError(f"ways is a {type(ways).__name__}; give Ways, such as Ways(device='cpu').")
+    return ways
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None, advice: str) -> int:
     """The value as a whole number within these limits. Raises SettingError."""
     try:

@@ -12,7 +12,7 @@ def check_latents(latents, channels: int = 4, nested: bool = False) -> None:
     shape = "nested, of several kinds" if nested else tuple(latents.shape)
     raise SigmaError(
         f"The latents are {shape}, and (batch, {channels}, height, width) is needed here. They come from "
-        "another kind of model: use Aspect-Ratio Bucket, or encode with the SDXL VAE."
+        "another kind of model: use Σ Aspect-Ratio Bucket, or encode with the SDXL VAE."
     )
 
 

@@ -12,8 +12,9 @@ import torch
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import LAST_TIMESTEP
+from .base_size import base_size
 from .checks import check_conditioning, check_latents
-from .kv_compression import can_compress, is_ours, is_set, prompt_width, set_kv_compression
+from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import show_notice
 
@@ -134,15 +135,15 @@ def _compress(model, setting: str):
 
 def _check_size(model, height: int, width: int):
     """Warn of a picture, in pixels, that is far from those the model was trained on."""
-    if not is_ours(model):
+    base = base_size(model)
+    if base is None:
         return
-    base = model.model.diffusion_model.sigma_config.sample_size * 8
     if base**2 / 4 <= height * width <= base**2 * 4:
         show_notice("")
         return
     warning = (
         f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
-        "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
+        "repeat or lose things. Σ Aspect-Ratio Bucket picks a size for it."
     )
     logging.getLogger(__name__).warning(warning)
     show_notice(warning)

@@ -63,7 +63,9 @@ class SigmaClip(comfy.sd.CLIP):
     state_dict_for_saving = get_sd
 
     def load_sd(self, sd, full_model=False):
-        raise SigmaError("This T5 reads its own file. Load another one with Load T5 (8-bit) or Load CLIP.")
+        raise SigmaError(
+            "This T5 reads its own file. Load another one with Load Σ Text Encoder (T5) or Load CLIP."
+        )
 
     def generate(self, tokens, *args, **kwargs):
         raise SigmaError(
@@ -246,8 +248,8 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, filter_prefix=None):
         """What the host's nodes for merging ask for."""
         raise SigmaError(
-            "The T5 of Load T5 can not be merged: its weights may be quantised. Load both encoders with "
-            "CLIPLoader (type pixart)."
+            "The T5 of Load Σ Text Encoder (T5) can not be merged: its weights may be quantised. Load both "
+            "encoders with CLIPLoader (type pixart)."
         )
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:

@@ -77,17 +77,7 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
-    generate.add_argument("--image", metavar="FILE", help="start from this picture")
-    generate.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="with --image: paint anew where this picture is white, keep the rest",
-    )
-    generate.add_argument(
-        "--strength",
-        type=float,
-        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
-    )
+    _add_start(generate)
     generate.add_argument(
         "--kv-compression",
         metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
@@ -121,6 +111,21 @@ def _add_generate(commands):
         default="picture.png",
         metavar="FILE|FOLDER/",
         help=".png, .jpg or .webp; in a folder, a new file named after the prompt (default: picture.png)",
+    )
+
+
+def _add_start(command: argparse.ArgumentParser):
+    """What a picture starts from beside noise."""
+    command.add_argument("--image", metavar="FILE", help="start from this picture")
+    command.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="with --image: paint anew where this picture is white, keep the rest",
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
     )
 
 

@@ -31,13 +31,17 @@ class Progress:
 def progress() -> Iterator[Progress]:
     """A `Progress` for this block, within which no library draws bars of its own."""
     from tqdm import tqdm
-    from transformers.utils import logging
+    from transformers.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         with tqdm(total=None, leave=False, disable=None) as bar:
             yield Progress(bar)
     finally:
         if shown:
-            logging.enable_progress_bar()
+            enable_progress_bar()

@@ -80,7 +80,8 @@ class Kind:
 
 # The first that fits, so that what is built upon a model goes before it.
 KINDS = (
-    Kind("a LoRA", (("lora_",), (".lora_A.",), (".lokr_",), (".hada_w1",), (".oft_",), (".dora_scale",))),
+    Kind("a LoRA", (("lora_",), ("lycoris_",), (".lora_A.",), (".lokr_",), (".hada_w1",), (".oft_",))),
+    Kind("an embedding for prompts", (("bundle_emb.",), ("emb_params",), ("string_to_param",), ("t5_out",))),
     Kind(
         "a ControlNet",
         (("controlnet_blocks.",), ("controlnet.",), ("control_model.",), ("controlnet_cond_embedding.",)),

@@ -74,16 +74,12 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         noise = predict(scaled, timestep)
+        _check_prediction(noise, scaled)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
         if mask is not None:
             kept = _noised(scheduler, image_latents, unit_noise, timesteps[index + 1 : index + 2])
             latents = torch.lerp(kept, latents, mask.to(latents))
-        if not latents.isfinite().all():
-            raise SigmaError(
-                f"Latents are not finite after step {index + 1} of {len(timesteps)}, "
-                f"timestep {float(timestep):g}. "
-                "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
-            )
+        _check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {float(timestep):g}")
         if callback is not None:
             predicted = predict_clean(scheduler, scaled, noise, timestep)
             if callback(Step(index, len(timesteps), float(timestep), latents, predicted)) is False:
@@ -142,6 +138,22 @@ def _check_image_latents(image_latents, latents, strength):
         raise SigmaError(
             f"image_latents are {tuple(image_latents.shape)}, the noise is {tuple(latents.shape)}; "
             "both must have one size."
+        )
+
+
+def _check_prediction(noise, latents):
+    if not isinstance(noise, torch.Tensor) or noise.shape != latents.shape:
+        raise SigmaError(
+            f"predict gave {_describe(noise)}; it returns what the model predicts for the latents, "
+            f"{tuple(latents.shape)}."
+        )
+
+
+def _check_finite(latents, step):
+    if not latents.isfinite().all():
+        raise SigmaError(
+            f"Latents are not finite after {step}. "
+            "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
         )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..devices import pick_device
 from ..errors import SettingError, SigmaError
 from ..settings import check_count, check_seed, check_whole
 
@@ -23,6 +24,7 @@ def get_noise(
     or a dtype that cannot be.
     """
     check_count(count)
+    place = pick_device(device)
     for name, side in (("height", height), ("width", width)):
         check_whole(name, side, 8, None, "give a whole number of pixels, 8 or more")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -37,4 +39,4 @@ def get_noise(
         generator = torch.Generator().manual_seed(check_seed(seed))
     shape = (channels, height // 8, width // 8)
     pictures = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
-    return torch.stack(pictures).to(device)
+    return torch.stack(pictures).to(place)

@@ -139,6 +139,11 @@ def get_timesteps(scheduler, settings: Settings, device: str | torch.device = "c
 
 
 def check_scheduler(scheduler):
+    """A diffusers scheduler for a model like this; SigmaError for others, and for a name."""
+    if isinstance(scheduler, str):
+        raise SigmaError(
+            f"scheduler is {scheduler!r}; a name belongs into Settings(scheduler={scheduler!r})."
+        )
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.prediction_type not in PREDICTION_TYPES:
         raise SigmaError(
             f"{type(scheduler).__name__} is not for a model like PixArt-Sigma. "

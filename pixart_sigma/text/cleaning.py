@@ -54,5 +54,5 @@ def refuse_embeddings(text: str) -> None:
         if len(named.split()) == 1:  # "embedding: a word" may be a sentence
             raise SigmaError(
                 f"The prompt names {named!r}, and embeddings are read only in ComfyUI: encode the prompt "
-                "there and keep it with Save Prompt Embeddings, or leave that word out."
+                "there and keep it with Save Σ Prompt Embeddings, or leave that word out."
             )

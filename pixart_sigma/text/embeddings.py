@@ -15,7 +15,7 @@ from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
-from ..settings import MAX_SEQUENCE_LENGTH, Settings
+from ..settings import MAX_SEQUENCE_LENGTH, Settings, check_settings
 from .encoder import TextEncoder
 
 FORMAT = "pixart-sigma prompt embeddings"
@@ -120,6 +120,7 @@ class PromptEmbeddings:
 
 def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     """The embeddings of the settings' prompt and negative prompt. Raises SigmaError as TextEncoder.encode."""
+    check_settings(settings)
     positive, negative = (
         encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
         for text in (settings.prompt, settings.negative)
@@ -135,7 +136,7 @@ TEXTS = (
     "positive_truncated",
     "negative_truncated",
 )
-_WRITE_AGAIN = "Save it again, with Save Prompt Embeddings or `pixart-sigma encode`."
+_WRITE_AGAIN = "Save it again, with Save Σ Prompt Embeddings or `pixart-sigma encode`."
 
 
 def check_embeds(name: str, embeds: torch.Tensor) -> None:
@@ -196,7 +197,7 @@ def _check_format(path: Path, found) -> None:
         raise CheckpointError(f"{path} was written by a newer version of the pack ({found}). Update it.")
     raise CheckpointError(
         f"{path} holds no prompt embeddings: its format is {found!r}, not '{FORMAT} {VERSION}'. "
-        "Choose a file from Save Prompt Embeddings or `pixart-sigma encode`."
+        "Choose a file from Save Σ Prompt Embeddings or `pixart-sigma encode`."
     )
 
 

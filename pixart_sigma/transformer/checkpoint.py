@@ -162,7 +162,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         components,
         config,
         files,
-        "demo" if source in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        "demo" if source.absolute() in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
         _find_noise_schedule(path, source, files[0], _dict(facts.get("noise_schedule"))),
     )
 

@@ -8,6 +8,9 @@ from diffusers import AutoencoderKL
 
 from ..errors import SigmaError
 
+# Beyond black and white, what a scaling or a decode may leave; more is another range.
+OVERSHOOT = 0.5
+
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
@@ -17,6 +20,11 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     Raises SigmaError for tensors of another shape or type, and for those that hold NaN or infinity.
     """
     _check("The VAE encodes pictures (batch, 3, height, width)", pictures, 3)
+    least, most = float(pictures.min()), float(pictures.max())
+    if least < -OVERSHOOT or most > 1 + OVERSHOOT:
+        raise SigmaError(
+            f"The VAE encodes pictures with black at 0 and white at 1; these are from {least:g} to {most:g}."
+        )
     pictures = pictures.to(vae.device, vae.dtype) * 2 - 1
     latents = [vae.encode(picture[None]).latent_dist.mean.float() for picture in pictures]
     return torch.cat(latents) * vae.config.scaling_factor

@@ -16,7 +16,7 @@ def test_a_size_that_the_model_is_not_made_for_is_said_on_the_sampler(server):
     sampler.update(latent_image=["size", 0], steps=1)
     ((shown_on, text),) = server.texts(prompt)
     assert shown_on == number(prompt, "PixArtSigmaSampler")
-    assert "64x96" in text and "256x256" in text and "Aspect-Ratio Bucket" in text
+    assert "64x96" in text and "256x256" in text and "Σ Aspect-Ratio Bucket" in text
     assert text in server.log.read_text(encoding="utf-8")
 
     size.update(width=256, height=256)

@@ -12,7 +12,9 @@ from pixart_sigma.errors import SigmaError
 from pixart_sigma.files.pictures import as_picture
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.planner import plan
 from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text.embeddings import encode as embed
 from pixart_sigma.transformer.stage import TransformerStage
 from pixart_sigma.vae.coding import encode
 from pixart_sigma.vae.loading import load_vae
@@ -242,6 +244,24 @@ def test_tensors_that_the_vae_cannot_take_are_named(folder, tensor, message):
         tensor = tensor[:, :3]
     with pytest.raises(SigmaError, match=f"The VAE encodes pictures .*{message.replace('1, 4', '1, 3')}"):
         encode(vae, tensor)
+
+
+def test_pictures_of_another_range_and_budgets_that_are_none_are_named(folder):
+    vae = load_vae(folder / "vae")
+    with pytest.raises(SigmaError, match="black at 0 and white at 1; these are from 255 to 255"):
+        encode(vae, torch.full((1, 3, 64, 64), 255.0))
+    with pytest.raises(SigmaError, match="budget is '2GB'"):
+        decode(vae, torch.zeros(1, 4, 8, 8), budget="2GB")
+
+
+def test_what_is_not_settings_nor_ways_is_named(folder):
+    with pytest.raises(SigmaError, match="ways is a str; give Ways"):
+        SigmaPipeline.from_path(folder, "cpu")
+    for arguments, words in ((("x", Ways()), "settings is a str"), ((Settings(), "x"), "ways is a str")):
+        with pytest.raises(SigmaError, match=words):
+            plan(*arguments)
+    with pytest.raises(SigmaError, match="settings is a str"):
+        embed(None, "a boat")
 
 
 def test_prompts_of_every_kind_make_a_picture(folder):

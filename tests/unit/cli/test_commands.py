@@ -272,7 +272,16 @@ def test_the_demos_tokenizer_is_not_used_for_another_encoder(pipeline_folder, tm
     shutil.copytree(pipeline_folder / "text_encoder", tmp_path / "alone" / "t5")
     out = ["--device", "cpu", "--out", str(tmp_path / "prompt.safetensors")]
     assert cli.main(["encode", "a boat", "--text-encoder", str(tmp_path / "alone" / "t5"), *out]) == 2
-    assert "No tokenizer in" in capsys.readouterr().err
+    assert "No tokenizer for the 384 tokens" in (err := capsys.readouterr().err) and "--tokenizer" in err
+
+
+def test_an_embedding_in_a_prompt_is_not_encoded_as_its_letters(generate, monkeypatch):
+    monkeypatch.setattr("pixart_sigma.memory.stages.Stages.run", lambda *_: 1 / 0)
+    for option in ((), ("--negative", "ugly embedding:Bad, (embedding:Worse:1.2)")):
+        prompt = "a boat" if option else "a boat embedding:My-Style"
+        assert_mistake(
+            generate(*option, prompt=prompt), "'embedding:", "only in ComfyUI", "Save Prompt Embeddings"
+        )
 
 
 def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):

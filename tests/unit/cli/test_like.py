@@ -41,6 +41,7 @@ FAST = ("--steps", 2, "--size", "64x64", "--no-binning")
         ("a red circle", *FAST, "--kv-compression", "mean:2:deep:20-80%", "--transformer", "demo-kv"),
         ("a red circle", "--steps", 2, "--budget", "100MB"),
         ("a red circle", *FAST, "--t5-precision", "bf16", "--decode", "tiles", "--clean-caption"),
+        ("a red circle on a blue square", *FAST, "--max-sequence-length", 3),
     ],
     ids=lambda options: " ".join(map(str, options[1:])),
 )
@@ -135,6 +136,23 @@ def test_another_model_is_named_and_used_only_where_it_is_asked_for(generate, tm
     shutil.copytree(DEMO, tmp_path / "mine")
     status, again, err = generate("--like", kept, "--transformer", tmp_path / "mine")
     assert status == 0 and "another one than" in err
+
+
+def test_a_tokenizer_from_elsewhere_is_named(generate, tmp_path):
+    """It decides the embeddings, so it is kept with the picture and asked for."""
+    shutil.copytree(DEMO / "text_encoder", tmp_path / "alone" / "t5")
+    shutil.copytree(DEMO / "tokenizer", tmp_path / "mine" / "tokenizer")
+    settings = tmp_path / "mine" / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + " ")
+    bare = ("--text-encoder", tmp_path / "alone" / "t5", "--tokenizer", tmp_path / "mine")
+    status, first, err = generate("a red circle", *FAST, *bare, out="kept.png")
+    assert status == 0, err
+    kept = tmp_path / "kept.png"
+    assert Metadata.read(kept).models["tokenizer"].name == "mine/tokenizer"
+    status, _, err = generate("--like", kept)
+    assert status == 2 and "another text encoder, 't5' with the tokenizer 'mine/tokenizer'" in err
+    assert "--text-encoder and --tokenizer" in err
+    assert generate("--like", kept, *bare)[1] == first
 
 
 def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):

@@ -933,6 +933,25 @@ def test_what_is_not_settings_is_named(settings):
         loop.denoise(lambda latents, timestep: latents, NOISE, settings)
 
 
+@pytest.mark.parametrize("predicted", [None, NOISE[:, :2], (NOISE,)], ids=str)
+def test_what_is_not_the_noise_is_named(predicted):
+    with pytest.raises(SigmaError, match="predict gave .*; it returns what the model predicts"):
+        loop.denoise(lambda latents, timestep: predicted, NOISE)
+
+
+def test_what_is_not_prompts_nor_a_scheduler_is_named(pair):
+    with pytest.raises(SigmaError, match="prompts is a Tensor; give Prompts"):
+        guide(pair[0], EMBEDS, Settings())
+    with pytest.raises(SigmaError, match="settings is a str"):
+        guide(pair[0], Prompts(EMBEDS), "a boat")
+    with pytest.raises(SigmaError, match="prompt_embeds must be a tensor .* not a list"):
+        guide(pair[0], Prompts([EMBEDS]), Settings())(NOISE, torch.tensor(5))
+    with pytest.raises(SigmaError, match=r"belongs into Settings\(scheduler='euler'\)"):
+        loop.denoise(lambda latents, timestep: latents, NOISE, scheduler="euler")
+    with pytest.raises(SigmaError, match="The device 'toaster' cannot be used"):
+        get_noise(1, 64, 64, 0, device="toaster")
+
+
 # Cost, in counts
 
 

@@ -18,7 +18,7 @@ from pixart_sigma import DEMO
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.files.weight_files import read_state_dict
 from pixart_sigma.prompt_embeds import pad_embeds
-from pixart_sigma.text.cleaning import prepare_prompt
+from pixart_sigma.text.cleaning import prepare_around_embeddings, prepare_prompt
 from pixart_sigma.text.config import config_from_shapes
 from pixart_sigma.text.encoder import TextEncoder
 from pixart_sigma.text.identity import identify
@@ -158,6 +158,36 @@ def test_cleaning_equals_the_reference_and_known_results():
         assert prepare_prompt(prompt) == prompt.lower().strip()
     assert prepare_prompt("<b>A fox</b> 雪 #12 see www.example.org", True) == "a fox see"
     assert prepare_prompt("red%2520fox", True) == "red fox"  # each of the two passes decodes once
+
+
+def test_names_of_embeddings_keep_their_case_and_are_not_cleaned():
+    """Other programs' embeddings are files, with names of any case."""
+    for prompt, expected in (
+        (" A Fox embedding:My_Style, Snow ", "a fox embedding:My_Style, snow"),
+        (
+            "embedding:A (Embedding:B) (embedding:C.pt:1.2) D",
+            "embedding:A (embedding:b) (embedding:C.pt:1.2) d",
+        ),
+        ("an Embedding:X and Anembedding:Y", "an embedding:x and anembedding:y"),
+    ):
+        assert prepare_around_embeddings(prompt) == expected
+    cleaned = prepare_around_embeddings("A <b>Fox</b> embedding:My_Style #12 Snow", clean_caption=True)
+    assert cleaned.split() == ["a", "fox", "embedding:My_Style", "snow"]
+    for prompt in STRANGE_PROMPTS:
+        assert prepare_around_embeddings(prompt) == prepare_prompt(prompt)
+
+
+def test_vectors_take_the_place_of_tokens(exact, folder):
+    """Rows of the encoder's own table, given as vectors, are its tokens; streamed as well."""
+    ids = exact.tokenizer(PROMPT)["input_ids"]
+    table = exact.model.shared.weight
+    mixed = [table[token] if index % 2 else token for index, token in enumerate(ids)]
+    for encoder in (exact, TextEncoder.load(folder, precision="fp32", stream=True)):
+        assert torch.equal(encoder.encode_ids(mixed), encoder.encode_ids(ids))
+        assert not torch.equal(encoder.encode_ids([table[5], *ids[1:]]), encoder.encode_ids(ids))
+    with pytest.raises(SigmaError, match="'embedding:Fox'.*only in ComfyUI"):
+        exact.encode("a embedding:Fox")
+    assert exact.encode("word embedding: a chart").truncated == ""
 
 
 @pytest.mark.parametrize("module", ["ftfy", "bs4"])
