@@ -98,7 +98,8 @@ class Sampler(io.ComfyNode):
                     "schedule",
                     options=schedule_names(),
                     default="reference",
-                    tooltip="reference is that of the published model; the others are ComfyUI's.",
+                    tooltip="reference is the checkpoint's own, as the reference pipeline has it; the others "
+                    "are ComfyUI's.",
                 ),
                 io.Float.Input(
                     "denoise",

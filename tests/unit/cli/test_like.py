@@ -156,9 +156,13 @@ def test_a_tokenizer_from_elsewhere_is_named(generate, tmp_path):
 
 
 def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
-    """A file that says nothing may be of 1024 or of 2K, and the picture depends on it."""
-    shutil.copy(DEMO / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
-    model = ("--transformer", tmp_path / "mine.safetensors")
+    """A folder that does not say may be of 1024 or of 2K, and the picture depends on it."""
+    shutil.copytree(DEMO / "transformer", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    for name in ("sample_size", "interpolation_scale"):
+        config.pop(name)
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    model = ("--transformer", tmp_path / "mine")
     _, assumed, _ = generate("a red circle", *FAST, *model)
     status, first, err = generate("a red circle", *FAST, *model, "--variant", "256")
     assert status == 0 and first != assumed, err
