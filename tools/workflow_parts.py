@@ -2,6 +2,8 @@
 
 from workflow_graph import Graph, Link, download
 
+# Of a column with tables, plots or bars, which have small letters.
+WIDE = 560
 DEMO = "demo (built in)"
 DEMO_KV = "demo with KV compression (built in)"
 T5_PARTS = "Needs a T5-XXL, such as t5xxl_fp16.safetensors in models/text_encoders."
@@ -36,19 +38,24 @@ def load_sigma_transformer(graph: Graph, size: str):
 
 
 def load_transformer(graph: Graph, transformer, variant="auto"):
+    graph.column("Models")
     graph.add(
         "transformer", "PixArtSigmaLoadTransformer", transformer=transformer, variant=variant, dtype="auto"
     )
 
 
-def load_t5_and_vae(graph: Graph, text_encoder=DEMO, vae=DEMO, precision="fp32", device="auto"):
+def load_t5_and_vae(
+    graph: Graph, text_encoder=DEMO, vae=DEMO, precision="fp32", device="auto", column="Models"
+):
+    graph.column(column)
     graph.add(
         "t5", "PixArtSigmaLoadTextEncoder", text_encoder=text_encoder, precision=precision, device=device
     )
     graph.add("vae", "PixArtSigmaLoadVAE", vae=vae)
 
 
-def encode(graph: Graph, prompt: str, after_use="free", name="prompt"):
+def encode(graph: Graph, prompt: str, after_use="free", name="prompt", column="Prompt and size"):
+    graph.column(column)
     graph.add(
         name,
         "PixArtSigmaTextEncode",
@@ -60,8 +67,11 @@ def encode(graph: Graph, prompt: str, after_use="free", name="prompt"):
     )
 
 
-def bucket(graph: Graph, ratio="1:1", orientation="landscape", base="auto", name="size"):
+def bucket(
+    graph: Graph, ratio="1:1", orientation="landscape", base="auto", name="size", column="Prompt and size"
+):
     """An empty latent of the transformer's own size, or of another base."""
+    graph.column(column)
     graph.add(
         name,
         "PixArtSigmaAspectRatioBucket",
@@ -75,7 +85,10 @@ def bucket(graph: Graph, ratio="1:1", orientation="landscape", base="auto", name
     )
 
 
-def sample(graph: Graph, latent: Link | None = None, words="prompt", name="sampler", **settings):
+def sample(
+    graph: Graph, latent: Link | None = None, words="prompt", name="sampler", column="Denoise", **settings
+):
+    graph.column(column)
     defaults = {
         "seed": 0,
         "steps": 20,
@@ -117,11 +130,13 @@ def save(graph: Graph, images="decode", name="save"):
 
 
 def show(graph: Graph, latent: Link | None = None, **settings):
+    graph.column("Picture")
     decode(graph, latent or graph["sampler", 0], **settings)
     save(graph)
 
 
 def report(graph: Graph, budget=0.0):
     """What each stage cost, against a budget in GB."""
+    graph.column("Memory", WIDE)
     graph.add("report", "PixArtSigmaMemoryReport", after=graph["decode", 0], budget=budget)
     graph.add("bars", "PreviewImage", images=graph["report", 0])

@@ -33,7 +33,7 @@ PROMPTS = (
     "beside the door, many small details",
 )
 DEMO_PROMPTS = (
-    "a red circle on a blue background",
+    "a red square on a blue background",
     "a small yellow star in the top right on a black background",
     "a pink square above a cyan star on white",
 )

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from server import FOLDER
 
@@ -20,6 +21,29 @@ HOST_ABSENT = ("/user.css", "/api/userdata")
 def chromium() -> str | None:
     """Playwright's own download is not asked for: the distribution's browser serves."""
     return shutil.which("chromium") or shutil.which("chromium-headless-shell")
+
+
+class Box(NamedTuple):
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlaps(self, other: "Box") -> bool:
+        return (
+            self.x < other.x + other.width
+            and other.x < self.x + self.width
+            and self.y < other.y + other.height
+            and other.y < self.y + self.height
+        )
+
+    def holds(self, other: "Box") -> bool:
+        return (
+            self.x <= other.x
+            and self.y <= other.y
+            and other.x + other.width <= self.x + self.width
+            and other.y + other.height <= self.y + self.height
+        )
 
 
 class Frontend:
@@ -83,6 +107,74 @@ class Frontend:
         self.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
         return self.page.locator("body").inner_text()
 
+    def load(self, workflow: str):
+        """Into the page that is open, without loading the frontend again."""
+        self.page.evaluate(
+            """async ([folder, name]) => {
+                const answer = await fetch(`/api/workflow_templates/${folder}/${name}.json`)
+                await app.loadGraphData(await answer.json(), true, true, name)
+            }""",
+            [FOLDER, workflow],
+        )
+
+    def _settle(self):
+        """Waits until the frontend has drawn the nodes, which changes their sizes."""
+        sizes, before = "() => String(app.graph.nodes.map(node => [...node.size]))", None
+        while before != (now := self.page.evaluate(sizes)):
+            before = now
+            self.page.wait_for_timeout(500)
+
+    def boxes(self) -> list[tuple[str, Box]]:
+        """Each node's type and number, and the box in which it is drawn, title bar included, in the graph's
+        pixels."""
+        self._settle()
+        measured = self.page.evaluate(
+            """() => {
+                const {scale, offset} = app.canvas.ds
+                const {x, y} = app.canvas.canvas.getBoundingClientRect()
+                return app.graph.nodes.map(node => {
+                    const element = document.querySelector(`[data-node-id="${node.id}"]`)
+                    const name = `${node.type} ${node.id}`
+                    if (!element) return [name, [...node.boundingRect]]
+                    const shown = element.getBoundingClientRect()
+                    return [name, [
+                        (shown.x - x) / scale - offset[0], (shown.y - y) / scale - offset[1],
+                        shown.width / scale, shown.height / scale,
+                    ]]
+                })
+            }"""
+        )
+        return [(title, Box(*box)) for title, box in measured]
+
+    def groups(self) -> list[tuple[str, Box]]:
+        measured = self.page.evaluate("() => app.graph.groups.map(one => [one.title, [...one.boundingRect]])")
+        return [(title, Box(*box)) for title, box in measured]
+
+    def note(self) -> tuple[float, float]:
+        """The height of the note's text, and the height that the note has for it."""
+        # Zoomed out, the classic frontend draws no text.
+        self.page.evaluate(
+            """() => {
+                const [x, y] = app.graph.nodes.find(node => node.type === "MarkdownNote").pos
+                app.canvas.ds.scale = 1
+                app.canvas.ds.offset = [300 - x, 300 - y]
+                app.canvas.setDirty(true, true)
+            }"""
+        )
+        measured = self.page.wait_for_function(
+            """() => {
+                const note = app.graph.nodes.find(node => node.type === "MarkdownNote")
+                const drawn = document.querySelector(`[data-node-id="${note.id}"] .comfy-markdown-content`)
+                const box = drawn ?? note.widgets[0].element
+                const lines = [...(drawn ?? box.querySelector(".tiptap")).children]
+                const [first, last] = [lines[0], lines.at(-1)].map(line => line.getBoundingClientRect())
+                const height = last.bottom - first.top
+                return height > 0 && [height, box.getBoundingClientRect().height]
+            }""",
+            timeout=20_000,
+        )
+        return tuple(measured.json_value())
+
     def run(self, seconds: int = 480):
         """Presses Run and waits until Save Image shows a picture, whose (width, height) it gives."""
         self.page.get_by_test_id("queue-button").click()
@@ -123,7 +215,7 @@ class Frontend:
 
 
 @contextmanager
-def frontend(address: str, scale: float = 1):
+def browsing():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -131,6 +223,12 @@ def frontend(address: str, scale: float = 1):
         browser = playwright.chromium.launch(
             executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 1600, "height": 900}, device_scale_factor=scale)
-        yield Frontend(page, address)
+        yield browser
         browser.close()
+
+
+@contextmanager
+def frontend(browser, address: str, scale: float = 1):
+    page = browser.new_page(viewport={"width": 1600, "height": 900}, device_scale_factor=scale)
+    yield Frontend(page, address)
+    page.close()

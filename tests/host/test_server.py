@@ -86,8 +86,9 @@ def test_the_demo_draws_what_it_is_asked_for(server, demo_prompt):
     (picture,) = server.pictures(run, number(demo_prompt, "SaveImage"))
     assert picture.shape == (256, 256, 3)
     ground, seen = look(picture)
-    assert ground == "blue"
-    assert [(one.color, one.shape, one.position) for one in seen] == [("red", "circle", "center")]
+    assert ground == "white"
+    left_to_right = sorted(seen, key=lambda one: one.x)
+    assert [(one.color, one.shape) for one in left_to_right] == [("red", "square"), ("blue", "star")]
 
 
 def test_nodes_from_the_menu_draw_once_they_are_wired(server, object_info):

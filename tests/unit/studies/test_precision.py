@@ -253,7 +253,7 @@ def test_in_the_terminal(compare, tmp_path):
 
 def test_the_demo_is_compared_by_prompts_that_it_knows(compare, monkeypatch):
     _, out, _ = compare("--no-pictures", model="demo")
-    assert "a red circle on a blue background" in out
+    assert "a red square on a blue background" in out
     _, out, _ = compare("--no-pictures")
     assert "fisherman" in out
 

@@ -511,11 +511,11 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
 
 
 def test_the_demos_embeddings_are_of_the_demos_t5():
-    """If not: pixart-sigma encode "a red circle on a blue background" --t5-precision fp16
-    --no-embedding-cache --out pixart_sigma/demo/prompt_embeddings.safetensors"""
+    """If not: pixart-sigma encode "a red square to the left of a blue star on a white background"
+    --t5-precision fp16 --no-embedding-cache --out pixart_sigma/demo/prompt_embeddings.safetensors"""
     embeddings = PromptEmbeddings.load(DEMO / "prompt_embeddings.safetensors")
     assert embeddings.fingerprint == identify(DEMO).fingerprint
     result = SigmaPipeline.from_path("demo", Ways(device="cpu")).generate(
         Settings(steps=1), embeddings=embeddings
     )
-    assert result.metadata.settings.prompt == "a red circle on a blue background"
+    assert result.metadata.settings.prompt == "a red square to the left of a blue star on a white background"

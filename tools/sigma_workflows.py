@@ -1,0 +1,116 @@
+"""The example workflows for Sigma's own weights, which the frontend offers to fetch."""
+
+from workflow_graph import Graph
+from workflow_parts import (
+    SDXL_VAE,
+    T5,
+    T5_PARTS,
+    WIDE,
+    bucket,
+    encode,
+    load_sigma_transformer,
+    load_t5_and_vae,
+    report,
+    sample,
+    show,
+    sigma_loaders,
+)
+
+
+def sigma_1024_in_8_gb() -> Graph:
+    graph = Graph(
+        "Σ at 1024 px with T5 in 8 bit. Each model is released after its stage, so the largest one alone "
+        "decides how much memory is needed. " + T5_PARTS
+    )
+    sigma_loaders(graph, "1024-MS")
+    encode(graph, "a small cactus with a happy face in the desert")
+    bucket(graph, "4:3")
+    sample(graph)
+    show(graph)
+    report(graph, 8.0)
+    return graph
+
+
+def sigma_4_bit_t5() -> Graph:
+    graph = Graph("Σ at 1024 px with T5 in 4 bit (nf4), for the smallest cards. " + T5_PARTS)
+    sigma_loaders(graph, "1024-MS", "nf4")
+    encode(graph, "a lighthouse above a stormy sea, oil painting")
+    bucket(graph, "3:2", "portrait")
+    sample(graph)
+    show(graph)
+    return graph
+
+
+def sigma_2k() -> Graph:
+    graph = Graph("Σ's 2K transformer, with its own sizes. " + T5_PARTS)
+    sigma_loaders(graph, "2K-MS")
+    encode(graph, "a street in an old town after rain, evening light")
+    bucket(graph, "16:9")
+    sample(graph)
+    show(graph)
+    return graph
+
+
+def sigma_4k_kv_compression() -> Graph:
+    graph = Graph(
+        "4K with the 2K transformer. Keys and values of the deeper half of the layers are averaged over 2x2 "
+        "tokens (deep half): an approximation that public weights were not trained for. " + T5_PARTS
+    )
+    sigma_loaders(graph, "2K-MS")
+    encode(graph, "a valley with a river seen from a mountain, morning mist")
+    bucket(graph, "16:9", base="4096")
+    sample(graph, kv_compression="deep half")
+    show(graph)
+    return graph
+
+
+def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str, base="auto") -> Graph:
+    """Σ with every setting that memory depends on from the planner."""
+    graph = Graph(
+        f"{note} Σ VRAM Planner sets what memory depends on, its table says what for, and Σ Memory "
+        f"Report what it took. {T5_PARTS}"
+    )
+    load_sigma_transformer(graph, size)
+    bucket(graph, ratio, base=base, column="Size and plan")
+    graph.add(
+        "plan",
+        "PixArtSigmaVRAMPlanner",
+        budget=budget,
+        width=graph["size", 1],
+        height=graph["size", 2],
+        batch_size=1,
+    )
+    graph.column("What the plan needs", WIDE)
+    graph.add("table", "PreviewAny", source=graph["plan", 5])
+    load_t5_and_vae(graph, T5, SDXL_VAE, graph["plan", 0], graph["plan", 1], column="Prompt")
+    encode(graph, prompt, column="Prompt")
+    sample(graph, kv_compression=graph["plan", 2])
+    show(graph, tiling=graph["plan", 3], budget=graph["plan", 4])
+    report(graph, budget)
+    return graph
+
+
+def sigma_under_4_gb() -> Graph:
+    note, prompt = "Σ at 2048 px in 4 GB of graphics memory.", "a harbour at dawn, fishing boats, light fog"
+    return within_a_budget(note, 4.0, "2K-MS", prompt, "3:2")
+
+
+def sigma_under_2_gb() -> Graph:
+    note, prompt = "Σ at 1024 px in 2 GB of graphics memory.", "a fox asleep in autumn leaves, watercolour"
+    return within_a_budget(note, 2.0, "1024-MS", prompt, "1:1")
+
+
+def sigma_4k_wallpaper() -> Graph:
+    note = "A wallpaper of 4096 px class in 4 GB of graphics memory. It parks up to 9 GB in RAM."
+    return within_a_budget(note, 4.0, "2K-MS", "dunes under a starry sky, long exposure", "16:9", "4096")
+
+
+SIGMA_WORKFLOWS = (
+    sigma_1024_in_8_gb,
+    sigma_4_bit_t5,
+    sigma_2k,
+    sigma_4k_kv_compression,
+    sigma_under_4_gb,
+    sigma_under_2_gb,
+    sigma_4k_wallpaper,
+)
