@@ -3,6 +3,7 @@
 from ..pixart_sigma.errors import SigmaError
 from ..pixart_sigma.settings import RELEASES
 from .host.api import io
+from .host.checks import check_latents
 
 TILINGS = ("auto", "off", "on", "strips")
 # In latent pixels: tiles of 512 pixels.
@@ -36,7 +37,7 @@ class VAEDecode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=16384,
-                    tooltip="Scale and crop to this width, from Aspect-Ratio Bucket. 0 leaves the size.",
+                    tooltip="Scale and crop to this width, from Σ Aspect-Ratio Bucket. 0 leaves the size.",
                 ),
                 io.Int.Input(
                     "asked_height",
@@ -72,6 +73,11 @@ class VAEDecode(io.ComfyNode):
 
         latents = samples["samples"]
         check_latents(latents)
+        if not latents.isfinite().all():
+            raise SigmaError(
+                "The latents contain values that are not numbers, so there is no picture in them. Sample "
+                "again in bf16 or fp32, or with a lower cfg."
+            )
         if bool(asked_width) != bool(asked_height):
             raise ValueError(
                 f"The asked size is {asked_width}x{asked_height}. Give both, or 0 for both to leave the size."
@@ -86,20 +92,6 @@ class VAEDecode(io.ComfyNode):
 
             pictures = crop_back(pictures.movedim(-1, 1), asked_width, asked_height).movedim(1, -1)
         return io.NodeOutput(pictures)
-
-
-def check_latents(latents):
-    """SigmaError for latents that are not finite or not those of an SDXL VAE, (B, 4, h, w)."""
-    if latents.ndim != 4 or latents.shape[1] != 4:
-        raise SigmaError(
-            f"These latents have the shape {tuple(latents.shape)}; the SDXL VAE decodes (batch, 4, height, "
-            "width). They come from another kind of model."
-        )
-    if not latents.isfinite().all():
-        raise SigmaError(
-            "The latents contain values that are not numbers, so there is no picture in them. Sample again "
-            "in bf16 or fp32, or with a lower cfg."
-        )
 
 
 def _decode(vae, latents, tiling, budget):

@@ -10,10 +10,10 @@ class SaveEmbeddings(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaSaveEmbeddings",
-            display_name="Save Prompt Embeddings",
+            display_name="Save Σ Prompt Embeddings",
             category="PixArt Sigma",
             description="Writes two encoded prompts into output/prompt_embeddings, with their words and the "
-            "encoder's settings. Load Prompt Embeddings uses them without T5, on this machine or another.",
+            "encoder's settings. Load Σ Prompt Embeddings uses them without T5, on this machine or another.",
             search_aliases=["save conditioning", "export conditioning", "prompt cache", "embeddings", "t5"],
             inputs=[
                 io.Conditioning.Input(
@@ -38,7 +38,7 @@ class SaveEmbeddings(io.ComfyNode):
         from .host.notice import show_notice
 
         choice = to_file(positive, negative, filename_prefix)
-        show_notice(f"Saved. Choose {choice} in Load Prompt Embeddings.")
+        show_notice(f"Saved. Choose {choice} in Load Σ Prompt Embeddings.")
         return io.NodeOutput(ui=ui.PreviewText(choice))
 
 
@@ -47,9 +47,9 @@ class LoadEmbeddings(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaLoadEmbeddings",
-            display_name="Load Prompt Embeddings",
+            display_name="Load Σ Prompt Embeddings",
             category="PixArt Sigma",
-            description="Reads two prompts that were encoded before, by Save Prompt Embeddings or in a "
+            description="Reads two prompts that were encoded before, by Save Σ Prompt Embeddings or in a "
             "terminal. No text encoder is needed.",
             search_aliases=["load conditioning", "import conditioning", "prompt cache", "embeddings", "t5"],
             inputs=[

@@ -1,8 +1,54 @@
 """KV compression of any sampler's model, and its calibration."""
 
+from ..pixart_sigma.errors import SigmaError
 from ..pixart_sigma.settings import MAX_STEPS, Settings
 from .host.api import io
 from .text import encode
+
+# What the list offers -> its spelling on the command line.
+PRESETS = {"off": "off", "auto": "auto", "deep half": "mean:2:deep", "all": "mean:2:all"}
+CUSTOM = "custom"
+
+
+def choice_input():
+    """`kv_compression`: a list, into which a spelling may come by a link, and from workflows that were saved
+    when it was a text. The host holds a list to its options only where it takes nothing else."""
+    return io.MultiType.Input(
+        io.Combo.Input(
+            "kv_compression",
+            options=[*PRESETS, CUSTOM],
+            default="auto",
+            tooltip="auto is as the checkpoint was trained; for all public ones it compresses above "
+            "1024x1024 only, by the calibration if there is one. deep half and all average keys and values "
+            "over 2x2 tokens in so many of the layers. custom is what custom_kv_compression says. Without "
+            "trained weights pictures change a little.",
+        ),
+        types=[io.String],
+    )
+
+
+def custom_input():
+    """`custom_kv_compression`, the last input of a node: saved workflows hold values by their place."""
+    return io.String.Input(
+        "custom_kv_compression",
+        optional=True,
+        default="",
+        placeholder="mean:2:14-27",
+        tooltip="For kv_compression custom: OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
+        "mean:2:deep:20-80%; several are joined by +. Not read with another choice.",
+    )
+
+
+def spelled(choice: str, custom: str) -> str:
+    """The setting as on the command line. SigmaError where it is custom, and the text is empty."""
+    if choice != CUSTOM:
+        return PRESETS.get(choice, choice)
+    if not custom.strip():
+        raise SigmaError(
+            "kv_compression is custom, and custom_kv_compression is empty. Write OPERATOR:RATIO:LAYERS "
+            f"there, such as mean:2:14-27, or choose {', '.join(PRESETS)}."
+        )
+    return custom
 
 
 class KVCompression(io.ComfyNode):
@@ -21,14 +67,8 @@ class KVCompression(io.ComfyNode):
                     tooltip="PixArt-Σ from Load Σ Transformer, or from ComfyUI's own or a GGUF loader. "
                     "Trained KV weights work only from Load Σ Transformer.",
                 ),
-                io.String.Input(
-                    "kv_compression",
-                    default="auto",
-                    tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
-                    "mean:2:deep:20-80%; several are joined by +. auto is as the checkpoint was "
-                    "trained; for all public ones it compresses above 1024x1024 only, by "
-                    "the calibration if there is one. Without trained weights pictures change a little.",
-                ),
+                choice_input(),
+                custom_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, for any sampler. The one that came in is unchanged.")
@@ -36,10 +76,10 @@ class KVCompression(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, kv_compression):
+    def execute(cls, model, kv_compression, custom_kv_compression=""):
         from .host.kv_compression import set_kv_compression
 
-        return io.NodeOutput(set_kv_compression(model, kv_compression))
+        return io.NodeOutput(set_kv_compression(model, spelled(kv_compression, custom_kv_compression)))
 
 
 class CalibrateKVCompression(io.ComfyNode):
@@ -48,7 +88,7 @@ class CalibrateKVCompression(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaCalibrateKVCompression",
-            display_name="Calibrate KV Compression",
+            display_name="Calibrate Σ KV Compression",
             category="PixArt Sigma",
             description="Measures on your own checkpoint how much KV compression each layer bears, and picks "
             "layers, ratios and steps for the error that you allow. Done once; auto then uses it.",
@@ -58,7 +98,7 @@ class CalibrateKVCompression(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder for the prompts."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Empty latents from Aspect-Ratio Bucket, of the size that you mean to make.",
+                    tooltip="Empty latents from Σ Aspect-Ratio Bucket, of the size that you mean to make.",
                 ),
                 io.String.Input(
                     "prompts",

@@ -2,7 +2,7 @@
 
 from ..pixart_sigma.settings import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
-from .host.folders import DEMO_CHOICE, choices, find
+from .host.folders import DEMO_CHOICE, check, choices, find
 
 
 class LoadTransformer(io.ComfyNode):
@@ -13,8 +13,17 @@ class LoadTransformer(io.ComfyNode):
             display_name="Load Σ Transformer",
             category="PixArt Sigma",
             description="Loads a PixArt-Σ transformer from any published format, or the small demo model "
-            "that comes with the pack. What it loads is an ordinary MODEL.",
-            search_aliases=["pixart", "pixart sigma", "load diffusion model", "unet loader", "dit"],
+            "that comes with the pack. What it loads is an ordinary MODEL: LoRAs of PixArt-Σ go into "
+            "ComfyUI's own Load LoRA behind it.",
+            search_aliases=[
+                "pixart",
+                "pixart sigma",
+                "pixart lora",
+                "load diffusion model",
+                "unet loader",
+                "model loader",
+                "dit",
+            ],
             inputs=[
                 io.Combo.Input(
                     "transformer",
@@ -28,7 +37,8 @@ class LoadTransformer(io.ComfyNode):
                     options=["auto", *VARIANTS],
                     default="auto",
                     advanced=True,
-                    tooltip="Which size the file was trained for. 1024 and 2K files look alike: choose it "
+                    tooltip="Which size the file was trained for. The picture is the same with each: nodes "
+                    "that pick a size, or warn of one, go by it. 1024 and 2K files look alike: choose it "
                     "here if the file's name does not say.",
                 ),
                 io.Combo.Input(
@@ -41,6 +51,10 @@ class LoadTransformer(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The transformer, for our sampler or any of ComfyUI's.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, transformer):
+        return check("transformer", transformer)
 
     @classmethod
     def execute(cls, transformer, variant, dtype):
@@ -59,11 +73,23 @@ class LoadTextEncoder(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaLoadTextEncoder",
-            display_name="Load T5 (8-bit)",
+            display_name="Load Σ Text Encoder (T5)",
             category="PixArt Sigma",
             description="Loads the T5 text encoder in 8 or 4 bit, or unquantised. It is read when the first "
             "prompt is encoded, and not at all if every prompt is cached.",
-            search_aliases=["t5", "t5xxl", "load clip", "text encoder", "bitsandbytes", "int8", "nf4"],
+            search_aliases=[
+                "t5 loader",
+                "load t5",
+                "t5xxl",
+                "pixart text encoder",
+                "text encoder loader",
+                "clip loader",
+                "load clip",
+                "bitsandbytes",
+                "8 bit",
+                "int8",
+                "nf4",
+            ],
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
@@ -93,6 +119,10 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, text_encoder):
+        return check("text_encoder", text_encoder)
+
+    @classmethod
     def execute(cls, text_encoder, precision, device):
         from .host.text_encoder import load_clip
 
@@ -108,7 +138,7 @@ class LoadVAE(io.ComfyNode):
             category="PixArt Sigma",
             description="Loads the SDXL VAE that PixArt-Σ uses, or the demo's, as ComfyUI's own VAE. A VAE "
             "of Stable Diffusion 1.x in a folder is refused.",
-            search_aliases=["sdxl vae", "load vae", "autoencoder"],
+            search_aliases=["pixart vae", "sdxl vae", "load vae", "vae loader", "autoencoder"],
             inputs=[
                 io.Combo.Input(
                     "vae",
@@ -120,6 +150,10 @@ class LoadVAE(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="The VAE, for Σ VAE Decode and all of ComfyUI's VAE nodes.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae):
+        return check("vae", vae)
 
     @classmethod
     def execute(cls, vae):

@@ -8,11 +8,11 @@ class ReleaseModel(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaReleaseModel",
-            display_name="Release Model",
+            display_name="Σ Release Model",
             category="PixArt Sigma",
             description="Takes the connected model out of the graphics card's memory, and no other one. It "
             "loads itself again when it is next used.",
-            search_aliases=["free memory", "unload model", "clear vram", "offload", "vram"],
+            search_aliases=["unload", "unload model", "free memory", "clear vram", "offload", "vram"],
             inputs=[
                 io.AnyType.Input(
                     "after",
@@ -29,7 +29,7 @@ class ReleaseModel(io.ComfyNode):
                     options=["offload", "free"],
                     default="offload",
                     tooltip="offload moves the weights to RAM, 8-bit and 4-bit ones are dropped. free drops "
-                    "the T5 of Load T5 (8-bit) from RAM too; other models leave it to the system.",
+                    "the T5 of Load Σ Text Encoder (T5) from RAM too; other models leave it to the system.",
                 ),
             ],
             outputs=[
@@ -44,9 +44,9 @@ class ReleaseModel(io.ComfyNode):
     @classmethod
     def execute(cls, after, model, mode):
         from .host.memory import record
-        from .host.release import release
+        from .host.release import kind_of, release
 
-        with record("Release a model"):
+        with record(f"Release {kind_of(model)}"):
             release(model, mode)
         return io.NodeOutput(after)
 
@@ -56,7 +56,7 @@ class MemoryReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaMemoryReport",
-            display_name="Memory Report",
+            display_name="Σ Memory Report",
             category="PixArt Sigma",
             description="Shows how much memory each PixArt-Σ stage of this run used, what it loaded and "
             "freed, and which models ComfyUI still holds. Stages whose result was cached did not run and are "

@@ -12,7 +12,7 @@ class VRAMPlanner(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaVRAMPlanner",
-            display_name="VRAM Planner",
+            display_name="Σ VRAM Planner",
             category="PixArt Sigma",
             description="Says what each stage of PixArt-Σ needs in memory for a picture of this size, and "
             "gives the settings with which a budget holds. It reads no files: it knows the models' shapes.",
@@ -28,10 +28,18 @@ class VRAMPlanner(io.ComfyNode):
                     "without what ComfyUI keeps free.",
                 ),
                 io.Int.Input(
-                    "width", default=1024, min=64, max=8192, tooltip="From Aspect-Ratio Bucket, or your own."
+                    "width",
+                    default=1024,
+                    min=64,
+                    max=8192,
+                    tooltip="From Σ Aspect-Ratio Bucket, or your own.",
                 ),
                 io.Int.Input(
-                    "height", default=1024, min=64, max=8192, tooltip="From Aspect-Ratio Bucket, or your own."
+                    "height",
+                    default=1024,
+                    min=64,
+                    max=8192,
+                    tooltip="From Σ Aspect-Ratio Bucket, or your own.",
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=64, tooltip="How many pictures are made at once."
@@ -39,10 +47,12 @@ class VRAMPlanner(io.ComfyNode):
             ],
             outputs=[
                 io.Combo.Output(
-                    display_name="precision", options=list(T5_PRECISIONS), tooltip="For Load T5 (8-bit)."
+                    display_name="precision",
+                    options=list(T5_PRECISIONS),
+                    tooltip="For Load Σ Text Encoder (T5).",
                 ),
                 io.Combo.Output(
-                    display_name="device", options=list(T5_DEVICES), tooltip="For Load T5 (8-bit)."
+                    display_name="device", options=list(T5_DEVICES), tooltip="For Load Σ Text Encoder (T5)."
                 ),
                 io.String.Output(
                     display_name="kv_compression", tooltip="For Σ Sampler, or Σ KV Compression."

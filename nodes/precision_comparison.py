@@ -11,7 +11,7 @@ class CompareT5Precisions(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaCompareT5Precisions",
-            display_name="Compare T5 Precisions",
+            display_name="Compare Σ T5 Precisions",
             category="PixArt Sigma",
             description="Shows what T5 in 8 or 4 bit costs: the same prompts in two precisions, how far each "
             "word moves, and both pictures with their difference. One encoder is in memory at a time.",
@@ -21,8 +21,8 @@ class CompareT5Precisions(io.ComfyNode):
                     "text_encoder",
                     options=choices("text_encoder"),
                     default=DEMO_CHOICE,
-                    tooltip="As in Load T5 (8-bit). It must not have been saved in 8 or 4 bit, since such a "
-                    "file loads in that precision only.",
+                    tooltip="As in Load Σ Text Encoder (T5). It must not have been saved in 8 or 4 bit, "
+                    "since such a file loads in that precision only.",
                 ),
                 io.Combo.Input(
                     "reference",
@@ -70,8 +70,8 @@ class CompareT5Precisions(io.ComfyNode):
                     options=list(T5_DEVICES),
                     default="auto",
                     advanced=True,
-                    tooltip="As in Load T5 (8-bit). Where the reference does not fit on the GPU, stream it; "
-                    "nf4 and fp4 can not be streamed, and need cpu then.",
+                    tooltip="As in Load Σ Text Encoder (T5). Where the reference does not fit on the GPU, "
+                    "stream it; nf4 and fp4 can not be streamed, and need cpu then.",
                 ),
                 io.Model.Input(
                     "model",
@@ -82,8 +82,8 @@ class CompareT5Precisions(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image",
                     optional=True,
-                    tooltip="Empty latents from Aspect-Ratio Bucket, of the pictures' size. Without them it "
-                    "is the square that the model was trained for.",
+                    tooltip="Empty latents from Σ Aspect-Ratio Bucket, of the pictures' size. Without them "
+                    "it is the square that the model was trained for.",
                 ),
             ],
             outputs=[

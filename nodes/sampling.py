@@ -3,6 +3,7 @@
 from ..pixart_sigma.settings import MAX_SEED, MAX_STEPS, RELEASES
 from .host.api import io
 from .host.sampling import SamplerSettings, reference_sigmas, sample, sampler_names, schedule_names
+from .kv_compression import choice_input, custom_input, spelled
 
 
 class ReferenceSchedule(io.ComfyNode):
@@ -59,7 +60,7 @@ class Sampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="What to avoid."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Empty latents from Aspect-Ratio Bucket, or an encoded picture with denoise "
+                    tooltip="Empty latents from Σ Aspect-Ratio Bucket, or an encoded picture with denoise "
                     "below 1. A noise mask is respected.",
                 ),
                 io.Int.Input(
@@ -97,7 +98,8 @@ class Sampler(io.ComfyNode):
                     "schedule",
                     options=schedule_names(),
                     default="reference",
-                    tooltip="reference is that of the published model; the others are ComfyUI's.",
+                    tooltip="reference is the checkpoint's own, as the reference pipeline has it; the others "
+                    "are ComfyUI's.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -107,14 +109,7 @@ class Sampler(io.ComfyNode):
                     step=0.01,
                     tooltip="1 starts from pure noise. Lower keeps more of the given latents.",
                 ),
-                io.String.Input(
-                    "kv_compression",
-                    default="auto",
-                    tooltip="off, auto, or OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
-                    "mean:2:deep:20-80%; several are joined by +. auto is as the checkpoint was "
-                    "trained; for all public ones it compresses above 1024x1024 only, "
-                    "by the calibration if there is one. Without trained weights pictures change a little.",
-                ),
+                choice_input(),
                 io.Combo.Input(
                     "after_use",
                     options=list(RELEASES),
@@ -122,18 +117,30 @@ class Sampler(io.ComfyNode):
                     tooltip="What happens to the transformer afterwards. keep leaves it where it is, offload "
                     "moves it out of the GPU, free also lets the system drop it from RAM.",
                 ),
+                custom_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latents, for Σ VAE Decode or VAE Decode.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, after_use, **chosen):
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        kv_compression,
+        after_use,
+        custom_kv_compression="",
+        **chosen,
+    ):
         from .host.memory import record
         from .host.release import release
 
+        settings = SamplerSettings(**chosen, kv_compression=spelled(kv_compression, custom_kv_compression))
         with record("Sample"):
             try:
-                latent = sample(model, positive, negative, latent_image, SamplerSettings(**chosen))
+                latent = sample(model, positive, negative, latent_image, settings)
             finally:
                 release(model, after_use)
         return io.NodeOutput(latent)

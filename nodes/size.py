@@ -3,6 +3,7 @@
 import torch
 
 from ..pixart_sigma import aspect_ratio
+from ..pixart_sigma.errors import SigmaError
 from .host.api import io
 from .host.devices import latent_device
 
@@ -15,7 +16,7 @@ class AspectRatioBucket(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixArtSigmaAspectRatioBucket",
-            display_name="Aspect-Ratio Bucket",
+            display_name="Σ Aspect-Ratio Bucket",
             category="PixArt Sigma",
             description="Picks the size nearest to what you ask for among those PixArt-Σ was trained on, and "
             "makes an empty latent of it. Other sizes work, but these draw best.",
@@ -23,10 +24,10 @@ class AspectRatioBucket(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "base",
-                    options=[str(base) for base in aspect_ratio.TABLES],
-                    default="1024",
-                    tooltip="The size the transformer was trained for, as the side of a square. 256 for the "
-                    "demo. 4096 is for the 2K transformer, beyond its training.",
+                    options=["auto", *map(str, aspect_ratio.TABLES)],
+                    default="auto",
+                    tooltip="The size the transformer was trained for, as the side of a square. auto is that "
+                    "of the connected model. 4096 is for the 2K transformer, beyond its training.",
                 ),
                 io.Combo.Input(
                     "ratio",
@@ -63,6 +64,12 @@ class AspectRatioBucket(io.ComfyNode):
                     optional=True,
                     tooltip="Take the bucket nearest to this picture's ratio; before all other settings.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The transformer, from Load Σ Transformer: base auto follows it. Not read with "
+                    "another base.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", tooltip="An empty latent of the bucket's size."),
@@ -82,8 +89,8 @@ class AspectRatioBucket(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, base, ratio, orientation, width, height, batch_size, image=None):
-        base = int(base)
+    def execute(cls, base, ratio, orientation, width, height, batch_size, image=None, model=None):
+        base = _trained_base(model) if base == "auto" else int(base)
         if image is not None:
             bucket, asked = fit_image(image.shape[2], image.shape[1], base)
         elif width and height:
@@ -112,6 +119,25 @@ def fit_image(width: int, height: int, base: int) -> tuple[aspect_ratio.Bucket, 
     bucket = aspect_ratio.nearest(width, height, base)
     scale = min(bucket.width / width, bucket.height / height)
     return bucket, (round(width * scale), round(height * scale))
+
+
+def _trained_base(model) -> int:
+    from .host.base_size import base_size
+
+    if model is None:
+        raise SigmaError(
+            "The base is auto, and no model is connected that it could follow. Connect Load Σ Transformer's "
+            "output to model, or choose a base: 256 for the demo, 1024 or 2048 for PixArt-Sigma."
+        )
+    base = base_size(model)
+    if base not in aspect_ratio.TABLES:
+        made_for = "does not say which size it is made for" if base is None else f"is made for {base} pixels"
+        bases = ", ".join(map(str, aspect_ratio.TABLES))
+        raise SigmaError(
+            f"The base is auto, and the connected model {made_for}, for which there are no buckets. Choose a "
+            f"base: {bases}."
+        )
+    return base
 
 
 NODES = [AspectRatioBucket]

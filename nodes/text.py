@@ -19,13 +19,14 @@ class TextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="From Load T5 (8-bit), or from ComfyUI's Load CLIP with type pixart. CLIP models "
-                    "of Stable Diffusion do not work.",
+                    tooltip="From Load Σ Text Encoder (T5), or from ComfyUI's Load CLIP with type pixart. "
+                    "CLIP models of Stable Diffusion do not work.",
                 ),
                 io.String.Input(
                     "positive",
                     multiline=True,
                     dynamic_prompts=True,
+                    default="a large yellow star on a blue background",  # which the demo draws well
                     tooltip="What the picture shows. Whole sentences work well; about 200 words fit.",
                 ),
                 io.String.Input(
@@ -63,8 +64,8 @@ class TextEncode(io.ComfyNode):
 
         if clip is None:
             raise ValueError(
-                "There is no text encoder in this model file. Connect Load T5 (8-bit), or Load CLIP with "
-                "type pixart."
+                "There is no text encoder in this model file. Connect Load Σ Text Encoder (T5), or Load "
+                "CLIP with type pixart."
             )
         with record("Encode the prompts"):
             try:
@@ -77,20 +78,23 @@ class TextEncode(io.ComfyNode):
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning [[(1, n, C), dict]] of a prompt, by our CLIP or by one of the host's for T5."""
     from ..pixart_sigma.errors import SigmaError
-    from ..pixart_sigma.text.cleaning import prepare_prompt
+    from ..pixart_sigma.text.cleaning import prepare_around_embeddings
     from .host import embeddings
     from .host.text_encoder import SigmaClip
+    from .host.tokenizer import tell_left_out
 
     if isinstance(clip, SigmaClip):
         return embeddings.encode(clip, text, clean_caption)
     # Cleaning leaves no bracket for the host to read as a weight.
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepare_prompt(text, clean_caption)))
+    prepared = prepare_around_embeddings(text, clean_caption)
+    tell_left_out(prepared, T5_XXL_WIDTH)
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prepared))
     width = conditioning[0][0].shape[-1]
     if width != T5_XXL_WIDTH:
         raise SigmaError(
             f"This text encoder makes embeddings {width} numbers wide, and PixArt-Sigma needs the "
-            f"{T5_XXL_WIDTH} of T5-XXL. Connect Load T5 (8-bit), or Load CLIP with a t5xxl file and type "
-            "pixart."
+            f"{T5_XXL_WIDTH} of T5-XXL. Connect Load Σ Text Encoder (T5), or Load CLIP with a t5xxl file and "
+            "type pixart."
         )
     return embeddings.with_source(conditioning, text=text, clean_caption=clean_caption)
 

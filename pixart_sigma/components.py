@@ -1,20 +1,29 @@
 """What a pipeline is made of: the files of its models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import DEMO, DEMO_KV
 from .errors import CheckpointError
 from .files.fingerprint import fingerprint
-from .files.weight_files import read_state_dict
-from .transformer.checkpoint import COMPONENTS, Checkpoint, find_components, inspect
+from .files.locating import resolve
+from .files.parts import models
+from .files.weight_files import read_header, read_state_dict
+from .noise_schedule import NoiseSchedule
+from .transformer.checkpoint import (
+    COMPONENTS,
+    Checkpoint,
+    find_components,
+    inspect,
+    read_noise_schedule,
+)
 from .vae.loading import read_vae
 
 
 @dataclass(frozen=True)
 class Components:
     """Where the models are on disk. `text_encoder` and `tokenizer` are None where there is none, or where the
-    encoder's own folder has the tokenizer."""
+    tokenizer is looked for beside the encoder and with other models."""
 
     checkpoint: Checkpoint
     text_encoder: Path | None
@@ -29,33 +38,37 @@ class Components:
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         variant: str | None = None,
+        noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "Components":
-        """The components of a pipeline folder; one given by itself goes first. A transformer "demo-kv" is the
-        demo's, trained with KV compression.
+        """The components of a pipeline folder, or of one file that holds them all; one given by itself goes
+        first. A transformer "demo-kv" is the demo's, trained with KV compression.
 
+        A transformer given by itself brings its noise schedule; where neither it nor its folder says one, the
+        pipeline folder's scheduler decides, as in diffusers. `noise_schedule` takes the place of all of them.
         Raises CheckpointError where a component is missing or is something else.
         """
         transformer = DEMO_KV if str(transformer) == "demo-kv" else transformer
+        folder = resolve(folder)
+        found = find_components(folder) or _parts_of(folder)
+        given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        _check_complete(folder, found, given, needs_text_encoder)
         checkpoint = inspect(transformer or folder, variant=variant)
-        found = find_components(folder)
-        needed = [("text_encoder", text_encoder)] if needs_text_encoder else []
-        for name, given in (*needed, ("vae", vae)):
-            if given is None and name not in found:
-                option = "--" + name.replace("_", "-")
-                raise CheckpointError(
-                    f"{folder} has no {name}: give a whole pipeline folder, or the file with {option}."
-                )
-        tokenizer = found.get("tokenizer")
+        if noise_schedule is None and not checkpoint.noise_schedule.source:
+            noise_schedule = read_noise_schedule(folder)
+        if noise_schedule is not None:
+            checkpoint = replace(checkpoint, noise_schedule=noise_schedule)
+        own_tokenizer = found.get("tokenizer")
         # The demo's tokenizer knows 128 words, and no other encoder means them.
         if text_encoder and (folder == DEMO or _has_tokenizer(Path(text_encoder))):
-            tokenizer = None
+            own_tokenizer = None
         return cls(
             checkpoint=checkpoint,
-            text_encoder=Path(text_encoder) if text_encoder else found.get("text_encoder"),
-            tokenizer=tokenizer,
-            vae=Path(vae) if vae else found["vae"],
+            text_encoder=resolve(text_encoder) if text_encoder else found.get("text_encoder"),
+            tokenizer=Path(tokenizer) if tokenizer else own_tokenizer,
+            vae=resolve(vae) if vae else found["vae"],
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -73,9 +86,43 @@ class Components:
         return {name: _name(path) for name, path in paths.items() if path is not None}
 
 
+def _parts_of(file: Path) -> dict[str, Path]:
+    """The models in a checkpoint of several, as ComfyUI saves them; {} for a file of one."""
+    if not file.is_file():
+        return {}
+    held = models(read_header(file)).keys() & {"transformer", "text_encoder", "vae"}
+    return {name: file for name in COMPONENTS if name in held} if len(held) > 1 else {}
+
+
+def _check_complete(folder: Path, found: dict[str, Path], given: dict, needs_text_encoder: bool) -> None:
+    """CheckpointError where a model is neither in the folder nor given, naming all of them at once."""
+    if not folder.exists():
+        raise CheckpointError(f"There is no file or folder {folder}.")
+    missing = [name for name, path in given.items() if path is None and name not in found]
+    if not found and "transformer" in missing:
+        missing.remove("transformer")  # the path is one itself, or `inspect` says what it is
+    if not needs_text_encoder and "text_encoder" in missing:
+        missing.remove("text_encoder")
+    if not missing:
+        return
+    options = " and ".join("--" + name.replace("_", "-") for name in missing)
+    holds = f"holds {', '.join(found)}, " if found else ""
+    if not found:
+        inspect(folder)  # what is no transformer is named by what it is
+        holds = "is a transformer alone, "
+    raise CheckpointError(
+        f"{folder} {holds}with no {' and no '.join(missing)}: name the file or folder with {options}, or "
+        "give a whole pipeline folder, such as `pixart-sigma download 1024` makes."
+    )
+
+
 def _name(path: Path) -> str:
-    """The model's name: of a component's folder in a pipeline folder that of the pipeline."""
-    return path.parent.name if path.name in COMPONENTS else path.name
+    """The model's name: of a component's folder in a pipeline folder that of the pipeline, in Hugging Face's
+    cache that of the repository."""
+    folder = path.parent if path.name in COMPONENTS else path
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def _has_tokenizer(path: Path) -> bool:

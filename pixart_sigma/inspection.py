@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
+from .files.locating import resolve
 from .files.parts import Choice, Kind, kind_of, models
 from .files.weight_files import read_header, read_metadata
 from .transformer.checkpoint import find_components, inspect
 
 USES = {
     "transformer": "Load Σ Transformer, or --transformer",
-    "text_encoder": "Load T5 (8-bit), or --text-encoder",
+    "text_encoder": "Load Σ Text Encoder (T5), or --text-encoder",
     "vae": "Load Σ VAE, or --vae",
 }
 PIPELINE_USE = "each of the three loaders, or --model"
@@ -25,7 +26,8 @@ SIGMA_LAYER = re.compile(
     r"(?:attn1|attn2|attn[._](?:qkv|proj)|cross_attn|ff[._]net|mlp[._]fc)"
 )
 LORA_DOWN = ("lora_A.weight", "lora_down.weight", "lora_A.default.weight")
-EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Prompt Embeddings
+T5_EMBEDDING = {"t5xxl", "t5"}  # the tensors of a textual inversion
+EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Σ Prompt Embeddings
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     variant: the transformer's, for `inspect`. Raises CheckpointError, by its true name, for what is of no use
     here, and for what is damaged.
     """
-    path = Path(path)
+    path = resolve(path)
     components = find_components(path)
     if components:
         return _describe_pipeline(path, components, variant)
@@ -73,6 +75,8 @@ def _describe_one(path: Path, model: _Model, header: dict, variant: str | None) 
     if kind is not None and kind.words == "a LoRA":
         return _describe_lora(path, header)
     words = kind.words if kind is not None else "an unknown model"
+    if words == "an embedding for prompts":
+        return _describe_embedding(path)
     raise CheckpointError(f"{path} is {words}, which PixArt-Sigma does not use. Choose another file.")
 
 
@@ -89,7 +93,7 @@ def _describe_several(path: Path, found: list[_Model], variant: str | None) -> s
         except CheckpointError as error:
             errors.append(str(error))
     if len(errors) == len(ours):
-        raise CheckpointError(errors[0])
+        raise CheckpointError(f"{path} is one file of several models ({held}). {errors[0]}")
     return "\n".join(lines + errors)
 
 
@@ -153,7 +157,16 @@ def _describe_lora(path: Path, header: dict) -> str:
     )
 
 
+def _describe_embedding(path: Path) -> str:
+    return (
+        f"{path}: an embedding for prompts (textual inversion)\n"
+        f"use             embedding:{path.stem} in a prompt in ComfyUI, from models/embeddings"
+    )
+
+
 def _describe_other(path: Path, header: dict) -> str:
+    if header and header.keys() <= T5_EMBEDDING:
+        return _describe_embedding(path)
     if set(header) == EMBEDDINGS and "positive_text" in read_metadata(path):
         from .text.embeddings import PromptEmbeddings
 
@@ -163,7 +176,7 @@ def _describe_other(path: Path, header: dict) -> str:
                 f"{path}: prompt embeddings, encoded in {saved.precision}",
                 f"prompt          {saved.positive_text}",
                 f"negative        {saved.negative_text}",
-                "use             Load Prompt Embeddings, or generate --embeddings",
+                "use             Load Σ Prompt Embeddings, or generate --embeddings",
             ]
         )
     try:

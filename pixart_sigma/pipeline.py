@@ -1,6 +1,5 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +12,19 @@ from .aspect_ratio import crop_back
 from .components import Components
 from .devices import pick_device, pick_dtype
 from .errors import SettingError, SigmaError
-from .files.fingerprint import raw_bytes
+from .files.fingerprint import digest
 from .files.metadata import Metadata, Model
+from .files.pictures import Start, latent_mask
 from .memory.stages import Stages
+from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
 from .prompt_embeds import Encoded, Prompts
 from .sampling.denoise import Step, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
-from .sampling.schedulers import get_step_arguments, get_timesteps, make_scheduler
-from .settings import DTYPES, T5_PRECISIONS, Settings, Ways
+from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
+from .settings import DTYPES, T5_PRECISIONS, Settings, Ways, check_settings, check_ways
 from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
@@ -54,6 +55,7 @@ class _Prompted:
     positive: Encoded
     negative: Encoded | None
     fingerprint: str
+    tokenizer: str = ""  # its name, where it is not the encoder's own
     digest: str = ""  # of embeddings that were given, where nobody knows who made them
 
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
@@ -80,8 +82,10 @@ class SigmaPipeline:
         *,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         vae: str | Path | None = None,
         variant: str | None = None,
+        noise_schedule: NoiseSchedule | None = None,
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
@@ -89,17 +93,20 @@ class SigmaPipeline:
 
         Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
         float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo
-        fp32. Without `needs_text_encoder` the prompts must be encoded already.
+        fp32; a `noise_schedule` of None is the checkpoint's. Without `needs_text_encoder` the prompts must be
+        encoded already.
         Raises CheckpointError where a component is missing or is something else.
         """
         folder = DEMO if str(path) == "demo" else Path(path)
-        ways = ways or Ways()
+        ways = Ways() if ways is None else check_ways(ways)
         components = Components.find(
             folder,
             transformer=transformer,
             text_encoder=text_encoder,
+            tokenizer=tokenizer,
             vae=vae,
             variant=variant,
+            noise_schedule=noise_schedule,
             needs_text_encoder=needs_text_encoder,
         )
         if ways.t5_precision is None and folder == DEMO and text_encoder is None:
@@ -156,9 +163,9 @@ class SigmaPipeline:
 
         T5 is loaded only where `embedding_cache` lacks one of them.
         """
-        texts = (settings.prompt, settings.negative)
+        texts = (check_settings(settings).prompt, settings.negative)
         (positive, negative), encoder, _ = self.text.encode(
-            texts, self._run_ways(ways), settings.clean_caption, embedding_cache
+            texts, settings, self._run_ways(ways), embedding_cache
         )
         return PromptEmbeddings.made(settings, positive, negative, encoder.precision, encoder.fingerprint)
 
@@ -168,23 +175,28 @@ class SigmaPipeline:
         ways: Ways | None = None,
         *,
         embeddings: PromptEmbeddings | None = None,
-        image: torch.Tensor | None = None,
+        image: torch.Tensor | Image.Image | None = None,
+        mask: torch.Tensor | Image.Image | None = None,
         embedding_cache: EmbeddingCache | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
+        on_decode: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Make the pictures that the settings describe; picture k is drawn from the k-th noise of the seed.
 
         ways: how this run computes, where it differs from the pipeline's own; with a budget the planner
         chooses. A stage that runs out of memory is released and runs once more in its next smaller way.
         embeddings: encoded prompts, which bring their words, so that the settings have none, and need no T5;
-        nor do texts that `embedding_cache` holds. image (3, H, W) in [0, 1]: start from this picture, by the
-        settings' strength, instead of from noise alone.
+        nor do texts that `embedding_cache` holds. image, of Pillow or (3, H, W) in [0, 1]: start from this
+        picture, by the settings' strength, instead of from noise alone. mask, of Pillow or (1, H, W): paint
+        the picture anew where it is white, 1, and keep the rest as the VAE renders it. callback is called
+        after each step, on_stage(name) before each stage, on_decode(done, total) while strips are decoded.
         Raises SigmaError before any model is loaded where something can be known to be wrong.
         """
         ways = self._run_ways(ways)
-        settings = settings.complete(self.base_size)
-        settings = self._check(settings, embeddings, image)
+        settings = check_settings(settings).complete(self.base_size)
+        start = Start.of(image, mask)
+        settings = self._check(settings, embeddings, start)
         fingerprints = self.components.fingerprints()
         if ways.budget is not None:
             ways = self.plan(settings, ways).ways
@@ -196,26 +208,25 @@ class SigmaPipeline:
         else:
             prompted, settings, ways = _given(embeddings, settings, ways)
         image_latents = None
-        if image is not None:
+        if start.image is not None:
             stage("VAE encode")
-            image_latents = self._encode_image(image, settings)
+            image_latents = self._encode_image(start.image, settings)
         stage("transformer")
-        latents, ways = self._denoise(settings, ways, prompted, image_latents, callback)
+        latents, ways = self._denoise(settings, ways, prompted, image_latents, start.mask, callback)
         stage("VAE decode")
-        pictures, ways = self.vae.decode(latents, ways)
+        pictures, ways = self.vae.decode(latents, ways, on_decode or (lambda done, total: None))
         pictures = crop_back(pictures, *settings.asked_size(self.base_size))
 
         fingerprints["text_encoder"] = prompted.fingerprint
-        names = self.components.names()
         metadata = Metadata(
             settings=settings,
             ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
-            models={
-                component: Model(names.get(component, ""), found) for component, found in fingerprints.items()
-            },
-            image_sha256="" if image is None else digest(image),
+            models=self._models(fingerprints, prompted.tokenizer),
+            image_sha256=start.image_sha256,
+            mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
             variant=self.checkpoint.variant,
+            noise_schedule=self.checkpoint.noise_schedule,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
@@ -237,9 +248,16 @@ class SigmaPipeline:
         encoder = self.text.identify(self.ways.t5_precision)
         return found | ({"text_encoder": encoder.fingerprint} if encoder else {})
 
+    def _models(self, fingerprints: dict[str, str], tokenizer: str) -> dict[str, Model]:
+        names = self.components.names()
+        if tokenizer:  # the text encoder's fingerprint covers it
+            names["tokenizer"], fingerprints = tokenizer, fingerprints | {"tokenizer": ""}
+        return {component: Model(names.get(component, ""), sha) for component, sha in fingerprints.items()}
+
     def _run_ways(self, ways: Ways | None) -> Ways:
         if ways is None:
             return self.ways
+        check_ways(ways)
         for name in FIXED:
             if getattr(ways, name) != getattr(self.ways, name):
                 raise SettingError(
@@ -252,15 +270,13 @@ class SigmaPipeline:
             ways = replace(ways, t5_precision=self.ways.t5_precision)
         return ways
 
-    def _check(
-        self, settings: Settings, embeddings: PromptEmbeddings | None, image: torch.Tensor | None
-    ) -> Settings:
+    def _check(self, settings: Settings, embeddings: PromptEmbeddings | None, start: Start) -> Settings:
         """The settings with what KV compression comes to, once everything is known to fit together."""
-        if image is None and settings.strength != 1:
+        if start.image is None and settings.strength != 1:
             raise SettingError("strength", settings.strength, "there is no picture to start from")
         if embeddings is not None:
             _check_embeddings(embeddings, settings, self.checkpoint)
-        scheduler = make_scheduler(settings.scheduler)
+        scheduler = scheduler_for(settings, self.checkpoint.noise_schedule)
         get_step_arguments(scheduler, None, settings.eta, settings.count)
         get_timesteps(scheduler, settings)
         size = settings.made_size(self.base_size)
@@ -271,9 +287,10 @@ class SigmaPipeline:
 
     def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
         texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, ways, settings.clean_caption, cache)
+        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
-        return _Prompted(positive, negative[0] if negative else None, encoder.fingerprint), ways
+        unwanted = negative[0] if negative else None
+        return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
     def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
         picture = crop_back(image[None], *settings.made_size(self.base_size))
@@ -285,9 +302,11 @@ class SigmaPipeline:
         ways: Ways,
         prompted: _Prompted,
         image_latents: torch.Tensor | None,
+        mask: torch.Tensor | None,
         callback: Callable[[Step], bool | None] | None,
     ) -> tuple[torch.Tensor, Ways]:
         width, height = settings.made_size(self.base_size)
+        painted = None if mask is None else latent_mask(mask, width, height)
         generator = torch.Generator().manual_seed(settings.seed)
         channels = self.checkpoint.config.in_channels
         noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
@@ -299,7 +318,9 @@ class SigmaPipeline:
                 guide(transformer, prompts, settings, in_turn),
                 noise,
                 settings,
+                noise_schedule=self.checkpoint.noise_schedule,
                 image_latents=image_latents,
+                mask=painted,
                 generator=generator.set_state(state),
                 callback=callback,
             )
@@ -314,23 +335,29 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
         Encoded(embeddings.positive, embeddings.positive_truncated),
         Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
         embeddings.fingerprint,
-        unknown,
+        digest=unknown,
     )
     settings = replace(
         settings,
         prompt=embeddings.positive_text,
         negative=embeddings.negative_text,
         clean_caption=embeddings.clean_caption,
+        max_sequence_length=embeddings.max_sequence_length,
     )
     precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
     return prompted, settings, replace(ways, t5_precision=precision)
 
 
 def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoint: Checkpoint) -> None:
-    if settings.prompt or settings.negative or settings.clean_caption:
+    if not isinstance(embeddings, PromptEmbeddings):
         raise SigmaError(
-            "Encoded prompts bring their words and are cleaned or not; leave prompt, negative and "
-            "clean_caption out."
+            f"embeddings is a {type(embeddings).__name__}; give PromptEmbeddings, such as "
+            "PromptEmbeddings.load(file)."
+        )
+    if settings != settings.without_prompts():
+        raise SigmaError(
+            "Encoded prompts bring their words, cleaned or not and cut already; leave prompt, negative, "
+            "clean_caption and max_sequence_length out."
         )
     expected = checkpoint.config.caption_channels
     if embeddings.width != expected:
@@ -338,14 +365,6 @@ def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoi
             f"The prompt embeddings are {embeddings.width} wide, and {checkpoint.path} reads "
             f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
         )
-
-
-def digest(*tensors: torch.Tensor) -> str:
-    """A SHA-256 of the numbers in some tensors."""
-    made = hashlib.sha256()
-    for tensor in tensors:
-        made.update(raw_bytes(tensor.cpu()))
-    return made.hexdigest()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -17,8 +17,7 @@ from diffusers import AutoencoderKL
 from .errors import SettingError, SigmaError
 from .memory.measure import readable
 from .memory.ways import Way
-from .prompt_embeds import MAX_TOKENS
-from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways
+from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways, check_settings, check_ways
 from .table import align
 from .text import stage as text
 from .text.needs import EncoderShapes
@@ -114,7 +113,6 @@ def plan(
     *,
     dtype: torch.dtype = torch.bfloat16,
     in_ram: bool = False,
-    prompt_tokens: int = MAX_TOKENS,
 ) -> Plan:
     """The ways with which a run keeps `ways.budget` bytes on the device, each stage released after its use.
 
@@ -125,10 +123,13 @@ def plan(
     Raises SigmaError without a budget, and where not even the smallest way of a stage fits: it says which,
     and what it needs.
     """
+    check_settings(settings)
+    check_ways(ways)
     if ways.budget is None:
         raise SettingError("budget", None, "give more than 0 bytes, such as 2 GB (2e9)")
     models = models or Models.published()
     width, height = settings.made_size(models.transformer.sample_size * 8)
+    prompt_tokens = settings.max_sequence_length
     work = transformer.Pass(height, width, settings.count, settings.guided, prompt_tokens)
     encoder = models.text_encoder
     possible = {

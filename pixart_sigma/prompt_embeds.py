@@ -7,14 +7,12 @@ import torch
 
 from .errors import SigmaError
 
-MAX_TOKENS = 300  # the length PixArt-Sigma was trained with, end token included
-
 
 @dataclass(frozen=True)
 class Encoded:
     """A prompt's embeddings and the words that did not fit.
 
-    prompt_embeds: (1, n, C), trimmed to the n real tokens, 1 <= n <= 300. truncated: words beyond, or "".
+    prompt_embeds: (1, n, C), trimmed to the n real tokens. truncated: words beyond, or "".
     """
 
     prompt_embeds: torch.Tensor

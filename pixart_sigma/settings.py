@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .aspect_ratio import BINNING, check_side, nearest
-from .errors import SettingError
+from .errors import SettingError, SigmaError
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ SCHEDULERS = {
     "one_step": Scheduler(timesteps=True, guidance_scale=1.0),
 }
 MAX_STEPS = 999
+MAX_SEQUENCE_LENGTH = 300  # tokens that PixArt-Sigma was trained with, end token included
 LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
 MAX_SEED = 2**64 - 1
 
@@ -92,6 +93,8 @@ class Settings:
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
     clean_caption: clean the prompts as the training captions were.
+    max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
+        300.
 
     Raises SettingError, naming the first field that is wrong.
     """
@@ -112,22 +115,30 @@ class Settings:
     strength: float = 1.0
     kv_compression: str | None = None
     clean_caption: bool = False
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def __post_init__(self):
         _check_texts(self, "prompt", "negative")
-        _check_switches(self, "binning", "clean_caption")
+        check_switches(self, "binning", "clean_caption")
         for name in ("width", "height"):
             side = getattr(self, name)
             if side is not None:
                 _set(self, name, check_side(name, side))
-        _set(self, "count", _whole(self, "count", 1, None, "give a whole number of pictures, 1 or more"))
-        _set(self, "seed", _whole(self, "seed", 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1"))
-        _set(self, "steps", _whole(self, "steps", 1, MAX_STEPS, f"give a whole number from 1 to {MAX_STEPS}"))
+        _set(self, "count", check_count(self.count))
+        _set(self, "seed", check_seed(self.seed))
+        advice = f"give a whole number from 1 to {MAX_STEPS}"
+        _set(self, "steps", check_whole("steps", self.steps, 1, MAX_STEPS, advice))
+        advice = "give a whole number of tokens, such as 300"
+        _set(
+            self,
+            "max_sequence_length",
+            check_whole("max_sequence_length", self.max_sequence_length, 1, None, advice),
+        )
         if self.guidance_scale is not None and not is_finite(self.guidance_scale):
             raise SettingError(
                 "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
             )
-        _check_word(self, "scheduler", SCHEDULERS)
+        check_word(self, "scheduler", SCHEDULERS)
         _check_schedule(self)
         if not is_finite(self.strength) or not 0 < self.strength <= 1:
             raise SettingError("strength", self.strength, "give a number above 0, and at most 1")
@@ -165,6 +176,12 @@ class Settings:
         pixels)."""
         width, height = self.asked_size(base_size)
         return replace(self, width=width, height=height, guidance_scale=self.guidance)
+
+    def without_prompts(self) -> "Settings":
+        """These settings with all left out that encoded prompts bring."""
+        return replace(
+            self, prompt="", negative="", clean_caption=False, max_sequence_length=MAX_SEQUENCE_LENGTH
+        )
 
     def asked_size(self, base_size: int) -> tuple[int, int]:
         """(width, height) of the pictures, for a checkpoint of this base."""
@@ -222,14 +239,14 @@ class Ways:
 
     def __post_init__(self):
         _check_texts(self, "device")
-        _check_word(self, "dtype", DTYPES)
+        check_word(self, "dtype", DTYPES)
         if self.t5_precision is not None:
-            _check_word(self, "t5_precision", T5_PRECISIONS)
-        _check_word(self, "t5_device", T5_DEVICES)
-        _check_word(self, "transformer_device", TRANSFORMER_DEVICES)
-        _check_word(self, "decode", DECODES)
-        _check_word(self, "release", RELEASES)
-        _check_switches(self, "guidance_in_turn", "measure")
+            check_word(self, "t5_precision", T5_PRECISIONS)
+        check_word(self, "t5_device", T5_DEVICES)
+        check_word(self, "transformer_device", TRANSFORMER_DEVICES)
+        check_word(self, "decode", DECODES)
+        check_word(self, "release", RELEASES)
+        check_switches(self, "guidance_in_turn", "measure")
         for name in ("decode_budget", "budget"):
             size = getattr(self, name)
             if size is not None and not (is_finite(size) and size > 0):
@@ -247,6 +264,43 @@ class Ways:
     def from_dict(cls, found: dict[str, Any]) -> "Ways":
         """What `as_dict` gave; other entries are left alone, missing ones have their defaults."""
         return cls(**_known(cls, found))
+
+
+def check_settings(settings: Any) -> Settings:
+    """The settings; SigmaError for anything else in their place, such as a prompt."""
+    if not isinstance(settings, Settings):
+        raise SigmaError(
+            f"settings is a {type(settings).__name__}; give Settings, such as Settings('a boat')."
+        )
+    return settings
+
+
+def check_ways(ways: Any) -> Ways:
+    """The ways; SigmaError for anything else in their place, such as a device."""
+    if not isinstance(ways, Ways):
+        raise SigmaError(f"ways is a {type(ways).__name__}; give Ways, such as Ways(device='cpu').")
+    return ways
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None, advice: str) -> int:
+    """The value as a whole number within these limits. Raises SettingError."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise SettingError(name, value, advice)
+    return number
+
+
+def check_seed(seed: Any) -> int:
+    """A whole number from 0 to 2^64 - 1. Raises SettingError."""
+    return check_whole("seed", seed, 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1")
+
+
+def check_count(count: Any) -> int:
+    """A whole number of pictures, 1 or more. Raises SettingError."""
+    return check_whole("count", count, 1, None, "give a whole number of pictures, 1 or more")
 
 
 def is_finite(value: Any) -> bool:
@@ -307,18 +361,7 @@ def _descends(values: tuple) -> bool:
     return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
 
 
-def _whole(settings, name: str, least: int, most: int | None, advice: str) -> int:
-    value = getattr(settings, name)
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        raise SettingError(name, value, advice)
-    return number
-
-
-def _check_word(settings, name: str, words: Iterable[str]) -> None:
+def check_word(settings, name: str, words: Iterable[str]) -> None:
     value = getattr(settings, name)
     if not isinstance(value, str) or value not in words:
         raise SettingError(name, repr(value), f"choose one of {', '.join(words)}")
@@ -331,7 +374,7 @@ def _check_texts(settings, *names: str) -> None:
             raise SettingError(name, repr(value), "give one text")
 
 
-def _check_switches(settings, *names: str) -> None:
+def check_switches(settings, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if not isinstance(value, bool):

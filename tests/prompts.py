@@ -9,6 +9,8 @@ from server import MODELS, PACK, Server, with_the_demo
 
 FEWEST_STEPS = {"PixArtSigmaCalibrateKVCompression": 4}
 WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
+# As somebody saved it when kv_compression was a text and no model told the bucket its base.
+SAVED_WORKFLOW = PACK / "tests" / "host" / "saved_workflow.json"
 
 
 def to_prompt(workflow: Path, object_info: dict) -> dict:
@@ -47,6 +49,14 @@ def run_with_the_demo(server: Server, workflow: Path, object_info: dict):
             (picture,) = server.pictures(run, key)
             # Of each channel: a canvas in one colour has no content.
             assert picture.std((0, 1)).max() > 20
+
+
+def at_defaults(object_info: dict, kind: str, **links) -> dict:
+    """A node of a prompt as it comes out of the menu, with these links."""
+    given = object_info[kind]["input"]
+    declared = given.get("required", {}) | given.get("optional", {})
+    defaults = {name: options["default"] for name, (_, options) in declared.items() if "default" in options}
+    return {"class_type": kind, "inputs": defaults | links}
 
 
 def contract(object_info: dict) -> dict:

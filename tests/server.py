@@ -86,9 +86,9 @@ def with_the_demo(prompt: dict):
                 if isinstance(inputs[name], str) and not inputs[name].endswith("(built in)")
             }
         )
-        inputs.update({name: value for name, value in DEMO_SETTINGS.items() if name in inputs})
-        if inputs.get("kv_compression") == "mean:2:14-27":
-            inputs["kv_compression"] = "mean:2:deep"
+        # What is auto follows the demo.
+        chosen = {name for name in DEMO_SETTINGS if inputs.get(name, "auto") != "auto"}
+        inputs.update({name: DEMO_SETTINGS[name] for name in chosen})
 
 
 class Server:

@@ -14,10 +14,15 @@ from workflow_graph import Graph, to_frontend
 from workflow_parts import (
     DEMO,
     DEMO_KV,
+    SDXL_VAE,
+    T5,
     T5_PARTS,
     bucket,
     decode,
     encode,
+    load_sigma_transformer,
+    load_t5_and_vae,
+    load_transformer,
     loaders,
     report,
     sample,
@@ -50,7 +55,7 @@ def sigma_1024_in_8_gb() -> Graph:
     )
     sigma_loaders(graph, "1024-MS")
     encode(graph, "a small cactus with a happy face in the desert")
-    bucket(graph, "1024", "4:3")
+    bucket(graph, "4:3")
     sample(graph)
     show(graph)
     report(graph, 8.0)
@@ -61,7 +66,7 @@ def sigma_4_bit_t5() -> Graph:
     graph = Graph("Σ at 1024 px with T5 in 4 bit (nf4), for the smallest cards. " + T5_PARTS)
     sigma_loaders(graph, "1024-MS", "nf4")
     encode(graph, "a lighthouse above a stormy sea, oil painting")
-    bucket(graph, "1024", "3:2", "portrait")
+    bucket(graph, "3:2", "portrait")
     sample(graph)
     show(graph)
     return graph
@@ -71,7 +76,7 @@ def sigma_2k() -> Graph:
     graph = Graph("Σ's 2K transformer, with its own sizes. " + T5_PARTS)
     sigma_loaders(graph, "2K-MS")
     encode(graph, "a street in an old town after rain, evening light")
-    bucket(graph, "2048", "16:9")
+    bucket(graph, "16:9")
     sample(graph)
     show(graph)
     return graph
@@ -80,23 +85,24 @@ def sigma_2k() -> Graph:
 def sigma_4k_kv_compression() -> Graph:
     graph = Graph(
         "4K with the 2K transformer. Keys and values of the deeper half of the layers are averaged over 2x2 "
-        "tokens (mean:2:14-27): an approximation that public weights were not trained for. " + T5_PARTS
+        "tokens (deep half): an approximation that public weights were not trained for. " + T5_PARTS
     )
     sigma_loaders(graph, "2K-MS")
     encode(graph, "a valley with a river seen from a mountain, morning mist")
-    bucket(graph, "4096", "16:9")
-    sample(graph, kv_compression="mean:2:14-27")
+    bucket(graph, "16:9", base="4096")
+    sample(graph, kv_compression="deep half")
     show(graph)
     return graph
 
 
-def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str, ratio: str) -> Graph:
+def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str, base="auto") -> Graph:
     """Σ with every setting that memory depends on from the planner."""
     graph = Graph(
-        f"{note} VRAM Planner sets what memory depends on, its table says what for, and Memory "
+        f"{note} Σ VRAM Planner sets what memory depends on, its table says what for, and Σ Memory "
         f"Report what it took. {T5_PARTS}"
     )
-    bucket(graph, base, ratio)
+    load_sigma_transformer(graph, size)
+    bucket(graph, ratio, base=base)
     graph.add(
         "plan",
         "PixArtSigmaVRAMPlanner",
@@ -106,7 +112,7 @@ def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str,
         batch_size=1,
     )
     graph.add("table", "PreviewAny", source=graph["plan", 5])
-    sigma_loaders(graph, size, precision=graph["plan", 0], device=graph["plan", 1])
+    load_t5_and_vae(graph, T5, SDXL_VAE, graph["plan", 0], graph["plan", 1])
     encode(graph, prompt)
     sample(graph, kv_compression=graph["plan", 2])
     show(graph, tiling=graph["plan", 3], budget=graph["plan", 4])
@@ -116,24 +122,24 @@ def within_a_budget(note: str, budget: float, size: str, prompt: str, base: str,
 
 def sigma_under_4_gb() -> Graph:
     note, prompt = "Σ at 2048 px in 4 GB of graphics memory.", "a harbour at dawn, fishing boats, light fog"
-    return within_a_budget(note, 4.0, "2K-MS", prompt, "2048", "3:2")
+    return within_a_budget(note, 4.0, "2K-MS", prompt, "3:2")
 
 
 def sigma_under_2_gb() -> Graph:
     note, prompt = "Σ at 1024 px in 2 GB of graphics memory.", "a fox asleep in autumn leaves, watercolour"
-    return within_a_budget(note, 2.0, "1024-MS", prompt, "1024", "1:1")
+    return within_a_budget(note, 2.0, "1024-MS", prompt, "1:1")
 
 
 def sigma_4k_wallpaper() -> Graph:
     note = "A wallpaper of 4096 px class in 4 GB of graphics memory. It parks up to 9 GB in RAM."
-    return within_a_budget(note, 4.0, "2K-MS", "dunes under a starry sky, long exposure", "4096", "16:9")
+    return within_a_budget(note, 4.0, "2K-MS", "dunes under a starry sky, long exposure", "16:9", "4096")
 
 
 def calibrate_kv_compression() -> Graph:
     graph = Graph(
         "Measures how much KV compression this model bears at this size, shows it, and draws with what was "
-        "chosen. For Σ choose its files in the loaders, 2048 in Aspect-Ratio Bucket, and turn save on: auto "
-        "then uses the result, and this need not run again."
+        "chosen. For Σ choose its files in the loaders, and turn save on: auto then uses the result, and "
+        "this need not run again."
     )
     loaders(graph)
     bucket(graph)
@@ -160,10 +166,10 @@ def calibrate_kv_compression() -> Graph:
 def compare_t5_precisions() -> Graph:
     graph = Graph(
         "What T5 in 8 bit costs, before it is trusted: the same prompts in two precisions, how far each word "
-        "moves, and both pictures with their difference. For Σ choose its files, its base in Aspect-Ratio "
-        "Bucket, and prompts of your own; to compare the words alone, disconnect the model and the VAE."
+        "moves, and both pictures with their difference. For Σ choose its files, and prompts of your own; to "
+        "compare the words alone, disconnect the model and the VAE."
     )
-    graph.add("transformer", "PixArtSigmaLoadTransformer", transformer=DEMO, variant="auto", dtype="auto")
+    load_transformer(graph, DEMO)
     graph.add("vae", "PixArtSigmaLoadVAE", vae=DEMO)
     bucket(graph)
     graph.add(
@@ -201,9 +207,9 @@ def demo_kv_compression() -> Graph:
 
 def reuse_prompt_embeddings() -> Graph:
     graph = Graph(
-        "Encode once, draw often: Save Prompt Embeddings keeps what T5 made of two prompts, and Load Prompt "
-        "Embeddings draws from such a file without T5. Run it, press R, and choose the new file there; then "
-        "Load T5, Σ Text Encode and Save Prompt Embeddings can go."
+        "Encode once, draw often: Save Σ Prompt Embeddings keeps what T5 made of two prompts, and Load Σ "
+        "Prompt Embeddings draws from such a file without T5. Run it, press R, and choose the new file "
+        "there; then Load Σ Text Encoder (T5), Σ Text Encode and Save Σ Prompt Embeddings can go."
     )
     loaders(graph)
     encode(graph, "a large green star on a white background")
@@ -333,14 +339,14 @@ def inpainting() -> Graph:
 
 def aspect_ratio_tour() -> Graph:
     graph = Graph(
-        "One prompt at three shapes. Aspect-Ratio Bucket picks the trained size nearest to what is asked."
+        "One prompt at three shapes. Σ Aspect-Ratio Bucket picks the trained size nearest to what is asked."
     )
     loaders(graph)
     encode(graph, "a large orange star on a black background")
     shapes = (("16:9", "landscape"), ("1:1", "landscape"), ("4:3", "portrait"))
     for number, (ratio, orientation) in enumerate(shapes):
         size, sampler, decoded = f"size{number}", f"sampler{number}", f"decode{number}"
-        bucket(graph, "256", ratio, orientation, name=size)
+        bucket(graph, ratio, orientation, name=size)
         sample(graph, graph[size, 0], name=sampler, after_use="keep")
         decode(graph, graph[sampler, 0], size, decoded)
         save(graph, decoded, f"save{number}")

@@ -88,7 +88,7 @@ def _node(kind: str, inputs: dict, info: dict) -> dict:
         for name in info["input_order"].get(part, []):
             declared, *options = info["input"][part][name]
             options = options[0] if options else {}
-            is_widget = isinstance(declared, list) or declared in WIDGETS
+            is_widget = isinstance(declared, list) or options.get("widgetType", declared) in WIDGETS
             value = given.pop(name, options.get("default"))
             linked = isinstance(value, Link)
             if linked:

@@ -17,39 +17,35 @@ SDXL_VAE = download(
 )
 
 
-def loaders(
-    graph: Graph,
-    transformer=DEMO,
-    text_encoder=DEMO,
-    vae=DEMO,
-    variant="auto",
-    precision="fp32",
-    device="auto",
-):
-    graph.add(
-        "transformer",
-        "PixArtSigmaLoadTransformer",
-        transformer=transformer,
-        variant=variant,
-        dtype="auto",
-    )
-    graph.add(
-        "t5",
-        "PixArtSigmaLoadTextEncoder",
-        text_encoder=text_encoder,
-        precision=precision,
-        device=device,
-    )
-    graph.add("vae", "PixArtSigmaLoadVAE", vae=vae)
+def loaders(graph: Graph, transformer=DEMO):
+    load_transformer(graph, transformer)
+    load_t5_and_vae(graph)
 
 
-def sigma_loaders(graph: Graph, size: str, precision="int8", device="auto"):
+def sigma_loaders(graph: Graph, size: str, precision="int8"):
     """Sigma's own files; `size` as in the transformer's name."""
+    load_sigma_transformer(graph, size)
+    load_t5_and_vae(graph, T5, SDXL_VAE, precision)
+
+
+def load_sigma_transformer(graph: Graph, size: str):
     name = f"PixArt-Sigma-XL-2-{size}.pth"
     address = f"https://huggingface.co/PixArt-alpha/PixArt-Sigma/resolve/main/{name}"
-    transformer = download(name, address, "diffusion_models")
     variant = "2K" if size == "2K-MS" else "auto"
-    loaders(graph, transformer, T5, SDXL_VAE, variant, precision, device)
+    load_transformer(graph, download(name, address, "diffusion_models"), variant)
+
+
+def load_transformer(graph: Graph, transformer, variant="auto"):
+    graph.add(
+        "transformer", "PixArtSigmaLoadTransformer", transformer=transformer, variant=variant, dtype="auto"
+    )
+
+
+def load_t5_and_vae(graph: Graph, text_encoder=DEMO, vae=DEMO, precision="fp32", device="auto"):
+    graph.add(
+        "t5", "PixArtSigmaLoadTextEncoder", text_encoder=text_encoder, precision=precision, device=device
+    )
+    graph.add("vae", "PixArtSigmaLoadVAE", vae=vae)
 
 
 def encode(graph: Graph, prompt: str, after_use="free", name="prompt"):
@@ -64,7 +60,8 @@ def encode(graph: Graph, prompt: str, after_use="free", name="prompt"):
     )
 
 
-def bucket(graph: Graph, base="256", ratio="1:1", orientation="landscape", name="size"):
+def bucket(graph: Graph, ratio="1:1", orientation="landscape", base="auto", name="size"):
+    """An empty latent of the transformer's own size, or of another base."""
     graph.add(
         name,
         "PixArtSigmaAspectRatioBucket",
@@ -74,6 +71,7 @@ def bucket(graph: Graph, base="256", ratio="1:1", orientation="landscape", name=
         width=0,
         height=0,
         batch_size=1,
+        **({"model": graph["transformer", 0]} if base == "auto" else {}),
     )
 
 

@@ -35,15 +35,17 @@ def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning of a prompt by our CLIP, which loads T5 only for a prompt not seen before."""
     from ...pixart_sigma.prompt_embeds import Encoded
     from ...pixart_sigma.text.cache import cache_key
+    from .tokenizer import by_value
 
     tokens = clip.tokenize(text, clean_caption=clean_caption)
     encoder = clip.cond_stage_model.identify()
     hooked = clip.patcher.forced_hooks is not None or clip.apply_hooks_to_conds is not None
+    plain = clip.layer_idx is None and not hooked and clip.tokenizer.is_plain(text, clean_caption, tokens)
     if encoder is None or hooked:
         conditioning = clip.encode_from_tokens_scheduled(tokens)
     else:
         # Tokens, not the text: a clone of the CLIP may have tokenizer options and a layer of its own.
-        key = cache_key(encoder, clip.patcher.load_device, tokens=tokens, layer=clip.layer_idx)
+        key = cache_key(encoder, clip.patcher.load_device, tokens=by_value(tokens), layer=clip.layer_idx)
         found = _cache(_cache_folder()).get(key)
         if found is None:
             conditioning = clip.encode_from_tokens_scheduled(tokens)
@@ -56,7 +58,8 @@ def encode(clip, text: str, clean_caption: bool) -> list:
         text=text,
         clean_caption=clean_caption,
         precision=encoder.precision if encoder else "",
-        fingerprint=encoder.fingerprint if encoder else "",
+        # Whose words alone would not do is known by its numbers.
+        fingerprint=encoder.fingerprint if encoder and plain else "",
         truncated=clip.tokenizer.truncated(text, clean_caption),
     )
 

@@ -3,21 +3,37 @@
 A choice comes out of a workflow, so it is never joined to a path: it must be one that is offered.
 """
 
+import functools
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 import folder_paths
 
 from ...pixart_sigma import DEMO, DEMO_KV
+from ...pixart_sigma.errors import CheckpointError
+from ...pixart_sigma.files.locating import EXTENSIONS, is_index, parts_of_shard, resolve
 
 DEMO_CHOICE = "demo (built in)"
 DEMO_KV_CHOICE = "demo with KV compression (built in)"
-# Loader -> the folders of ComfyUI it reads, the first one without its name in front.
+# Loader -> the folders of ComfyUI it reads, the first one without its name in front. The host adds
+# models/clip to text_encoders, models/unet to diffusion_models, and to each what extra_model_paths.yaml has.
 CATEGORIES = {
     "transformer": ("diffusion_models", "checkpoints", "diffusers"),
-    "text_encoder": ("text_encoders", "diffusers"),
-    "vae": ("vae", "diffusers"),
+    "text_encoder": ("text_encoders", "t5", "checkpoints", "diffusers"),
+    "vae": ("vae", "checkpoints", "diffusers"),
 }
+# Of a whole pipeline in one file: how the keys of the parts beside the transformer begin, and what only
+# PixArt's transformer has.
+PARTS = {
+    "text_encoder": (b'"text_encoders.t5xxl.', b'"text_encoder.'),
+    "vae": (b'"vae.', b'"first_stage_model.'),
+}
+TRANSFORMER = (b"t_block.1.weight", b"adaln_single.linear.weight")
+MOST_HEADER = 100_000_000  # bytes, safetensors' own limit
+
+# Other packs keep T5 there too; the host knows it only where somebody says so.
+folder_paths.add_model_folder_path("t5", os.path.join(folder_paths.models_dir, "t5"))
 
 
 def choices(kind: str) -> list[str]:
@@ -28,13 +44,27 @@ def choices(kind: str) -> list[str]:
 def find(kind: str, choice: str) -> Path:
     """The file or folder of a choice; ValueError for one that is not offered (any more)."""
     path = (_offered(kind) | _built_in(kind)).get(choice)
-    if path is None:
-        folders = ", ".join(f"models/{category}" for category in CATEGORIES[kind])
+    if path is not None:
+        return path
+    if parts := parts_of_shard(choice):
         raise ValueError(
-            f"There is no model {choice!r}. Put the file or folder into {folders}, press R to refresh, "
-            "and choose it again."
+            f"{choice!r} is one of {parts} parts of a model. Choose the folder that they are in, which is "
+            "offered too."
         )
-    return path
+    folders = ", ".join(f"models/{category}" for category in CATEGORIES[kind])
+    raise ValueError(
+        f"There is no model {choice!r}. Put the file or folder into {folders}, press R to refresh, "
+        "and choose it again."
+    )
+
+
+def check(kind: str, choice: str | None) -> bool | str:
+    """For a node's `validate_inputs`: True, or what `find` would say. None is a choice that another node
+    makes."""
+    try:
+        return choice is None or find(kind, choice) is not None
+    except ValueError as error:
+        return str(error)
 
 
 def _built_in(kind: str) -> dict[str, Path]:
@@ -42,25 +72,82 @@ def _built_in(kind: str) -> dict[str, Path]:
 
 
 def _offered(kind: str) -> dict[str, Path]:
-    offered = {}
+    offered: dict[str, Path] = {}
     for category in CATEGORIES[kind]:
         prefix = "" if category == CATEGORIES[kind][0] else f"{category}/"
         if category != "diffusers":
-            for name in folder_paths.get_filename_list(category):
-                path = folder_paths.get_full_path(category, name)
-                if path is not None:
-                    offered[prefix + name] = Path(path)
+            for name, path in _files(category, kind):
+                offered.setdefault(prefix + name, path)
         for root in folder_paths.get_folder_paths(category):
-            for name, path in _model_folders(Path(root)):
+            for name, path in _model_folders(Path(root), kind):
                 offered.setdefault(prefix + name, path)
     return offered
 
 
-def _model_folders(root: Path):
-    """Folders in diffusers' or transformers' layout directly in `root`, as (name, path)."""
-    if not root.is_dir():
-        return
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        path = Path(entry.path)
-        if entry.is_dir() and any((path / name).is_file() for name in ("model_index.json", "config.json")):
-            yield entry.name, path
+def _files(category: str, kind: str) -> Iterator[tuple[str, Path]]:
+    """The host's files of a category as (name, path); in place of shards the folder that they are in, or
+    their index where that is the category's own."""
+    for name in folder_paths.get_filename_list(category):
+        path = folder_paths.get_full_path(category, name)
+        if path is None or category == "t5" and not name.endswith(EXTENSIONS):
+            continue
+        if parts_of_shard(name):
+            inside = PurePath(name).parent
+            if inside != PurePath():
+                yield str(inside), Path(path).parent
+            else:
+                indexes = [file for file in Path(path).parent.iterdir() if is_index(file)]
+                yield from ((index.name, index) for index in sorted(indexes))
+        elif category != "checkpoints" or kind == "transformer" or _has_part(path, kind):
+            yield name, Path(path)
+
+
+def _model_folders(root: Path, kind: str) -> Iterator[tuple[str, Path]]:
+    """Folders in diffusers' or transformers' layout in `root`, as (name, path): NAME, OWNER/NAME, and
+    repositories of Hugging Face's cache, models--OWNER--NAME."""
+    for folder in _folders(root):
+        if (folder / "snapshots").is_dir():
+            try:
+                found = resolve(folder)
+            except CheckpointError:  # nobody can choose among its snapshots here
+                continue
+            if _has_model(found, kind):
+                yield folder.name, found
+        elif _has_model(folder, kind):
+            yield folder.name, folder
+        else:
+            for inner in _folders(folder):
+                if _has_model(inner, kind):
+                    yield f"{folder.name}/{inner.name}", inner
+
+
+def _has_model(folder: Path, kind: str) -> bool:
+    """Whether it is a model's own folder, or a pipeline's with that component."""
+    return (folder / kind).is_dir() or (folder / "config.json").is_file()
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir())
+    except OSError:  # it is not there, or may not be read
+        return []
+
+
+def _has_part(path: str, kind: str) -> bool:
+    try:
+        found = os.stat(path)
+        return kind in _parts(path, found.st_mtime_ns, found.st_size)
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(path: str, changed: int, size: int) -> frozenset[str]:
+    """What a file of a whole PixArt pipeline holds beside the transformer, by its header; of other files
+    nothing. `changed` and `size` are for the cache: lists are made often, and headers are read once."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if 2 <= length <= min(MOST_HEADER, size) else b""
+    if not any(mark in header for mark in TRANSFORMER):
+        return frozenset()
+    return frozenset(part for part, starts in PARTS.items() if any(start in header for start in starts))

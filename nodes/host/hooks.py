@@ -7,6 +7,7 @@ ldm/modules/attention.py, replaced blocks as in its ldm/flux/model.py, where our
 from dataclasses import replace
 
 import comfy.ldm.modules.attention
+import torch
 
 from ...pixart_sigma.transformer.hooks import Hooks
 
@@ -16,6 +17,9 @@ def attention(query, key, value, attn_mask=None, transformer_options=None):
     heads = query.shape[1]
     module = comfy.ldm.modules.attention
     function = module.optimized_attention if attn_mask is None else module.optimized_attention_masked
+    # These look how much memory is free, which torch.compile can not do in a graph.
+    if torch.compiler.is_compiling() and function in (module.attention_sub_quad, module.attention_split):
+        function = module.attention_pytorch
     attended = function(
         query,
         key,

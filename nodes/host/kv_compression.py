@@ -11,6 +11,7 @@ from ...pixart_sigma.transformer.attention import reduce_tokens
 from ...pixart_sigma.transformer.config import TransformerConfig
 from ...pixart_sigma.transformer.kv_calibration import find_calibrated
 from ...pixart_sigma.transformer.kv_rules import acting, resolve
+from .checks import check_conditioning, check_latents
 
 KV_COMPRESSION = "pixart_sigma_kv_compression"  # in transformer_options: (height, width) in pixels -> rules
 
@@ -73,6 +74,13 @@ def _is_hosts_sigma(model) -> bool:
     return isinstance(network, comfy.ldm.pixart.pixartms.PixArtMS) and not network.micro_conditioning
 
 
+def prompt_width(model) -> int | None:
+    """How wide the embeddings are that the host's own PixArt reads; None for any other MODEL."""
+    network = model.model.diffusion_model
+    hosts = isinstance(network, comfy.ldm.pixart.pixartms.PixArtMS)
+    return network.y_embedder.y_proj.fc1.in_features if hosts else None
+
+
 def _config(network):
     """What of the host's PixArt KV compression looks at. It is said nothing of the size it is made for."""
     return TransformerConfig(
@@ -90,7 +98,7 @@ def _config(network):
 
 
 def _patch_attention(model, layers: int, rules_for):
-    call = CurrentCall(rules_for)
+    call = CurrentCall(rules_for, prompt_width(model))
     for layer in range(layers):
         name = f"diffusion_model.blocks.{layer}.attn"
         attend = functools.partial(_attend, model.get_model_object(name), layer, call)
@@ -102,16 +110,19 @@ def _patch_attention(model, layers: int, rules_for):
 class CurrentCall:
     """What the attention of the host's PixArt is not told: the rules and the timestep of this call."""
 
-    def __init__(self, rules_for):
+    def __init__(self, rules_for, width: int):
         self.rules_for, self.rules, self.timestep = rules_for, (), 0.0
+        self.width = width  # of the prompt's embeddings
 
-    def run(self, executor, x, sigma, *arguments, **named):
-        """A wrapper of the host's apply_model; x (B, 4, h, w)."""
+    def run(self, executor, x, sigma, c_concat=None, c_crossattn=None, *arguments, **named):
+        """A wrapper of the host's apply_model; x (B, 4, h, w), c_crossattn (B, L, C)."""
+        check_latents(x)
+        check_conditioning(c_crossattn, self.width)
         self.rules = self.rules_for(8 * x.shape[-2], 8 * x.shape[-1])
         if any(rule.windowed for rule in self.rules):
             self.timestep = float(executor.class_obj.model_sampling.timestep(sigma).flatten()[0])
         try:
-            return executor(x, sigma, *arguments, **named)
+            return executor(x, sigma, c_concat, c_crossattn, *arguments, **named)
         finally:
             self.rules = ()
 

@@ -3,22 +3,54 @@
 The host finds a LoRA's targets by the authors' names, in which q, k and v are one tensor; ours are three.
 """
 
+import functools
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...pixart_sigma.transformer.keys import BLOCK_MODULES, FUSED, MODULES, to_diffusers_keys
+from ...pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
+from .bypass import RefusedRows
+from .merging import rows_of_merge
 
 PREFIX = "diffusion_model."
-EMPTY = torch.empty(0)  # stands in the state dict for the weights that have another name with us
 
 
-def original_names(layers: int) -> list[str]:
-    """The authors' names of all weights that a LoRA may be for."""
-    modules = [*MODULES]
-    modules += [f"blocks.{layer}.{name}" for layer in range(layers) for name in (*FUSED, *BLOCK_MODULES)]
-    return [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
+def authors_names(weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The authors' names of weights, each with ours: several for a fused one."""
+    return _authors_names(tuple(name for name in weights if name.startswith(PREFIX)))
+
+
+@functools.lru_cache(8)
+def _authors_names(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    found = to_original_keys(name.removeprefix(PREFIX) for name in names)
+    return {PREFIX + name: tuple(PREFIX + part for part in ours) for name, ours in found.items()}
+
+
+class NamedTwice(dict):
+    """A state dict whose `keys()` has the authors' names too: there the host looks for a LoRA's targets.
+
+    Under such a name lies the weight as the authors have it. What is iterated, counted or copied is under our
+    names alone. `width` is the rows that q, k and v have each.
+    """
+
+    def __init__(self, state_dict: dict, width: int):
+        super().__init__(state_dict)
+        self._authors = authors_names(self)
+        self._refused = [
+            RefusedRows((name, (0, part * width, width)))
+            for name, ours in self._authors.items()
+            if len(ours) > 1
+            for part in range(len(ours))
+        ]
+
+    def keys(self):
+        return dict.fromkeys((*super().keys(), *self._authors, *self._refused)).keys()
+
+    def __missing__(self, name):
+        parts = [self[part] for part in self._authors[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def add_translated(add, patches: dict, width: int) -> list:
@@ -62,7 +94,9 @@ def rows_of(patch, start: int, count: int, total: int):
     """The part of a patch for `total` rows that changes `count` rows from `start`, or None."""
     if isinstance(patch, WeightAdapterBase):
         return RowsAdapter(patch.loaded_keys, (patch, start, total))
-    if isinstance(patch, tuple) and len(patch) == 2 and patch[0] in ("diff", "set"):
+    if isinstance(patch, list):
+        return rows_of_merge(patch, start, count)
+    if isinstance(patch, tuple) and len(patch) == 2 and patch[0] in ("diff", "set", "model_as_lora"):
         tensor, *settings = patch[1]
         if len(tensor) == total:
             return patch[0], (tensor.narrow(0, start, count), *settings)

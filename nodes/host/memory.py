@@ -18,9 +18,11 @@ INTERVAL = 0.02  # seconds between two looks
 @dataclass(frozen=True)
 class Stage:
     """Bytes in use before, at the peak of and after a stage, the bytes of weights that came to their device
-    during it and that left it again, and the seconds it took."""
+    during it and that left it again, and the seconds it took; the node's number in the graph, or None outside
+    of a run."""
 
     name: str
+    node: str | None
     before: int
     peak: int
     after: int
@@ -61,6 +63,7 @@ def record(name: str):
         _stages.append(
             Stage(
                 name=name,
+                node=context.node_id if context else None,
                 before=meter.before,
                 peak=meter.peak,
                 after=bytes_in_use(),

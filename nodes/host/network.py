@@ -3,17 +3,40 @@
 Importing this imports diffusers, so nodes do it when they run.
 """
 
+import functools
+
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from ...pixart_sigma.transformer.network import SigmaTransformer, layer_classes
+from ...pixart_sigma.transformer.network import SigmaBlock, SigmaTransformer, layer_classes
+from .bypass import PartOfName
 from .hooks import HostHooks, attention
 from .kv_compression import KV_COMPRESSION
+
+
+class HostBlock(SigmaBlock):
+    """A block that has the authors' names for its layers too."""
+
+    attn, cross_attn, mlp = (
+        property(functools.partial(PartOfName, path=f"blocks.0.{name}"))
+        for name in ("attn", "cross_attn", "mlp")
+    )
 
 
 class SigmaNetwork(SigmaTransformer):
     # diffusers looks for it in the weights, which the host may keep elsewhere or in another one.
     dtype = None
+    # The authors' names, where ours are others.
+    blocks = property(lambda self: self.transformer_blocks)
+    x_embedder, y_embedder, t_embedder, t_block, final_layer = (
+        property(functools.partial(PartOfName, path=name))
+        for name in ("x_embedder", "y_embedder", "t_embedder", "t_block", "final_layer")
+    )
+
+    def __init__(self, config, attention):
+        super().__init__(config, attention)
+        for block in self.transformer_blocks:
+            block.__class__ = HostBlock
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""The patcher of our MODEL: the host's own, with LoRAs translated and nothing left behind on a device."""
+"""The patcher of our MODEL: the host's own, with patches translated and nothing left behind on a device."""
 
 import functools
 
@@ -7,7 +7,10 @@ import comfy.model_patcher
 import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
-from .lora import EMPTY, add_translated
+from ...pixart_sigma.transformer.keys import TABLE
+from .bypass import one_after_the_other
+from .lora import PREFIX, add_translated, authors_names
+from .merging import check_merge, in_authors_names
 
 
 def make_patcher(model, disable_dynamic: bool = False) -> ModelPatcher:
@@ -19,53 +22,74 @@ def make_patcher(model, disable_dynamic: bool = False) -> ModelPatcher:
     return patcher(model, device, comfy.model_management.unet_offload_device())
 
 
+class SigmaPatcher(ModelPatcher):
+    def clone(self, *arguments, **settings):
+        twin = super().clone(*arguments, **settings)
+        if type(twin) is ModelPatcher:
+            twin.__class__ = SigmaPatcher
+        return twin
+
+    def add_patches(self, patches, *strengths, **named_strengths):
+        add = super().add_patches
+        weights = self.model_state_dict()
+        patches = check_merge(patches, authors_names(weights), weights)
+        return add_translated(lambda ours: add(ours, *strengths, **named_strengths), patches, self._width())
+
+    def add_hook_patches(self, hook, patches, *strengths, **named_strengths):
+        add = super().add_hook_patches
+        return add_translated(
+            lambda ours: add(hook, ours, *strengths, **named_strengths), patches, self._width()
+        )
+
+    def set_injections(self, key, injections):
+        """A second bypassed LoRA joins the first, in whose place the host would put it."""
+        if key == "bypass_lora" and key in self.injections:
+            injections = [one_after_the_other([*self.injections[key], *injections])]
+        super().set_injections(key, injections)
+
+    def get_key_patches(self, filter_prefix=None):
+        """Under the authors' names where a prefix is given, as the host's nodes for merging do, so that
+        a MODEL from any loader takes them; its hooks give none, and look for their weights by ours."""
+        patches = super().get_key_patches(filter_prefix)
+        return in_authors_names(patches, authors_names(patches)) if filter_prefix == PREFIX else patches
+
+    def _width(self) -> int:
+        return self.model.diffusion_model.inner_dim
+
+    def model_state_dict(self, filter_prefix=None):
+        weights = super().model_state_dict().items()
+        return {name: weight for name, weight in weights if name.startswith(filter_prefix or "")}
+
+    def load(self, device_to=None, *arguments, **settings):
+        super().load(device_to, *arguments, **settings)
+        self._move_tables(device_to)
+        # Nor does the host patch them.
+        for name, _ in self._tables():
+            if name in self.patches and name not in self.backup:
+                self.patch_weight_to_device(name, device_to)
+
+    def detach(self, unpatch_all=True):
+        model = super().detach(unpatch_all)
+        if unpatch_all:
+            self._move_tables(self.offload_device)
+            model.diffusion_model.forget_sizes()
+        return model
+
+    def _tables(self):
+        network = self.model.diffusion_model
+        yield PREFIX + TABLE, network
+        for layer, block in enumerate(network.transformer_blocks):
+            yield f"{PREFIX}transformer_blocks.{layer}.{TABLE}", block
+
+    def _move_tables(self, device):
+        """The host leaves weights of modules that have submodules where they are."""
+        for _, module in self._tables():
+            if module.scale_shift_table.device != device:
+                moved = module.scale_shift_table.to(device)
+                comfy.utils.set_attr_param(module, TABLE, moved)
+
+
 @functools.cache
 def sigma_patcher(base: type) -> type:
-    """The subclass of one of the host's patchers; which one is known when a model is loaded."""
-
-    class SigmaPatcher(base):
-        def clone(self, *arguments, **settings):
-            twin = super().clone(*arguments, **settings)
-            if type(twin) is ModelPatcher:
-                twin.__class__ = sigma_patcher(ModelPatcher)
-            return twin
-
-        def add_patches(self, patches, *strengths, **named_strengths):
-            add = super().add_patches
-            return add_translated(
-                lambda ours: add(ours, *strengths, **named_strengths), patches, self._width()
-            )
-
-        def add_hook_patches(self, hook, patches, *strengths, **named_strengths):
-            add = super().add_hook_patches
-            return add_translated(
-                lambda ours: add(hook, ours, *strengths, **named_strengths), patches, self._width()
-            )
-
-        def _width(self) -> int:
-            return self.model.diffusion_model.inner_dim
-
-        def model_state_dict(self, filter_prefix=None):
-            state_dict = super().model_state_dict(filter_prefix)
-            return {name: tensor for name, tensor in state_dict.items() if tensor is not EMPTY}
-
-        def load(self, device_to=None, *arguments, **settings):
-            super().load(device_to, *arguments, **settings)
-            self._move_tables(device_to)
-
-        def detach(self, unpatch_all=True):
-            model = super().detach(unpatch_all)
-            if unpatch_all:
-                self._move_tables(self.offload_device)
-                model.diffusion_model.forget_sizes()
-            return model
-
-        def _move_tables(self, device):
-            """The host leaves weights of modules that have submodules where they are."""
-            network = self.model.diffusion_model
-            for module in (network, *network.transformer_blocks):
-                if module.scale_shift_table.device != device:
-                    moved = module.scale_shift_table.to(device)
-                    comfy.utils.set_attr_param(module, "scale_shift_table", moved)
-
-    return SigmaPatcher
+    """SigmaPatcher on top of another of the host's patchers; which one is known when a model is loaded."""
+    return SigmaPatcher if base is ModelPatcher else type("SigmaPatcher", (SigmaPatcher, base), {})

@@ -11,11 +11,13 @@ from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.prompt_embeds import Encoded
 from ...pixart_sigma.settings import Settings
 from . import embeddings
+from .base_size import base_size
 from .kv_compression import is_ours
 from .memory import record
 from .release import release
 from .sampling import SamplerSettings, sample
-from .text_encoder import SECTION, load_clip
+from .text_encoder import load_clip
+from .tokenizer import SECTION
 from .vae import decode
 
 
@@ -35,9 +37,9 @@ class Drawing:
                 f"There is a {given} but no {missing}. Connect both to see pictures, or neither to compare "
                 "what T5 makes of the prompts."
             )
-        if self.model is not None and self.latent is None and not is_ours(self.model):
+        if self.model is not None and self.latent is None and base_size(self.model) is None:
             raise SigmaError(
-                "The size of the pictures is not known: connect latent_image from Aspect-Ratio Bucket."
+                "The size of the pictures is not known: connect latent_image from Σ Aspect-Ratio Bucket."
             )
 
     @property
@@ -50,7 +52,7 @@ class Drawing:
         """The latent that each picture starts from."""
         if self.latent is not None:
             return self.latent | {"samples": self.latent["samples"][:1]}
-        side = self.model.model.diffusion_model.sigma_config.sample_size
+        side = base_size(self.model) // 8
         return {"samples": torch.zeros(1, 4, side, side)}
 
 
@@ -69,6 +71,7 @@ def compare(
         prompts,
         precisions,
         path,
+        tokenizer=clips[precisions[0]].cond_stage_model.tokenizer(),
         device=clips[precisions[0]].patcher.load_device,
         stream=device == "stream",
         caption_channels=drawing.caption_channels,

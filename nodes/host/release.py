@@ -1,6 +1,7 @@
 """Takes one model out of the device's memory, and no other."""
 
 import comfy.model_management
+import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
 from ...pixart_sigma.errors import SigmaError
@@ -30,6 +31,13 @@ def release(model, mode: str) -> None:
     if mode == "free" and hasattr(patcher, "drop"):
         patcher.drop()
     comfy.model_management.soft_empty_cache()
+
+
+def kind_of(model) -> str:
+    """What a node's socket calls it: MODEL, CLIP or VAE."""
+    if isinstance(model, ModelPatcher):
+        return "MODEL"
+    return "VAE" if isinstance(model, comfy.sd.VAE) else "CLIP"
 
 
 def unload(patcher: ModelPatcher) -> None:

@@ -10,8 +10,12 @@ import latent_preview
 import torch
 
 from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import LAST_TIMESTEP
-from .kv_compression import can_compress, is_ours, is_set, set_kv_compression
+from .base_size import base_size
+from .checks import check_conditioning, check_latents
+from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
+from .noise_schedule import reference_timesteps
 from .notice import show_notice
 
 REFERENCE = "reference"
@@ -28,17 +32,34 @@ def schedule_names() -> list[str]:
 
 
 def reference_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
-    """Noise levels (steps + 1,) of the reference pipeline's timesteps, then 0.
+    """Noise levels (steps + 1,) of the reference pipeline with the checkpoint's scheduler_config.json; the
+    last is 0, or what that says.
 
-    They are evenly spaced from 999 and rounded, as by diffusers' "linspace". With denoise < 1 they are the
-    last ones of a longer schedule, as the host's schedulers do it; with 0 there are none.
+    As published they are those of timesteps that are evenly spaced from 999 and rounded, as by diffusers'
+    "linspace". With denoise < 1 they are the last ones of a longer schedule, as the host's schedulers do it;
+    with 0 there are none. A `model_sampling` that a node has put in place of the checkpoint's has the noise
+    levels of the same timesteps.
     """
     if denoise <= 0:
         return torch.zeros(0)
     total = steps if denoise > 0.9999 else max(steps, min(int(steps / denoise), LAST_TIMESTEP))
-    timesteps = torch.linspace(0, LAST_TIMESTEP, total + 1, dtype=torch.float64).round().flip(0)[:-1]
+    noise_schedule = getattr(model.model, "noise_schedule", PUBLISHED)
+    if noise_schedule.is_flow:
+        timesteps, last = _evenly(total), 0.0
+    elif noise_schedule.spacing == PUBLISHED.spacing:
+        timesteps, last = _evenly(total).round(), 0.0
+    else:
+        scheduler = reference_timesteps(noise_schedule, total)
+        if "model_sampling" not in model.object_patches:
+            return scheduler.sigmas[-(steps + 1) :]
+        timesteps, last = scheduler.timesteps, float(scheduler.sigmas[-1])
     sigmas = model.get_model_object("model_sampling").sigma(timesteps.float()).float().cpu()
-    return torch.cat([sigmas, torch.zeros(1)])[-(steps + 1) :]
+    return torch.cat([sigmas, torch.full((1,), last)])[-(steps + 1) :]
+
+
+def _evenly(steps: int) -> torch.Tensor:
+    """Timesteps (steps,) from 999, in float64."""
+    return torch.linspace(0, LAST_TIMESTEP, steps + 1, dtype=torch.float64).flip(0)[:-1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,12 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
     samples = latent["samples"]
     scale = {name: latent[name] for name in ("downscale_ratio_spacial",) if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **scale)
-    _check_latents(model, samples)
+    check_latents(samples, model.get_model_object("latent_format").latent_channels)
+    if not samples.isfinite().all():
+        raise SigmaError(
+            "The latents contain NaN or infinity. Encode the picture again, with the VAE in fp32."
+        )
+    _check_prompts(model, positive, negative)
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
     model = _compress(model, chosen.kv_compression)
     noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
@@ -109,29 +135,25 @@ def _compress(model, setting: str):
 
 def _check_size(model, height: int, width: int):
     """Warn of a picture, in pixels, that is far from those the model was trained on."""
-    if not is_ours(model):
+    base = base_size(model)
+    if base is None:
         return
-    base = model.model.diffusion_model.sigma_config.sample_size * 8
     if base**2 / 4 <= height * width <= base**2 * 4:
         show_notice("")
         return
     warning = (
         f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
-        "repeat or lose things. Aspect-Ratio Bucket picks a size for it."
+        "repeat or lose things. Σ Aspect-Ratio Bucket picks a size for it."
     )
     logging.getLogger(__name__).warning(warning)
     show_notice(warning)
 
 
-def _check_latents(model, samples):
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.is_nested or samples.ndim != 4 or samples.shape[1] != channels:
-        shape = "nested" if samples.is_nested else tuple(samples.shape)
-        raise SigmaError(
-            f"The latents are {shape}; this model works on (batch, {channels}, height, width). They come "
-            "from another kind of model: use Aspect-Ratio Bucket, or encode with the SDXL VAE."
-        )
-    if not samples.isfinite().all():
-        raise SigmaError(
-            "The latents contain NaN or infinity. Encode the picture again, with the VAE in fp32."
-        )
+def _check_prompts(model, *conditionings):
+    """Of the host's own PixArt; ours checks them itself, for every sampler."""
+    width = prompt_width(model)
+    if width is None:
+        return
+    for conditioning in conditionings:
+        for embeds, _ in conditioning:
+            check_conditioning(embeds, width)

@@ -9,16 +9,12 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.sd1_clip
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...pixart_sigma.errors import CheckpointError, SigmaError
-from ...pixart_sigma.text.cleaning import prepare_prompt
-
-SECTION = "t5xxl"  # the host's name for T5's tokens
-PAD = 0
+from .tokenizer import PAD, T5_TOKENIZER, SigmaTokenizer, sections_of
 
 
 def load_clip(path: Path, precision: str | None, device: str) -> "SigmaClip":
@@ -66,67 +62,15 @@ class SigmaClip(comfy.sd.CLIP):
 
     state_dict_for_saving = get_sd
 
+    def load_sd(self, sd, full_model=False):
+        raise SigmaError(
+            "This T5 reads its own file. Load another one with Load Σ Text Encoder (T5) or Load CLIP."
+        )
 
-class SigmaTokenizer:
-    """Prompts to weighted tokens, in the form of the host's tokenizers."""
-
-    def __init__(self, patcher: "TextEncoderPatcher"):
-        self.patcher = patcher
-
-    def tokenize_with_weights(
-        self, text: str, return_word_ids=False, tokenizer_options=None, clean_caption=False, **kwargs
-    ) -> dict[str, list[list[tuple]]]:
-        """One section of at most 300 (token, weight) or (token, weight, word id); what is cut is logged.
-
-        "(word:1.3)" sets weights as the host does, except in a cleaned caption.
-        """
-        from ...pixart_sigma.prompt_embeds import MAX_TOKENS
-
-        tokens, cut = self._tokenize(text, clean_caption, kwargs.get("disable_weights", False))
-        if cut:
-            logging.getLogger(__name__).warning(
-                f"The prompt is longer than the {MAX_TOKENS} tokens that PixArt-Sigma reads. Not read: "
-                f"{cut!r}. Shorten the prompt."
-            )
-        options = tokenizer_options or {}
-        tokens += [(PAD, 1.0, 0)] * options.get(f"{SECTION}_min_padding", 0)
-        tokens += [(PAD, 1.0, 0)] * (options.get(f"{SECTION}_min_length", 0) - len(tokens))
-        return {SECTION: [tokens if return_word_ids else [token[:2] for token in tokens]]}
-
-    def truncated(self, text: str, clean_caption=False) -> str:
-        """The words of a prompt that are cut off, or ""."""
-        return self._tokenize(text, clean_caption, False)[1]
-
-    def _tokenize(self, text: str, clean_caption: bool, disable_weights: bool) -> tuple[list[tuple], str]:
-        """(token, weight, word id) of a prompt and its end token, and the words that did not fit."""
-        from ...pixart_sigma.prompt_embeds import MAX_TOKENS
-
-        text = prepare_prompt(text, clean_caption)
-        if clean_caption or disable_weights:
-            parts = [(text, 1.0)]
-        else:
-            parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
-
-        tokenizer = self.patcher.tokenizer()
-        tokens, cut = [], []
-        for word_id, (part, weight) in enumerate(parts, start=1):
-            part = comfy.sd1_clip.unescape_important(part)
-            found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            room = MAX_TOKENS - 1 - len(tokens)  # one for the end token
-            tokens += [(token, weight, word_id) for token in found["input_ids"][:room]]
-            if len(found["input_ids"]) > room:
-                cut.append(part[found["offset_mapping"][room][0] :].strip())
-        tokens.append((tokenizer.eos_token_id, 1.0, 0))
-        return tokens, " ".join(cut)
-
-    def untokenize(self, tokens):
-        return [(token, self.patcher.tokenizer().convert_ids_to_tokens(token[0])) for token in tokens]
-
-    def decode(self, token_ids, skip_special_tokens=True) -> str:
-        return self.patcher.tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    def state_dict(self):
-        return {}
+    def generate(self, tokens, *args, **kwargs):
+        raise SigmaError(
+            "PixArt-Sigma's T5 reads prompts and writes no text. Connect a language model to this node."
+        )
 
 
 class SigmaTextModel(torch.nn.Module):
@@ -159,6 +103,7 @@ class SigmaTextModel(torch.nn.Module):
             with _normal_tensors():
                 self.encoder = TextEncoder.load(
                     self.path,
+                    self.tokenizer(),
                     precision=self.precision,
                     device=device,
                     progress=_progress(),
@@ -173,9 +118,16 @@ class SigmaTextModel(torch.nn.Module):
         if self.encoder is not None:
             return self.identity
         try:
-            return identify(self.path, precision=self.precision)
+            return identify(self.path, self.tokenizer(), self.precision)
         except (SigmaError, OSError):
             return None
+
+    def tokenizer(self) -> Path:
+        """The file of the encoder's own tokenizer, or of the host's. Raises SigmaError where neither fits."""
+        from ...pixart_sigma.text.loading import find_encoder
+        from ...pixart_sigma.text.tokenizer import find_tokenizer
+
+        return find_tokenizer(find_encoder(self.path), others=[T5_TOKENIZER])
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
@@ -206,7 +158,7 @@ class SigmaTextModel(torch.nn.Module):
         A token of weight w is moved w times as far from what the encoder makes of padding alone.
         """
         embeds = []
-        for section in tokens[SECTION]:
+        for section in sections_of(tokens):
             ids = [token[0] for token in section]
             weights = torch.tensor([float(token[1]) for token in section], device=self.device)
             embed = self._encode(ids)
@@ -218,7 +170,7 @@ class SigmaTextModel(torch.nn.Module):
             embeds.append(embed)
         return torch.cat(embeds, dim=1).to(comfy.model_management.intermediate_device()), None
 
-    def _encode(self, ids: list[int]) -> torch.Tensor:
+    def _encode(self, ids: list) -> torch.Tensor:
         try:
             progress = _progress() if self.stream else None
             return self.encoder.encode_ids(ids, self.layer or -1, progress).float()
@@ -241,11 +193,15 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     def tokenizer(self):
-        return self._description()[0]
+        return self._description().tokenizer
+
+    def width(self) -> int:
+        """Of the embeddings, and of the rows of T5's table."""
+        return self._description().width
 
     def model_size(self) -> int:
         encoder = self.model.encoder
-        return self._description()[1] if encoder is None else encoder.nbytes
+        return self._description().nbytes if encoder is None else encoder.nbytes
 
     def loaded_size(self) -> int:
         encoder = self.model.encoder
@@ -289,7 +245,16 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
         """Forget the weights, in RAM too."""
         self.model.drop()
 
+    def get_key_patches(self, filter_prefix=None):
+        """What the host's nodes for merging ask for."""
+        raise SigmaError(
+            "The T5 of Load Σ Text Encoder (T5) can not be merged: its weights may be quantised. Load both "
+            "encoders with CLIPLoader (type pixart)."
+        )
+
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0) -> list:
+        if any(isinstance(patch, list) for patch in patches.values()):
+            self.get_key_patches()
         if patches and strength_patch and not self.model.told_about_patches:
             self.model.told_about_patches = True
             logging.getLogger(__name__).warning(
@@ -299,13 +264,14 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
             )
         return []
 
-    def _description(self) -> tuple:
-        """(tokenizer, bytes expected); read from the file once, kept after the weights are dropped."""
+    def _description(self):
+        """The encoder's `Description`; read from the file once, kept after the weights are dropped."""
         from ...pixart_sigma.text.loading import describe_encoder
 
         if self.model.description is None:
             self.model.description = describe_encoder(
                 self.model.path,
+                self.model.tokenizer(),
                 precision=self.model.precision,
                 device=self.load_device,
                 stream=self.model.stream,

@@ -9,14 +9,18 @@ import comfy.model_management
 import comfy.ops
 import comfy.supported_models
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.parts import FACTS
 from ...pixart_sigma.files.weight_files import facts_tensor
+from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
 from ...pixart_sigma.transformer.keys import to_original_keys
-from .lora import EMPTY, PREFIX, original_names
+from .checks import check_conditioning, check_latents
+from .lora import NamedTwice
+from .noise_schedule import MODEL_TYPES, make_model_sampling, sampling_settings
 from .patcher import make_patcher
 
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
@@ -46,7 +50,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     dtype = config.unet_config["dtype"]
     operations = comfy.ops.pick_operations(dtype, config.manual_cast_dtype)
     network = build_network(checkpoint.config, operations)
-    model = SigmaModel(config, network)
+    model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
     model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
     patcher = make_patcher(model, disable_dynamic)
@@ -59,6 +63,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     for module in network.modules():
         for name, _ in module.named_parameters(recurse=False):
             setattr(module, f"{name}_comfy_model_dtype", dtype)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pixart_sigma_latents", _check_latents)
     patcher.cached_patcher_init = (load_model, (path, variant, dtype))
     return patcher
 
@@ -76,6 +81,7 @@ def _host_config(checkpoint, parameters: int, dtype):
             "disable_unet_model_creation": True,
         }
     )
+    config.sampling_settings = sampling_settings(checkpoint.noise_schedule)
     management = comfy.model_management
     supported = config.supported_inference_dtypes
     if dtype is None:
@@ -85,7 +91,31 @@ def _host_config(checkpoint, parameters: int, dtype):
     dtype = getattr(torch, DTYPES[dtype]) if isinstance(dtype, str) else dtype
     manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
     config.set_inference_dtype(dtype, manual_cast)
+    config.unet_config = Sizes(config.unet_config)
     return config
+
+
+class MissingSize(SigmaError, KeyError):
+    """What a node for other models looks for and does not find."""
+
+    __str__ = SigmaError.__str__
+
+
+class Sizes(dict):
+    """The host's description of a network, which says of what it has not why that is so."""
+
+    def __missing__(self, name):
+        raise MissingSize(
+            f"A node asks this MODEL for its {name}, which PixArt-Sigma has not: the node is for other "
+            "models, as FreeU is for the U-Nets of Stable Diffusion. Take it out of the graph."
+        )
+
+
+def _check_latents(executor, noise, latent_image, *arguments, **named):
+    """A wrapper of the host's sampling, which packs nested latents and says so by their shapes."""
+    channels = executor.class_obj.model_patcher.model.latent_format.latent_channels
+    check_latents(latent_image, channels, nested=len(named.get("latent_shapes") or ()) > 1)
+    return executor(noise, latent_image, *arguments, **named)
 
 
 class DemoLatents(comfy.latent_formats.SDXL):
@@ -100,23 +130,19 @@ class DemoLatents(comfy.latent_formats.SDXL):
 class SigmaModel(comfy.model_base.PixArt):
     """The host's PixArt with our network; clones of a MODEL share it, so it keeps no settings."""
 
-    def __init__(self, config, network):
-        super().__init__(config)
+    def __init__(self, config, network, noise_schedule=PUBLISHED):
+        super().__init__(config, MODEL_TYPES[noise_schedule.prediction_type])
         self.diffusion_model = network
+        self.noise_schedule = noise_schedule
+        self.model_sampling = make_model_sampling(self, noise_schedule)
 
     def extra_conds(self, **kwargs):
         """Embeddings (B, L, C) and their mask; not the host's c_size and c_ar, which are for PixArt-alpha."""
         conds = super(comfy.model_base.PixArt, self).extra_conds(**kwargs)
         embeds = kwargs.get("cross_attn")
-        if embeds is None:
+        if embeds is None and "c_crossattn" in kwargs.get("model_conds", {}):
             return conds
-        expected = self.diffusion_model.sigma_config.caption_channels
-        if embeds.ndim != 3 or embeds.shape[-1] != expected:
-            raise SigmaError(
-                f"The conditioning is {embeds.shape[-1]} wide, and this transformer reads {expected}. Encode "
-                "the prompt with the T5 that belongs to the transformer: T5-XXL for PixArt-Sigma, the demo's "
-                "for the demo."
-            )
+        check_conditioning(embeds, self.diffusion_model.sigma_config.caption_channels)
         mask = kwargs.get("attention_mask")
         if mask is None or mask.shape != embeds.shape[:2]:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
@@ -151,11 +177,8 @@ class SigmaModel(comfy.model_base.PixArt):
         return state_dict | {FACTS: facts_tensor(self.facts)}
 
     def state_dict(self, *arguments, **settings):
-        """With the authors' names beside ours, as the host looks there for what a LoRA can change."""
         state_dict = super().state_dict(*arguments, **settings)
-        for name in original_names(self.diffusion_model.sigma_config.num_layers):
-            state_dict[PREFIX + name] = EMPTY
-        return state_dict
+        return NamedTwice(state_dict, self.diffusion_model.inner_dim)
 
 
 class PaddedCond(comfy.conds.CONDRegular):

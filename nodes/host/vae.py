@@ -8,9 +8,22 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.errors import CheckpointError, SigmaError
+from .checks import check_latents, check_pictures
 
 STEPS = 100  # of the progress bar, for each picture
+
+
+# What the host does not read from a config.json, as it has it.
+ONLY = {
+    "scaling_factor": 0.13025,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+}
 
 
 class _Share(Fraction):
@@ -20,6 +33,32 @@ class _Share(Fraction):
         return int(width * Fraction(self))
 
 
+class SigmaVAE(comfy.sd.VAE):
+    """The host's VAE, that says what it can not work on."""
+
+    def decode(self, samples_in, *arguments, **settings):
+        return super().decode(_single_frame(samples_in), *arguments, **settings)
+
+    def decode_tiled(self, samples, *arguments, **settings):
+        return super().decode_tiled(_single_frame(samples), *arguments, **settings)
+
+    def encode(self, pixel_samples, *arguments, **settings):
+        check_pictures(pixel_samples)
+        return super().encode(pixel_samples, *arguments, **settings)
+
+    def encode_tiled(self, pixel_samples, *arguments, **settings):
+        check_pictures(pixel_samples)
+        return super().encode_tiled(pixel_samples, *arguments, **settings)
+
+
+def _single_frame(latents: torch.Tensor) -> torch.Tensor:
+    """The latents (B, 4, h, w), also of a single frame, which the host itself takes; the check of others."""
+    if latents.ndim == 5 and latents.shape[2] == 1:
+        latents = latents[:, :, 0]
+    check_latents(latents)
+    return latents
+
+
 def load_vae(path: Path) -> comfy.sd.VAE:
     """The host's VAE from a file or a diffusers folder; CheckpointError for anything but a VAE for Sigma."""
     from ...pixart_sigma.vae.loading import SDXL_VAE, read_vae
@@ -27,11 +66,26 @@ def load_vae(path: Path) -> comfy.sd.VAE:
     if (path / "vae").is_dir():
         path = path / "vae"
     state_dict, config = read_vae(path)
-    widths = config["block_out_channels"]
-    return comfy.sd.VAE(
+    _check_config(config, path)
+    widths, layers = tuple(config["block_out_channels"]), config["layers_per_block"]
+    published = (widths, layers) == (SDXL_VAE["block_out_channels"], SDXL_VAE["layers_per_block"])
+    return SigmaVAE(
         sd=state_dict,
-        config=None if tuple(widths) == SDXL_VAE["block_out_channels"] else _host_config(config),
+        config=None if published else _host_config(config),
     )
+
+
+def _check_config(config: dict, path: Path) -> None:
+    """CheckpointError for a VAE that the engine runs and the host would run differently."""
+    for name, only in ONLY.items():
+        found = config.get(name, only)
+        found = tuple(dict.fromkeys(found)) if isinstance(found, list | tuple) else found
+        if found != only:
+            shown = only[0] if isinstance(only, tuple) else only
+            raise CheckpointError(
+                f"The config.json of {path} says {name} {config[name]!r}, and ComfyUI's VAE and MODEL have "
+                f"{shown!r}. Use the SDXL VAE."
+            )
 
 
 def decode(vae: comfy.sd.VAE, latents: torch.Tensor, how: str, budget: float | None = None) -> torch.Tensor:

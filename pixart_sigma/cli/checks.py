@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ..aspect_ratio import by_ratio, parse_size
 from ..errors import SigmaError
 from ..settings import T5_PRECISIONS, Settings, Ways, check_timesteps
+
+MOST_TEXT = 2**20  # bytes of a file of prompts
 
 
 def read_settings(arguments, base: Settings | None = None) -> Settings:
@@ -59,15 +62,17 @@ def check_prompt(arguments) -> None:
     if arguments.embeddings is None:
         if arguments.prompt is None and arguments.like is None:
             raise SigmaError(
-                "There is nothing to draw; give a PROMPT, or --embeddings and a file of encode, or --like "
-                "and a picture of generate."
+                "There is nothing to draw; give a PROMPT or --prompt-file, or --embeddings and a file of "
+                "encode, or --like and a picture of generate."
             )
         return
     decided = {
-        "PROMPT": arguments.prompt is not None,
+        "--prompt-file" if arguments.prompt_file else "PROMPT": arguments.prompt is not None,
         "--negative": arguments.negative,
         "--clean-caption": arguments.clean_caption,
+        "--max-sequence-length": arguments.max_sequence_length,
         "--text-encoder": arguments.text_encoder,
+        "--tokenizer": arguments.tokenizer,
         "--t5-precision": arguments.t5_precision,
     }
     given = [name for name, value in decided.items() if value]
@@ -107,10 +112,34 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
         raise SigmaError(f"--timesteps is {text!r}; give whole numbers such as 999,749,499,249.") from None
 
 
+def read_text(path: str) -> str:
+    """The text of a file in UTF-8, or of standard input where `path` is "-". Raises SigmaError that names
+    it."""
+    name = "standard input" if path == "-" else path
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise SigmaError(f"{name} is longer than {MOST_TEXT // 2**20} MB; give a text file.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SigmaError(f"{name} is not text in UTF-8 (byte {error.start}); save it as UTF-8.") from None
+
+
+def take_prompt(arguments) -> None:
+    """The prompt of --prompt-file, without the line's end, in the place of PROMPT."""
+    if arguments.prompt_file is None:
+        return
+    if arguments.prompt is not None:
+        raise SigmaError("PROMPT and --prompt-file both say what to draw; give one of them.")
+    arguments.prompt = read_text(arguments.prompt_file).rstrip("\r\n")
+    if not arguments.prompt.strip():
+        raise SigmaError(f"--prompt-file {arguments.prompt_file} holds no prompt; write one in it.")
+
+
 def read_prompts(path: str) -> tuple[str, ...]:
-    """The prompts of a text file, one in each line."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    """The prompts of a text file, one in each line; of standard input where `path` is "-"."""
+    prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if not prompts:
         raise SigmaError(f"{path} holds no prompt; write one in each line.")
     return prompts
@@ -131,23 +160,12 @@ def check_writable(path: Path) -> None:
     """That a file of this name can be written."""
     if path.is_dir():
         raise SigmaError(f"{path} is a folder; give a file name to write to.")
-    if not path.parent.is_dir():
-        raise SigmaError(f"{path.parent} is not a folder; make it first, or write elsewhere.")
-    if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise SigmaError(f"{path.parent} cannot be written to; choose another place with --out.")
+    check_folder(path.parent)
 
 
-def read_picture(path: str):
-    """The picture as (3, H, W) in [0, 1], float32."""
-    import numpy
-    import torch
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            pixels = numpy.asarray(picture.convert("RGB"), dtype=numpy.float32) / 255
-    except UnidentifiedImageError:
-        raise SigmaError(
-            f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file."
-        ) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def check_folder(folder: Path) -> None:
+    """That files can be written into this folder."""
+    if not folder.is_dir():
+        raise SigmaError(f"{folder} is not a folder; make it first, or write elsewhere.")
+    if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise SigmaError(f"{folder} cannot be written to; choose another place with --out.")

@@ -4,12 +4,15 @@ Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when i
 """
 
 import json
+import os
 import sys
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import SettingError, SigmaError
-from ..files.writing import say, write_beside
+from ..files.picture_files import write_picture
+from ..files.writing import say
 from .checks import (
     check_writable,
     parse_precisions,
@@ -17,16 +20,20 @@ from .checks import (
     read_prompts,
     read_settings,
     read_ways,
+    take_prompt,
     tell_guess,
 )
-from .generate import embedding_cache, generate, model_arguments, progress, tell_truncated
+from .generate import embedding_cache, generate, model_arguments, tell_truncated
 from .options import OPTIONS, make_parser
+from .output import check_picture_file
+from .progress import progress
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
-        return COMMANDS[arguments.command](arguments) or 0
+        with _silence() if arguments.quiet else nullcontext():
+            return COMMANDS[arguments.command](arguments) or 0
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written.", file=sys.stderr)
         return 130
@@ -37,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         return _mistake(str(error))
 
 
+@contextmanager
+def _silence():
+    """Drops what is said beside the results, by the libraries too; what is raised is told as always."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
 def _mistake(words: str) -> int:
     print(f"pixart-sigma: {' '.join(words.split())}", file=sys.stderr)
     return 2
@@ -45,12 +59,17 @@ def _mistake(words: str) -> int:
 def _encode(arguments) -> int:
     out = Path(arguments.out)
     check_writable(out)
+    take_prompt(arguments)
+    if arguments.prompt is None:
+        raise SigmaError("There is nothing to encode; give a PROMPT or --prompt-file.")
     settings, ways = read_settings(arguments), read_ways(arguments)
 
     from ..pipeline import SigmaPipeline
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
-    embeddings = pipeline.encode_prompts(settings, embedding_cache=embedding_cache(arguments))
+    with progress() as bar:
+        bar.stage("text encoder")
+        embeddings = pipeline.encode_prompts(settings, embedding_cache=embedding_cache(arguments))
     tell_truncated(embeddings.positive_truncated)
     tell_truncated(embeddings.negative_truncated)
     embeddings.save(out)
@@ -77,12 +96,11 @@ def _plan(arguments) -> int:
 def _calibrate(arguments) -> int:
     settings, ways = read_settings(arguments), read_ways(arguments)
     budget = parse_share(arguments.error_budget)
-    for name in (arguments.out, arguments.plot):
-        if name:
-            check_writable(Path(name))
+    if arguments.out:
+        check_writable(Path(arguments.out))
+    if arguments.plot:
+        check_picture_file(arguments.plot)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else None
-
-    from tqdm import tqdm
 
     from ..pipeline import SigmaPipeline
     from ..studies.calibration import DEMO_PROMPTS, PROMPTS, calibrate_pipeline
@@ -94,23 +112,18 @@ def _calibrate(arguments) -> int:
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     check_writable(out)
 
-    with tqdm(total=None, leave=False, disable=None) as bar:
-
-        def on_progress(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress() as bar:
         calibration = calibrate_pipeline(
             pipeline,
             prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS),
             settings,
             budget,
-            on_progress=on_progress,
-            on_stage=bar.set_description,
+            on_progress=bar.count,
+            on_stage=bar.stage,
         )
     calibration.save(out)
     if arguments.plot:
-        write_beside(Path(arguments.plot), lambda file: draw(calibration).save(file, format="PNG"))
+        write_picture(Path(arguments.plot), draw(calibration))
     say(calibration.describe())
     say(out)
     return 0
@@ -123,8 +136,12 @@ def _is_demo(arguments) -> bool:
 def _compare(arguments) -> int:
     precisions = parse_precisions(arguments.precisions)
     settings, ways = read_settings(arguments), read_ways(arguments)
-    out = Path(arguments.out)
-    check_writable(out)
+    check_picture_file(arguments.out)
+    prompts = arguments.prompts
+    if arguments.prompts_file:
+        if prompts:
+            raise SigmaError("PROMPT and --prompts both say what to compare; give one of them.")
+        prompts = read_prompts(arguments.prompts_file)
 
     from ..pipeline import SigmaPipeline
     from ..studies.precision import DEMO_PROMPTS, PROMPTS, compare_t5
@@ -132,23 +149,23 @@ def _compare(arguments) -> int:
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
     tell_guess(pipeline.checkpoint)
-    with progress() as (on_step, on_stage):
+    with progress() as bar:
         comparison = compare_t5(
             pipeline,
-            tuple(arguments.prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS)),
+            tuple(prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS)),
             precisions,
             settings,
             pictures=not arguments.no_pictures,
             embedding_cache=embedding_cache(arguments),
-            on_stage=on_stage,
-            callback=on_step,
+            on_stage=bar.stage,
+            callback=bar.step,
         )
     for prompt in comparison.prompts:
         tell_truncated(prompt.truncated)
-    write_beside(out, lambda file: draw(comparison).save(file, format="PNG"))
+    write_picture(Path(arguments.out), draw(comparison))
     say(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.table())
     if not arguments.json:
-        say(out)
+        say(arguments.out)
     return 0
 
 
@@ -162,7 +179,9 @@ def _inspect(arguments) -> int:
 def _quantize(arguments) -> int:
     from ..text.quantize import quantize_t5
 
-    quantize_t5(arguments.source, arguments.out, arguments.precision, tokenizer=arguments.tokenizer)
+    with progress() as bar:
+        bar.stage(f"T5 in {arguments.precision}")
+        quantize_t5(arguments.source, arguments.out, arguments.precision, tokenizer=arguments.tokenizer)
     say(arguments.out)
     return 0
 

@@ -2,34 +2,37 @@
 before."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..files.metadata import KEY, Metadata
+from ..errors import SigmaError
+from ..files.metadata import Metadata
 from ..files.writing import say, write_beside
 from ..settings import Settings, Ways
 from .checks import (
     check_prompt,
     check_writable,
-    read_picture,
     read_settings,
     read_ways,
+    take_prompt,
     tell,
     tell_guess,
     with_aspect,
 )
-from .like import check_given, check_models, own_transformer, tell_differences, variant_of
+from .like import check_given, check_models, own_transformer, taken_as, tell_differences
+from .output import check_out, write_pictures
+from .progress import progress
 
-IMAGE_STRENGTH = 0.6  # of --image where --strength is not given
+# Where --strength is not given: of --image, and with --mask, whose white is meant to become another picture.
+IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0
 
 
 def generate(arguments) -> int:
-    out = Path(arguments.out)
     report = arguments.memory_report
-    check_writable(out)
+    check_out(arguments.out)
     if report not in (None, "-"):
         check_writable(Path(report))
+    take_prompt(arguments)
     check_prompt(arguments)
     like = Metadata.read(arguments.like) if arguments.like else None
     settings, ways = read_run(arguments, like)
@@ -37,25 +40,27 @@ def generate(arguments) -> int:
     from ..text.embeddings import PromptEmbeddings
 
     embeddings = PromptEmbeddings.load(arguments.embeddings) if arguments.embeddings else None
-    image = read_picture(arguments.image) if arguments.image else None
-    pipeline = _open(arguments, like, ways, image)
+    start = _read_start(arguments)
+    pipeline = _open(arguments, like, ways, start)
     tell_guess(pipeline.checkpoint)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
     if plan:
         tell(plan.why)
-    with progress() as (on_step, on_stage):
+    with progress() as bar:
         result = pipeline.generate(
             settings,
             plan.ways if plan else None,
             embeddings=embeddings,
-            image=image,
+            image=start.image,
+            mask=start.mask,
             embedding_cache=embedding_cache(arguments),
-            callback=on_step,
-            on_stage=on_stage,
+            callback=bar.step,
+            on_stage=bar.stage,
+            on_decode=bar.count,
         )
     tell_truncated(result.truncated)
-    _save(result, out)
+    write_pictures(result, arguments.out)
     if report:
         _report(pipeline, plan, report)
     return 0
@@ -64,14 +69,16 @@ def generate(arguments) -> int:
 def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
     """What the options ask for, beside a picture that it shall be like."""
     settings, ways = Settings(), Ways()
+    if arguments.mask and not arguments.image:
+        raise SigmaError("--mask says where a picture is painted anew; give that picture with --image.")
     if like:
         check_given(arguments, like)
         # How long models are kept, and what is measured, is not the picture's.
         settings, ways = like.settings, replace(like.ways, release=Ways.release)
     if arguments.embeddings:
-        settings = replace(settings, prompt="", negative="", clean_caption=False)
+        settings = settings.without_prompts()
     if arguments.image and arguments.strength is None and not (like and like.image_sha256):
-        settings = replace(settings, strength=IMAGE_STRENGTH)
+        settings = replace(settings, strength=MASK_STRENGTH if arguments.mask else IMAGE_STRENGTH)
     ways = replace(ways, measure=arguments.memory_report is not None)
     return read_settings(arguments, settings), read_ways(arguments, ways)
 
@@ -82,15 +89,26 @@ def model_arguments(arguments) -> dict:
         "path": "demo" if arguments.model is None else arguments.model,
         "transformer": getattr(arguments, "transformer", None),
         "text_encoder": arguments.text_encoder,
+        "tokenizer": arguments.tokenizer,
         "vae": getattr(arguments, "vae", None),
         "variant": getattr(arguments, "variant", None),
     }
 
 
-def _open(arguments, like: Metadata | None, ways: Ways, image):
+def _read_start(arguments):
+    """The picture and the mask that the options name."""
+    from ..files.pictures import Start, read_mask, read_picture
+
+    return Start.of(
+        read_picture(arguments.image) if arguments.image else None,
+        read_mask(arguments.mask) if arguments.mask else None,
+    )
+
+
+def _open(arguments, like: Metadata | None, ways: Ways, start):
     """The pipeline that the options name; beside `like`, of the same models or of those that were asked
     for."""
-    from ..pipeline import SigmaPipeline, digest
+    from ..pipeline import SigmaPipeline
 
     named = model_arguments(arguments) | {"ways": ways, "needs_text_encoder": arguments.embeddings is None}
     if like is None:
@@ -99,23 +117,9 @@ def _open(arguments, like: Metadata | None, ways: Ways, image):
     pipeline = SigmaPipeline.from_path(**named)
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
-    tell_differences(arguments, like, "" if image is None else digest(image))
-    variant = variant_of(arguments, like, fingerprints)
-    return SigmaPipeline.from_path(**named | {"variant": variant}) if variant else pipeline
-
-
-@contextmanager
-def progress():
-    """Within this block, (callback for each step, callback for each stage) that draw a bar on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=None, leave=False, disable=None) as bar:
-
-        def on_step(step):
-            bar.reset(total=step.count)
-            bar.update(step.index + 1)
-
-        yield on_step, bar.set_description
+    tell_differences(arguments, like, start)
+    taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
+    return SigmaPipeline.from_path(**named | taken) if taken else pipeline
 
 
 def embedding_cache(arguments):
@@ -133,19 +137,7 @@ def embedding_cache(arguments):
 def tell_truncated(words: str) -> None:
     """Which words of a prompt were cut, if any."""
     if words:
-        tell(f"The prompt is longer than 300 tokens; this was cut: {words}")
-
-
-def _save(result, out: Path) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    metadata = PngInfo()
-    metadata.add_text(KEY, result.metadata.as_json())
-    numbers = range(1, len(result.images) + 1)
-    paths = [out] if len(numbers) == 1 else [out.with_name(f"{out.stem}_{n}{out.suffix}") for n in numbers]
-    for path, picture in zip(paths, result.images, strict=True):
-        write_beside(path, lambda file, picture=picture: picture.save(file, format="PNG", pnginfo=metadata))
-        say(path)
+        tell(f"The prompt is longer than the tokens that are read; this was cut: {words}")
 
 
 def _report(pipeline, plan, report: str) -> None:

@@ -1,7 +1,10 @@
 """`generate --like picture.png`: what a picture says of itself, beside what the options say."""
 
+from typing import Any
+
 from ..errors import SigmaError
 from ..files.metadata import Metadata, current_versions
+from ..noise_schedule import NoiseSchedule
 from .checks import tell
 
 # The options that name a component, by the component.
@@ -13,6 +16,10 @@ def check_given(arguments, like: Metadata) -> None:
     if like.image_sha256 and not arguments.image:
         raise SigmaError(
             f"{arguments.like} was made from a picture, which is not kept in it; give that with --image."
+        )
+    if like.mask_sha256 and not arguments.mask:
+        raise SigmaError(
+            f"{arguments.like} was made with a mask, which is not kept in it; give that with --mask."
         )
     if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
         raise SigmaError(
@@ -40,26 +47,39 @@ def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> Non
         if component == "text_encoder" and arguments.embeddings:
             continue
         name = component.replace("_", " ")
+        with_, and_ = "", ""
+        if component == "text_encoder" and "tokenizer" in like.models:
+            with_, and_ = f" with the tokenizer {like.models['tokenizer'].name!r}", " and --tokenizer"
         if getattr(arguments, component) is None and arguments.model is None:
             raise SigmaError(
-                f"{arguments.like} was made with another {name}, {was.name!r}; give it with --model "
-                f"or {option}."
+                f"{arguments.like} was made with another {name}, {was.name!r}{with_}; give it with --model "
+                f"or {option}{and_}."
             )
         tell(f"The {name} is another one than {arguments.like} was made with.")
 
 
-def variant_of(arguments, like: Metadata, fingerprints: dict[str, str]) -> str | None:
-    """What the transformer was taken to be trained for, if it is the same one and no option says
-    otherwise."""
+def taken_as(arguments, like: Metadata, fingerprints: dict[str, str], found: NoiseSchedule) -> dict:
+    """What the same transformer was taken to be trained for, for SigmaPipeline.from_path: its variant, where
+    no option says otherwise, and its noise schedule, where it is not the one that is `found` now."""
     was = like.models.get("transformer")
-    same = was is not None and was.fingerprint == fingerprints["transformer"]
-    return like.variant if same and arguments.variant is None and like.variant else None
+    if was is None or was.fingerprint != fingerprints["transformer"]:
+        return {}
+    taken: dict[str, Any] = {}
+    if arguments.variant is None and like.variant:
+        taken["variant"] = like.variant
+    if like.noise_schedule != found:
+        tell(f"The checkpoint's noise schedule is {found.describe()}.")
+        tell(f"{arguments.like} was made with {like.noise_schedule.describe()}, and so is this.")
+        taken["noise_schedule"] = like.noise_schedule
+    return taken
 
 
-def tell_differences(arguments, like: Metadata, image_sha256: str) -> None:
-    """What else makes it another picture than that one."""
-    if like.image_sha256 and image_sha256 != like.image_sha256:
+def tell_differences(arguments, like: Metadata, start) -> None:
+    """What else makes it another picture than that one; start: what it begins from."""
+    if like.image_sha256 and start.image_sha256 != like.image_sha256:
         tell(f"{arguments.image} is another picture than {arguments.like} was made from.")
+    if like.mask_sha256 and start.mask_sha256 != like.mask_sha256:
+        tell(f"{arguments.mask} is another mask than {arguments.like} was made with.")
     now = current_versions()
     changed = [
         f"{name} {now.get(name, 'none')}" for name, was in like.versions.items() if was != now.get(name)

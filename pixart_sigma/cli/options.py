@@ -4,6 +4,7 @@ Ways."""
 import argparse
 import math
 
+from .. import __version__
 from ..errors import SigmaError
 from ..files.writing import say
 from ..settings import (
@@ -34,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `command` of what it parses is the command's name."""
     parser = Parser(prog="pixart-sigma", description="PixArt-Sigma pictures from the terminal.")
+    parser.add_argument("--version", action="version", version=f"pixart-sigma {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_generate,
@@ -46,6 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
         _add_download,
     ):
         add(commands)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--quiet", action="store_true", help="no progress and no notes; errors, and what was asked for"
+        )
     return parser
 
 
@@ -54,10 +60,11 @@ def _add_generate(commands):
     generate.set_defaults(command="generate")
     # Not nargs="?", which takes nothing as soon as an option comes before it.
     generate.add_argument("prompt", help="left out with --embeddings and --like").required = False
+    _add_prompt_file(generate)
     generate.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompts")
     generate.add_argument(
         "--like",
-        metavar="PICTURE.png",
+        metavar="PICTURE",
         help="make a picture of generate again, bit for bit on the same machine; each option beside it "
         "changes that one thing",
     )
@@ -70,10 +77,7 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
-    generate.add_argument("--image", help="start from this picture")
-    generate.add_argument(
-        "--strength", type=float, help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6)"
-    )
+    _add_start(generate)
     generate.add_argument(
         "--kv-compression",
         metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
@@ -102,7 +106,27 @@ def _add_generate(commands):
         metavar="FILE",
         help="print a table; with a file name, write JSON",
     )
-    generate.add_argument("--out", default="picture.png")
+    generate.add_argument(
+        "--out",
+        default="picture.png",
+        metavar="FILE|FOLDER/",
+        help=".png, .jpg or .webp; in a folder, a new file named after the prompt (default: picture.png)",
+    )
+
+
+def _add_start(command: argparse.ArgumentParser):
+    """What a picture starts from beside noise."""
+    command.add_argument("--image", metavar="FILE", help="start from this picture")
+    command.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="with --image: paint anew where this picture is white, keep the rest",
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
+    )
 
 
 def _add_encode(commands):
@@ -110,7 +134,8 @@ def _add_encode(commands):
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
     )
     encode.set_defaults(command="encode")
-    encode.add_argument("prompt")
+    encode.add_argument("prompt").required = False
+    _add_prompt_file(encode)
     _add_text_encoder(encode)
     _add_encoding(encode)
     encode.add_argument("--out", default="prompt.safetensors")
@@ -142,7 +167,9 @@ def _add_calibrate(commands):
     calibrate.add_argument(
         "--budget", dest="error_budget", default="5%", help="the error that is allowed (default: 5%%)"
     )
-    calibrate.add_argument("--prompts", help="a text file, one prompt in a line; default: four of our own")
+    calibrate.add_argument(
+        "--prompts", metavar="FILE", help="a text file, one prompt in a line; default: four of our own"
+    )
     _add_sampling(calibrate, seed="of the first prompt; the next has the next")
     calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
     calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
@@ -157,6 +184,9 @@ def _add_compare(commands):
     compare.add_argument(
         "prompts", nargs="+", metavar="PROMPT", help="default: three of our own"
     ).required = False
+    compare.add_argument(
+        "--prompts", dest="prompts_file", metavar="FILE", help="a text file, one prompt in a line"
+    )
     compare.add_argument(
         "--precisions",
         default="bf16,int8",
@@ -198,6 +228,12 @@ def _add_download(commands):
         "--to", help="ComfyUI's models folder (default: $COMFYUI_PATH/models, else ./models)"
     )
     download.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_prompt_file(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--prompt-file", metavar="FILE", help="read the prompt from a text file; - is standard input"
+    )
 
 
 def _add_size(command: argparse.ArgumentParser):
@@ -250,6 +286,10 @@ def _add_variant(command: argparse.ArgumentParser):
 def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument("--model", help="demo (default), or a pipeline folder")
     command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument(
+        "--tokenizer",
+        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
+    )
     if t5_precision:
         command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     command.add_argument(
@@ -269,6 +309,12 @@ def _add_encoding(command: argparse.ArgumentParser):
         action="store_const",
         const=True,
         help="clean the prompt as the reference does",
+    )
+    command.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="how much of a prompt is read; default: the 300 of the training",
     )
     command.add_argument(
         "--no-embedding-cache",

@@ -25,3 +25,11 @@ def fingerprint(weights: dict[str, torch.Tensor], *beside: bytes) -> str:
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The numbers of a tensor on the CPU as they are stored."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """A SHA-256 of the numbers in some tensors."""
+    made = hashlib.sha256()
+    for tensor in tensors:
+        made.update(raw_bytes(tensor.cpu()))
+    return made.hexdigest()

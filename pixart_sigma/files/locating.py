@@ -10,14 +10,22 @@ from ..errors import CheckpointError
 
 CANONICAL_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+# As diffusers and transformers write it, and with the variant's name at its end or, of old, in front.
+INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+# NAME.fp16.safetensors and NAME.safetensors.index.fp16.json, as save_pretrained(variant="fp16") writes them.
+VARIANT = re.compile(
+    rf"(?:{'|'.join(CANONICAL_NAMES)})(?:\.(?P<file>[\w-]+))?"
+    rf"\.(?:{'|'.join(extension[1:] for extension in EXTENSIONS)})(?:\.index(?:\.(?P<index>[\w-]+))?\.json)?"
+)
 
 
 def find_weight_files(path: str | Path) -> tuple[Path, ...]:
     """The files that make up a file, an index (`*.index.json`) or a folder of weights, without opening them.
 
-    In a folder the usual names go first, safetensors before pickles. Raises CheckpointError for a folder
-    without weights or with several to choose from, a missing shard and an index that can not be used.
+    In a folder the usual names go first, safetensors before pickles, and then the only variant, such as fp16.
+    Raises CheckpointError for a folder without weights or with several to choose from, one shard by itself, a
+    missing one and an index that can not be used.
     """
     located = locate(Path(path))
     return tuple(located.parent / name for name in shards_of(located)) if is_index(located) else (located,)
@@ -36,9 +44,38 @@ def read_json(path: Path) -> dict:
     return settings
 
 
+def resolve(path: str | Path) -> Path:
+    """The folder that a repository in Hugging Face's cache (`models--owner--name`) stands for: the snapshot
+    that `refs/main` names, else the only one. Any other path is itself.
+
+    Raises CheckpointError where it can not be known which.
+    """
+    path = Path(path)
+    snapshots = path / "snapshots"
+    if not os.path.isdir(snapshots):
+        return path
+    found = sorted(entry.name for entry in os.scandir(snapshots) if entry.is_dir())
+    try:
+        main = (path / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = ""
+    if main in found or len(found) == 1:
+        return snapshots / (main if main in found else found[0])
+    held = f"{len(found)} snapshots, and refs/main names none of them" if found else "no snapshot"
+    raise CheckpointError(
+        f"{path} is a repository in Hugging Face's cache with {held}. Choose a folder in {snapshots}, or "
+        "download it again."
+    )
+
+
 def locate(path: Path) -> Path:
     """The weight file or index that a path stands for."""
+    path = resolve(path)
     if not os.path.isdir(path):
+        if (parts := parts_of_shard(path.name)) and os.path.lexists(path):
+            raise CheckpointError(
+                f"{path} is one of {parts} parts of a model. Choose its folder, {path.parent}."
+            )
         return path
     for extension in EXTENSIONS:
         for name in CANONICAL_NAMES:
@@ -48,17 +85,25 @@ def locate(path: Path) -> Path:
     return _only_weights(path)
 
 
+def parts_of_shard(name: str) -> int:
+    """How many parts the model has of which a file of this name is one; 0 for a file that is whole."""
+    shard = SHARD.search(name)
+    return int(shard[2]) if shard and int(shard[2]) > 1 else 0
+
+
 def _only_weights(folder: Path) -> Path:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"The folder {folder} can not be read: {error.strerror}.") from error
-    indexes = [name for name in names if name.endswith(".index.json")]
+    if variant := _only_variant(names, folder):
+        return variant
+    indexes = [name for name in names if INDEX.search(name)]
     if len(indexes) == 1:
         return folder / indexes[0]
     for extension in EXTENSIONS:
         found = [name for name in names if name.endswith(extension)]
-        whole = [name for name in found if not SHARD.search(name)]
+        whole = [name for name in found if not parts_of_shard(name)]
         if found and not whole:
             raise CheckpointError(
                 f"{folder} has shards ({found[0]}) but no index: get *.index.json beside them."
@@ -73,8 +118,23 @@ def _only_weights(folder: Path) -> Path:
     raise CheckpointError(f"{folder} has no model in it, only {held}. Choose a folder or file with weights.")
 
 
+def _only_variant(names: list[str], folder: Path) -> Path | None:
+    """The file or index of the one variant under a usual name, safetensors before pickles."""
+    variants: dict[str, list[str]] = {}
+    for name in names:
+        if not parts_of_shard(name) and (match := VARIANT.fullmatch(name)):
+            variants.setdefault(match["file"] or match["index"], []).append(name)
+    if len(variants) > 1:
+        files = ", ".join(name for held in variants.values() for name in held)
+        raise CheckpointError(
+            f"{folder} has several variants ({', '.join(variants)}): choose one of its files {files}."
+        )
+    found = [name for held in variants.values() for name in held]
+    return next((folder / name for extension in EXTENSIONS for name in found if extension in name), None)
+
+
 def is_index(path: Path) -> bool:
-    return path.name.endswith(".index.json")
+    return INDEX.search(path.name) is not None
 
 
 def shards_of(index: Path) -> dict[str, list[str]]:

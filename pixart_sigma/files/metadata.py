@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SigmaError
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, Ways
+from .picture_files import read_said
 
-KEY = "pixart_sigma"  # of the PNG's text
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -27,7 +28,8 @@ class Metadata:
 
     settings: with nothing left open. ways: as the stages ran in the end. models: by component. versions: of
     this package and of those that compute. variant: what the transformer was taken to be trained for.
-    image_sha256: of the picture that it started from.
+    image_sha256, mask_sha256: of the picture that it started from, and of the mask.
+    noise_schedule: that the transformer was run with; an earlier version had the published one for all.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
 
@@ -36,33 +38,27 @@ class Metadata:
     models: dict[str, Model]
     versions: dict[str, str] = field(default_factory=lambda: current_versions())
     image_sha256: str = ""
+    mask_sha256: str = ""
     embeddings_sha256: str = ""
     variant: str = ""
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
-        content = asdict(self)
+        content = asdict(self) | {"noise_schedule": self.noise_schedule.as_dict()}
         return json.dumps(content.pop("settings") | content, ensure_ascii=False)
 
     @classmethod
     def read(cls, path: str | Path) -> "Metadata":
-        """What `as_json` wrote into a PNG. A picture of an earlier version has the settings alone.
+        """What `as_json` wrote into a picture's file. One of an earlier version has the settings alone.
 
         Raises SigmaError for a file that is no picture, or none of ours.
         """
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as picture:
-                text = getattr(picture, "text", {}).get(KEY)
-        except (UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise SigmaError(
-                f"{path} is not a picture that can be read; give a PNG of `generate`."
-            ) from error
+        text = read_said(path)
         if text is None:
             raise SigmaError(
-                f"{path} does not say how it was made; give a PNG that `pixart-sigma generate` wrote. Other "
-                "programs drop what a PNG says when they save it."
+                f"{path} does not say how it was made; give a picture that `pixart-sigma generate` wrote. "
+                "Other programs drop what a file says when they save it."
             )
         try:
             return cls._of(json.loads(text))
@@ -77,7 +73,7 @@ class Metadata:
             raise ValueError("its KV compression is a file, which is not trusted")
         known = {
             name: content[name]
-            for name in ("image_sha256", "embeddings_sha256", "variant")
+            for name in ("image_sha256", "mask_sha256", "embeddings_sha256", "variant")
             if name in content
         }
         # Before the ways were written down there was this one of them.
@@ -87,6 +83,7 @@ class Metadata:
             ways=Ways.from_dict(ways),
             models={name: Model(**model) for name, model in content.get("models", {}).items()},
             versions=dict(content.get("versions", {})),
+            noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
             **{name: str(value) for name, value in known.items()},
         )
 

@@ -17,7 +17,7 @@ PARTS = {
 # Parts of a name that say nothing: anywhere in it (DataParallel, torch.compile, FSDP, checkpointing), and
 # in front (what a training run keeps beside other things).
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-CONTAINERS = {"state_dict", "model_state_dict", "model", "net", "params", "weights"}
+CONTAINERS = {"state_dict", "model_state_dict", "model", "base_model", "net", "params", "weights"}
 AVERAGES = {"ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema"}
 # In front of one model of several: whose it is. "other" is no part of PixArt-Sigma.
 OWNERS = {
@@ -55,17 +55,13 @@ OTHER_TEXT_ENCODERS = {
 }
 # Of a training run, at the top of a pickle: not weights.
 TRAINING_STATE = {"optimizer", "optimizers", "opt", "optimizer_states", "optimizer_state_dict"}
-TRAINING_STATE |= {
-    "lr_scheduler",
-    "lr_schedulers",
-    "scheduler",
-    "scaler",
-    "grad_scaler",
-    "callbacks",
-    "loops",
-}
+TRAINING_STATE |= {"lr_scheduler", "lr_schedulers", "scheduler", "scaler", "grad_scaler"}
+TRAINING_STATE |= {"callbacks", "loops", "rng_state", "rng_states"}
 # Single tensors that count, or that describe a schedule of Stable Diffusion.
 COUNTERS = {"num_updates", "decay", "n_averaged", "step", "global_step", "epoch", "iteration", "initted"}
+# Empty tensors by which ComfyUI's CheckpointSave says that a model predicts v, and that its last timestep is
+# noise alone.
+MARKERS = ("v_pred", "ztsnr")
 # Facts that a file holds as a tensor of JSON, where its writer can set no metadata.
 FACTS = "pixart_sigma.facts"
 
@@ -84,7 +80,8 @@ class Kind:
 
 # The first that fits, so that what is built upon a model goes before it.
 KINDS = (
-    Kind("a LoRA", (("lora_",), (".lora_A.",), (".lokr_",), (".hada_w1",), (".oft_",), (".dora_scale",))),
+    Kind("a LoRA", (("lora_",), ("lycoris_",), (".lora_A.",), (".lokr_",), (".hada_w1",), (".oft_",))),
+    Kind("an embedding for prompts", (("bundle_emb.",), ("emb_params",), ("string_to_param",), ("t5_out",))),
     Kind(
         "a ControlNet",
         (("controlnet_blocks.",), ("controlnet.",), ("control_model.",), ("controlnet_cond_embedding.",)),
@@ -194,7 +191,7 @@ def _by_owner(names: Iterable[str]) -> dict[str, list[tuple[str, Place]]]:
     groups: dict[str, list[tuple[str, Place]]] = {}
     for name in names:
         found = place(name)
-        if name != FACTS and found.bare not in COUNTERS:
+        if name not in (FACTS, *MARKERS) and found.bare not in COUNTERS:
             groups.setdefault(found.owner, []).append((name, found))
     return groups
 

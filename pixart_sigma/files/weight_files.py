@@ -1,5 +1,6 @@
 """Weight files on disk: what is wrong with one, what it holds, and its tensors. No code is ever unpickled."""
 
+import argparse
 import json
 import pickle
 import re
@@ -278,7 +279,8 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
             stacklevel=2,
         )
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training run's options
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingError, SigmaError
-from ..settings import Settings
+from ..noise_schedule import PUBLISHED, NoiseSchedule
+from ..settings import Settings, check_settings
 from .guidance import Predict
-from .schedulers import check_scheduler, get_step_arguments, get_timesteps, make_scheduler
+from .schedulers import check_scheduler, get_step_arguments, get_timesteps, scheduler_for
 
 
 @dataclass(frozen=True)
@@ -33,42 +34,52 @@ def denoise(
     latents: torch.Tensor,
     settings: Settings | None = None,
     *,
+    noise_schedule: NoiseSchedule = PUBLISHED,
     scheduler=None,
     image_latents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callable[[Step], bool | None] | None = None,
 ) -> torch.Tensor:
     """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
 
-    predict: the noise that a step removes, see `guide`. settings: read are scheduler, steps, timesteps,
-    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments. scheduler:
-    a diffusers scheduler in place of the one that the settings name. image_latents (B or 1, 4, h, w), clean
-    and scaled: start from them, noised to the first timestep, and not from noise alone. generator: for the
-    stochastic schedulers, one or one per picture. callback(Step) is called after each step; if it returns
-    False the latents are returned as they are then.
+    predict: what the model predicts, see `guide`. settings: read are scheduler, steps, timesteps,
+    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments.
+    noise_schedule: the checkpoint's. scheduler: a diffusers scheduler in place of the one that those two
+    make. image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep,
+    and not from noise alone. mask (B or 1, 1, h, w) in [0, 1], beside image_latents: where it is 0 those are
+    kept, noised to each step's timestep by the same noise, and at the end as they are; between 0 and 1 the
+    two are mixed. generator: for the stochastic schedulers, one or one per picture. callback(Step) is called
+    after each step; if it returns False the latents are returned as they are then.
 
-    Latents stay in float32 between steps and come back in the dtype they had.
+    Latents stay in float32 between steps and come back in the dtype they had. The mask is that of diffusers'
+    StableDiffusionInpaintPipeline for a model of 4 channels.
     Raises SigmaError for input that cannot work, and if a step's latents are not finite.
     """
-    settings = settings or Settings()
+    settings = Settings() if settings is None else check_settings(settings)
     _check_latents("latents", latents)
     _check_image_latents(image_latents, latents, settings.strength)
-    scheduler = make_scheduler(settings.scheduler) if scheduler is None else check_scheduler(scheduler)
+    _check_mask(mask, image_latents, latents)
+    if scheduler is None:
+        scheduler = scheduler_for(settings, noise_schedule)
+    else:
+        check_scheduler(scheduler)
     step_arguments = get_step_arguments(scheduler, generator, settings.eta, len(latents))
     timesteps = get_timesteps(scheduler, settings, latents.device)
-    dtype = latents.dtype
-    latents = _start(scheduler, latents.float(), image_latents, timesteps[:1])
+    dtype, unit_noise = latents.dtype, latents.float()
+    if image_latents is not None:
+        image_latents = image_latents.to(unit_noise).expand_as(unit_noise)
+    latents = _start(scheduler, unit_noise, image_latents, timesteps[:1])
 
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         noise = predict(scaled, timestep)
+        _check_prediction(noise, scaled)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
-        if not latents.isfinite().all():
-            raise SigmaError(
-                f"Latents are not finite after step {index + 1} of {len(timesteps)}, "
-                f"timestep {float(timestep):g}. "
-                "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
-            )
+        if mask is not None:
+            kept = _noised(scheduler, image_latents, unit_noise, timesteps[index + 1 : index + 2])
+            latents = torch.lerp(kept, latents, mask.to(latents))
+        _check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {float(timestep):g}")
         if callback is not None:
             predicted = predict_clean(scheduler, scaled, noise, timestep)
             if callback(Step(index, len(timesteps), float(timestep), latents, predicted)) is False:
@@ -76,19 +87,29 @@ def denoise(
     return latents.to(dtype)
 
 
-def predict_clean(scheduler, scaled: torch.Tensor, noise: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise.
+def predict_clean(scheduler, scaled: torch.Tensor, predicted: torch.Tensor, timestep) -> torch.Tensor:
+    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise, by what the model
+    predicted for it.
 
-    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler. Between
-    two whole timesteps sigma = sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
-    Source: DDPM, arXiv 2006.11239.
+    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler, but for
+    a flow: there it is (1 - sigma) x0 + sigma noise. Between two whole timesteps sigma =
+    sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
+    Source: DDPM, arXiv 2006.11239; v: arXiv 2202.00512; flow: arXiv 2209.03003.
     """
+    kind = scheduler.config.prediction_type
     table = scheduler.alphas_cumprod
+    if kind == "sample":
+        return predicted
+    if kind == "flow_prediction":
+        return scaled - float(timestep) / len(table) * predicted
     below = min(max(int(timestep), 0), len(table) - 1)
     pair = table[[below, min(below + 1, len(table) - 1)]].double()
     low, high = ((1 - pair) / pair).sqrt().tolist()
-    sigma = low + (float(timestep) - below) * (high - low)
-    return scaled * math.sqrt(1 + sigma**2) - sigma * noise
+    share = float(timestep) - below
+    sigma = low + share * (high - low) if share else low  # low is infinite where there is noise alone
+    if kind == "v_prediction":
+        return (scaled / sigma - predicted) / math.sqrt(1 + 1 / sigma**2)
+    return scaled * math.sqrt(1 + sigma**2) - sigma * predicted
 
 
 def _start(scheduler, noise, image_latents, first_timestep):
@@ -96,8 +117,15 @@ def _start(scheduler, noise, image_latents, first_timestep):
     timestep."""
     if image_latents is None:
         return noise * scheduler.init_noise_sigma
-    image_latents = image_latents.to(noise).expand_as(noise)
-    return scheduler.add_noise(image_latents, noise, first_timestep.repeat(len(noise)))
+    return _noised(scheduler, image_latents, noise, first_timestep)
+
+
+def _noised(scheduler, image_latents, noise, timestep):
+    """The picture noised to a timestep (1,), in the scheduler's own scale; as it is where there is none,
+    after the last one."""
+    if not len(timestep):
+        return image_latents
+    return scheduler.add_noise(image_latents, noise, timestep.repeat(len(noise)))
 
 
 def _check_image_latents(image_latents, latents, strength):
@@ -113,10 +141,49 @@ def _check_image_latents(image_latents, latents, strength):
         )
 
 
-def _check_latents(name, latents):
-    if latents.ndim != 4 or 0 in latents.shape or not latents.is_floating_point():
+def _check_prediction(noise, latents):
+    if not isinstance(noise, torch.Tensor) or noise.shape != latents.shape:
         raise SigmaError(
-            f"{name} must be floats (B, 4, height, width), not {latents.dtype} {tuple(latents.shape)}."
+            f"predict gave {_describe(noise)}; it returns what the model predicts for the latents, "
+            f"{tuple(latents.shape)}."
         )
+
+
+def _check_finite(latents, step):
+    if not latents.isfinite().all():
+        raise SigmaError(
+            f"Latents are not finite after {step}. "
+            "Run the transformer in bf16 or fp32 rather than fp16, or lower the guidance scale."
+        )
+
+
+def _check_mask(mask, image_latents, latents):
+    if mask is None:
+        return
+    if image_latents is None:
+        raise SigmaError("The mask says where image_latents are kept, and there are none; give both.")
+    shape = (1, *latents.shape[2:])
+    if not isinstance(mask, torch.Tensor) or mask.shape not in ((1, *shape), (len(latents), *shape)):
+        raise SigmaError(
+            f"The mask must be a tensor (1 or {len(latents)}, {', '.join(map(str, shape))}), "
+            f"not {_describe(mask)}."
+        )
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise SigmaError("The mask must be from 0, where image_latents are kept, to 1.")
+
+
+def _describe(value):
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _check_latents(name, latents):
+    if not isinstance(latents, torch.Tensor):
+        raise SigmaError(
+            f"{name} must be a tensor of floats (B, 4, height, width), not {_describe(latents)}."
+        )
+    if latents.ndim != 4 or 0 in latents.shape or not latents.is_floating_point():
+        raise SigmaError(f"{name} must be floats (B, 4, height, width), not {_describe(latents)}.")
     if not latents.isfinite().all():
         raise SigmaError(f"{name} hold NaN or infinity.")

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import SigmaError
 from ..prompt_embeds import Prompts
-from ..settings import Settings
+from ..settings import Settings, check_settings
 
 # (latents (B, 4, h, w) as the scheduler scales them, timestep) -> the noise in them (B, 4, h, w), float32.
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,6 +29,11 @@ def guide(
     dtype.
     Raises SigmaError for embeddings or masks that cannot work.
     """
+    check_settings(settings)
+    if not isinstance(prompts, Prompts):
+        raise SigmaError(
+            f"prompts is a {type(prompts).__name__}; give Prompts, of PromptEmbeddings embeddings.prompts()."
+        )
     named = {} if settings.kv_compression is None else {"kv_compression": settings.kv_compression}
     passes = 2 if settings.guided and in_turn else 1
     batch_of = functools.cache(functools.partial(batch_prompts, prompts, settings.guided))
@@ -88,6 +93,8 @@ def _parts(latents, embeds, mask, count):
 
 def _check_embeds(name, count, embeds, mask):
     """Embeddings (count, L, C) and their boolean mask (count, L), one row repeated if need be."""
+    if not isinstance(embeds, torch.Tensor):
+        raise SigmaError(f"{name} must be a tensor (1, tokens, channels), not a {type(embeds).__name__}.")
     if embeds.ndim != 3 or 0 in embeds.shape or len(embeds) not in (1, count):
         raise SigmaError(f"{name} must be ({count} or 1, tokens, channels), not {tuple(embeds.shape)}.")
     if not embeds.isfinite().all():

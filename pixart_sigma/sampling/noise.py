@@ -2,7 +2,9 @@
 
 import torch
 
-from ..errors import SigmaError
+from ..devices import pick_device
+from ..errors import SettingError, SigmaError
+from ..settings import check_count, check_seed, check_whole
 
 
 def get_noise(
@@ -17,21 +19,24 @@ def get_noise(
     """Unit noise (count, channels, height // 8, width // 8) for pictures of height x width pixels.
 
     Drawn on the CPU, picture by picture, so that it depends on neither device nor count. For sizes in
-    multiples of 16 that is what diffusers' `randn_tensor` draws from one CPU generator. A generator may
-    be given in place of a seed and is then advanced. Raises SigmaError for a count or a size that leaves
-    nothing, or an impossible seed.
+    multiples of 16 that is what diffusers' `randn_tensor` draws from one CPU generator. A generator of the
+    CPU may be given in place of a seed and is then advanced. Raises SigmaError for a count, a seed, a size
+    or a dtype that cannot be.
     """
-    if count < 1 or height < 8 or width < 8:
-        raise SigmaError(
-            f"Noise for {count} pictures of {width}x{height} is empty; at least 1 of 8x8 is needed."
-        )
+    check_count(count)
+    place = pick_device(device)
+    for name, side in (("height", height), ("width", width)):
+        check_whole(name, side, 8, None, "give a whole number of pixels, 8 or more")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingError("dtype", repr(dtype), "give a dtype of floats, such as torch.float32")
     if isinstance(seed, torch.Generator):
+        if seed.device.type != "cpu":
+            raise SigmaError(
+                f"The generator is on {seed.device}; noise is drawn on the CPU, so give a torch.Generator()."
+            )
         generator = seed
     else:
-        try:
-            generator = torch.Generator("cpu").manual_seed(seed)
-        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise SigmaError(f"Seed {seed!r} is not a whole number from -2**63 to 2**64 - 1.") from error
+        generator = torch.Generator().manual_seed(check_seed(seed))
     shape = (channels, height // 8, width // 8)
     pictures = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
-    return torch.stack(pictures).to(device)
+    return torch.stack(pictures).to(place)

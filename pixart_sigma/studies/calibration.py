@@ -10,12 +10,13 @@ from typing import Protocol
 
 import torch
 
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.denoise import denoise, predict_clean
 from ..sampling.guidance import Predict, guide
 from ..sampling.noise import get_noise
-from ..sampling.schedulers import make_scheduler
+from ..sampling.schedulers import scheduler_for
 from ..settings import Settings
 from ..transformer.config import TransformerConfig
 from ..transformer.kv_calibration import Calibration, fingerprint_of
@@ -107,6 +108,7 @@ class EngineRuns:
     starts: list[tuple[torch.Tensor, Prompts]]
     settings: Settings
     in_turn: bool = False
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     def __post_init__(self):
         self.config = self.transformer.sigma_config
@@ -115,7 +117,8 @@ class EngineRuns:
     def run(self, index: int, rules: Rules, see: See | None = None) -> torch.Tensor:
         noise, _ = self.starts[index]
         predict = self._predict(index, rules)
-        return denoise(self._watch(index, predict, see) if see else predict, noise, self.settings)
+        watched = self._watch(index, predict, see) if see else predict
+        return denoise(watched, noise, self.settings, noise_schedule=self.noise_schedule)
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -126,7 +129,7 @@ class EngineRuns:
         return guide(self.transformer, self.starts[index][1], settings, self.in_turn)
 
     def _watch(self, index: int, predict: Predict, see: See) -> Predict:
-        scheduler = make_scheduler(self.settings.scheduler)
+        scheduler = scheduler_for(self.settings, self.noise_schedule)
 
         def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             def clean(noise: torch.Tensor) -> torch.Tensor:
@@ -161,7 +164,7 @@ def calibrate_pipeline(
     width, height = settings.made_size(pipeline.base_size)
     settings = replace(settings, width=width, height=height)
     on_stage("text encoder")
-    (*encoded, negative), _, _ = pipeline.text.encode((*prompts, settings.negative), pipeline.ways)
+    (*encoded, negative), _, _ = pipeline.text.encode((*prompts, settings.negative), settings, pipeline.ways)
     on_stage("transformer")
     device, dtype = pipeline.device, pipeline.dtype
     channels = pipeline.checkpoint.config.in_channels
@@ -175,7 +178,7 @@ def calibrate_pipeline(
             )
             for index, prompt in enumerate(encoded)
         ]
-        runs = EngineRuns(transformer, starts, settings, in_turn)
+        runs = EngineRuns(transformer, starts, settings, in_turn, pipeline.checkpoint.noise_schedule)
         return calibrate(runs, prompts, settings, budget, on_step=on_progress, on_run=on_progress)
 
     work = Pass(height, width, guided=settings.guided)

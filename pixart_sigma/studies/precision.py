@@ -108,7 +108,7 @@ class PipelineSubject:
     def encode(self, precision: str, texts: tuple[str, ...]) -> list[Encoded]:
         self.on_stage(f"T5 in {precision}")
         ways = replace(self.pipeline.ways, t5_precision=precision)
-        found, _, _ = self.pipeline.text.encode(texts, ways, self.chosen.clean_caption, self.embedding_cache)
+        found, _, _ = self.pipeline.text.encode(texts, self.chosen, ways, self.embedding_cache)
         self.encoded[precision] = [Encoded(one.prompt_embeds.cpu(), one.truncated) for one in found]
         return self.encoded[precision]
 
@@ -118,7 +118,7 @@ class PipelineSubject:
     def draw(self) -> list[tuple[Image.Image, Image.Image]]:
         if not self.pictures:
             return []
-        settings = replace(self.chosen, prompt="", negative="", clean_caption=False)
+        settings = self.chosen.without_prompts()
         drawn = []
         for index, prompt in enumerate(self.prompts):
             pair = []
@@ -211,6 +211,6 @@ def check_comparison(
         check_packages(precision)
         if T5_PRECISIONS[precision].bits == 4:
             check_4bit_widths(config, precision)
-        loaded_tokenizer, size = describe_encoder(text_encoder, tokenizer, precision, device, stream)
-        nbytes.append(size)
-    return loaded_tokenizer, tuple(nbytes)
+        described = describe_encoder(text_encoder, tokenizer, precision, device, stream)
+        nbytes.append(described.nbytes)
+    return described.tokenizer, tuple(nbytes)

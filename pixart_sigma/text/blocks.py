@@ -10,7 +10,8 @@ import torch
 from ..errors import CheckpointError
 from ..files.locating import find_weight_files
 from ..memory.block_buffers import lay_out, unpack
-from .weights import Float8Weight, is_linear
+from .scaled import Float8Weight
+from .weights import is_linear
 
 INT8_THRESHOLD = 6.0  # LLM.int8(): activations beyond it are multiplied unquantised (Dettmers et al., 2022)
 

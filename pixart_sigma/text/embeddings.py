@@ -15,7 +15,7 @@ from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
-from ..settings import Settings
+from ..settings import MAX_SEQUENCE_LENGTH, Settings, check_settings
 from .encoder import TextEncoder
 
 FORMAT = "pixart-sigma prompt embeddings"
@@ -29,7 +29,8 @@ class PromptEmbeddings:
 
     positive, negative: (1, n, C) and (1, m, C) in fp32, fp16 or bf16, trimmed to their real tokens.
     positive_text, negative_text: as written. precision, clean_caption: T5's settings. fingerprint: see
-    `identify`. positive_truncated, negative_truncated: words that did not fit. What is not known is "".
+    `identify`. positive_truncated, negative_truncated: words that did not fit in
+    max_sequence_length tokens. What is not known is "".
 
     Raises SigmaError for tensors of another rank, width or dtype, or with numbers that are not finite.
     """
@@ -43,6 +44,7 @@ class PromptEmbeddings:
     fingerprint: str = ""
     positive_truncated: str = ""
     negative_truncated: str = ""
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def __post_init__(self):
         for name in ("positive", "negative"):
@@ -73,6 +75,7 @@ class PromptEmbeddings:
             fingerprint=fingerprint,
             positive_truncated=positive.truncated,
             negative_truncated=negative.truncated,
+            max_sequence_length=settings.max_sequence_length,
         )
 
     def prompts(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Prompts:
@@ -81,12 +84,14 @@ class PromptEmbeddings:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all. Raises SigmaError where it cannot be written."""
-        texts = {name: getattr(self, name) for name in _TEXTS}
+        metadata = {name: getattr(self, name) for name in TEXTS}
+        metadata["clean_caption"] = "true" if self.clean_caption else "false"
+        metadata["max_sequence_length"] = str(self.max_sequence_length)
         try:
             write_tensors(
                 Path(path),
                 {"positive": self.positive, "negative": self.negative},
-                texts | {"clean_caption": "true" if self.clean_caption else "false"},
+                metadata,
             )
         except OSError as error:
             raise SigmaError(f"The embeddings cannot be written to {path}: {error.strerror}.") from error
@@ -97,23 +102,33 @@ class PromptEmbeddings:
         tensors, metadata = read_tensors(Path(path), ("positive", "negative"))
         try:
             clean_caption = {"true": True, "false": False}[metadata["clean_caption"]]
-            texts = {name: metadata[name] for name in _TEXTS}
-            return cls(tensors["positive"], tensors["negative"], clean_caption=clean_caption, **texts)
+            texts = {name: metadata[name] for name in TEXTS}
+            # A file of before there were other lengths does not say it.
+            length = int(metadata.get("max_sequence_length", MAX_SEQUENCE_LENGTH))
+            return cls(
+                positive=tensors["positive"],
+                negative=tensors["negative"],
+                clean_caption=clean_caption,
+                max_sequence_length=length,
+                **texts,
+            )
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error} in its metadata. {_WRITE_AGAIN}") from error
-        except SigmaError as error:
+        except ValueError as error:  # a SigmaError is one
             raise CheckpointError(f"{path}: {error}") from error
 
 
 def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     """The embeddings of the settings' prompt and negative prompt. Raises SigmaError as TextEncoder.encode."""
+    check_settings(settings)
     positive, negative = (
-        encoder.encode(text, settings.clean_caption) for text in (settings.prompt, settings.negative)
+        encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
+        for text in (settings.prompt, settings.negative)
     )
     return PromptEmbeddings.made(settings, positive, negative, encoder.precision)
 
 
-_TEXTS = (
+TEXTS = (
     "positive_text",
     "negative_text",
     "precision",
@@ -121,7 +136,7 @@ _TEXTS = (
     "positive_truncated",
     "negative_truncated",
 )
-_WRITE_AGAIN = "Save it again, with Save Prompt Embeddings or `pixart-sigma encode`."
+_WRITE_AGAIN = "Save it again, with Save Σ Prompt Embeddings or `pixart-sigma encode`."
 
 
 def check_embeds(name: str, embeds: torch.Tensor) -> None:
@@ -182,7 +197,7 @@ def _check_format(path: Path, found) -> None:
         raise CheckpointError(f"{path} was written by a newer version of the pack ({found}). Update it.")
     raise CheckpointError(
         f"{path} holds no prompt embeddings: its format is {found!r}, not '{FORMAT} {VERSION}'. "
-        "Choose a file from Save Prompt Embeddings or `pixart-sigma encode`."
+        "Choose a file from Save Σ Prompt Embeddings or `pixart-sigma encode`."
     )
 
 

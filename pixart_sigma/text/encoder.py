@@ -7,13 +7,16 @@ import torch
 
 from ..devices import pick_device
 from ..errors import SigmaError
-from ..prompt_embeds import MAX_TOKENS, Encoded
-from .cleaning import prepare_prompt
+from ..prompt_embeds import Encoded
+from ..settings import MAX_SEQUENCE_LENGTH
+from .cleaning import prepare_prompt, refuse_embeddings
 from .loading import read_encoder, stream_model
 from .model import build_model
 from .streaming import StreamedT5
 from .tokenizer import find_tokenizer, load_tokenizer
 from .weights import WatchedWeight
+
+PAD = 0  # T5's token that fills up
 
 
 class TextEncoder:
@@ -39,10 +42,12 @@ class TextEncoder:
         """Load a T5 encoder.
 
         path: a Hugging Face folder (in shards or not; one that transformers saved in int8, nf4 or fp4 loads
-            as it is), a pipeline folder with `text_encoder` in it, or one merged file in fp32, bf16, fp16,
-            fp8 or scaled fp8, which is dequantised weight by weight and then quantised as asked.
+            as it is), a pipeline folder with `text_encoder` in it, or one file in fp32, bf16, fp16, fp8 or
+            scaled fp8, which is dequantised weight by weight and then quantised as asked. Of a whole T5, and
+            of a file of several models, it is the encoder.
         tokenizer: spiece.model, tokenizer.json or a folder with either; by default looked for in the
-            encoder's folder, in its `tokenizer` folder and in the `tokenizer` folder beside it.
+            encoder's folder, in its `tokenizer` folder and in the `tokenizer` folder beside it, then
+            with other models on this machine, see `tokenizer_places`.
         precision: one of T5_PRECISIONS; None is the saved precision of a quantised folder, else int8. The
             quantised ones compute in bf16 where the device has it, else in fp16. `wo` is never quantised,
             and stays fp32 beside fp16, in which it overflows.
@@ -103,25 +108,32 @@ class TextEncoder:
         return total
 
     @torch.no_grad()
-    def encode(self, text: str, clean_caption: bool = False) -> Encoded:
+    def encode(
+        self, text: str, clean_caption: bool = False, max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    ) -> Encoded:
         """Encode one prompt, lower-cased and stripped; clean_caption cleans it like the training captions.
 
-        Tokens are not padded: the result equals the first n rows of the reference's 300 padded and masked
-        tokens. The empty prompt is one token. Raises SigmaError when text is not a str, when clean_caption
-        lacks its libraries, and when the encoder overflows.
+        Of more than max_sequence_length tokens the last ones are cut. None are padded: the result equals the
+        first n rows of what the reference pads to that length and masks. The empty prompt is one token.
+        Raises SigmaError when text is not a str, when it names an embedding, which only ComfyUI reads, when
+        clean_caption lacks its libraries, and when the encoder overflows.
         """
+        refuse_embeddings(text)
         text = prepare_prompt(text, clean_caption)
         tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids, truncated = tokens["input_ids"], ""
-        if len(ids) > MAX_TOKENS:
-            first_cut = tokens["offset_mapping"][MAX_TOKENS - 1][0]
+        if len(ids) > max_sequence_length:
+            first_cut = tokens["offset_mapping"][max_sequence_length - 1][0]
             truncated = text[first_cut:].strip()
-            ids = [*ids[: MAX_TOKENS - 1], self.tokenizer.eos_token_id]
+            ids = [*ids[: max_sequence_length - 1], self.tokenizer.eos_token_id]
         return Encoded(self.encode_ids(ids), truncated)
 
     @torch.no_grad()
-    def encode_ids(self, ids: list[int], layer: int = -1, progress=None) -> torch.Tensor:
-        """The embeddings (1, n, C) of n token ids, after the layer that counts from the end.
+    def encode_ids(self, ids: list, layer: int = -1, progress=None) -> torch.Tensor:
+        """The embeddings (1, n, C) of n tokens, after the layer that counts from the end.
+
+        ids: numbers of the encoder's vocabulary; a tensor (C) takes the place of a token's row in its table,
+            as textual inversion has it (Gal et al., 2022).
 
         progress: called as progress(blocks done, blocks to do) between the blocks of a streamed encoder; what
         it raises stops the encoding, and nothing stays on the device.
@@ -130,14 +142,18 @@ class TextEncoder:
         layers = self.model.config.num_layers
         if not -layers <= layer <= -1:
             raise SigmaError(f"The text encoder has no layer {layer}: use a number from {-layers} to -1.")
-        input_ids = torch.tensor([ids], device=self.device)
+        rows = {index: row for index, row in enumerate(ids) if isinstance(row, torch.Tensor)}
+        input_ids = torch.tensor([[PAD if index in rows else token for index, token in enumerate(ids)]])
         if self.is_streamed:
-            prompt_embeds = self.model(input_ids, layer, progress)
-        elif layer == -1:
-            prompt_embeds = self.model(input_ids=input_ids).last_hidden_state
+            prompt_embeds = self.model(input_ids, layer, progress, rows)
         else:
-            hidden = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states[layer]
-            prompt_embeds = self.model.encoder.final_layer_norm(hidden)
+            inputs_embeds = self.model.shared(input_ids.to(self.device))
+            for index, row in rows.items():
+                inputs_embeds[0, index] = row.to(inputs_embeds)
+            found = self.model(inputs_embeds=inputs_embeds, output_hidden_states=layer != -1)
+            prompt_embeds = found.last_hidden_state
+            if layer != -1:
+                prompt_embeds = self.model.encoder.final_layer_norm(found.hidden_states[layer])
         if not torch.isfinite(prompt_embeds).all():
             raise SigmaError(
                 f"The text encoder produced numbers that are not finite in {self.precision}. "

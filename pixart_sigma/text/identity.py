@@ -1,22 +1,27 @@
 """Which T5 makes embeddings, known without loading it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files.fingerprint import fingerprint
-from ..files.weight_files import read_state_dict
 from ..settings import DEFAULT_T5_PRECISION
+from .config import read_config
 from .loading import find_encoder
 from .tokenizer import find_tokenizer
-from .weights import read_config, refuse_gguf
+from .tokenizer_places import beside, name_of
+from .weights import read_encoder_weights, refuse_gguf
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Which encoder makes embeddings: a hash of its weights and tokenizer, and the precision it works in."""
+    """Which encoder makes embeddings: a hash of its weights and tokenizer, and the precision it works in.
+
+    tokenizer: the name of one that does not belong to the encoder's files, or "".
+    """
 
     fingerprint: str
     precision: str
+    tokenizer: str = field(default="", compare=False)
 
 
 def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> EncoderIdentity:
@@ -27,13 +32,15 @@ def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> 
     """
     path = find_encoder(path)
     refuse_gguf(path)
-    saved, beside = None, []
+    saved, read = None, []
     if path.is_dir():
         saved = read_config(path)[1]
-        beside.append((path / "config.json").read_bytes())
+        read.append((path / "config.json").read_bytes())
     file = find_tokenizer(path, tokenizer)
     for part in (file, file.parent / "tokenizer_config.json"):
-        beside.append(part.read_bytes() if part.is_file() else b"")
+        read.append(part.read_bytes() if part.is_file() else b"")
     return EncoderIdentity(
-        fingerprint(read_state_dict(path), *beside), precision or saved or DEFAULT_T5_PRECISION
+        fingerprint(read_encoder_weights(path), *read),
+        precision or saved or DEFAULT_T5_PRECISION,
+        "" if file.parent in beside(path) else name_of(file),
     )

@@ -1,6 +1,7 @@
 """What a T5 encoder is loaded from: its files, found and read by their headers, and what it will take."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,16 +46,23 @@ def stream_model(config, weights: dict, precision: str, device: torch.device, pa
     return StreamedT5(config, weights, precision, compute_dtype(precision, device), path)
 
 
+class Description(NamedTuple):
+    """An encoder that is not loaded: its tokenizer, its bytes on the device, and C of its embeddings."""
+
+    tokenizer: Any
+    nbytes: int
+    width: int
+
+
 def describe_encoder(
     path, tokenizer=None, precision: str | None = None, device="cpu", stream: bool = False
-) -> tuple:
-    """(tokenizer, bytes on the device) of the encoder that TextEncoder.load would give, whose weights are not
-    loaded."""
+) -> Description:
+    """Of the encoder that TextEncoder.load would give, whose weights are not loaded."""
     device = pick_device(device)
     path, config, weights, precision = read_encoder(path, precision)
     loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
     if stream:
-        model = stream_model(config, weights, precision, device, path)
-        return loaded_tokenizer, model.window_nbytes(device)
-    dtype = compute_dtype(precision, device)
-    return loaded_tokenizer, expected_nbytes(weights, precision, dtype)
+        nbytes = stream_model(config, weights, precision, device, path).window_nbytes(device)
+    else:
+        nbytes = expected_nbytes(weights, precision, compute_dtype(precision, device))
+    return Description(loaded_tokenizer, nbytes, config.d_model)

@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..memory.measure import peak_bytes
 from ..memory.ways import Needs
-from ..prompt_embeds import MAX_TOKENS
-from ..settings import T5_PRECISIONS
+from ..settings import MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from .loading import read_encoder
 from .streaming import StreamedT5
 from .weights import expected_nbytes
@@ -58,7 +57,11 @@ class EncoderShapes:
         return cls(config, weights, precision if quantized else None)
 
     def needs(
-        self, precision: str, place: str, half: torch.dtype = torch.bfloat16, tokens: int = MAX_TOKENS
+        self,
+        precision: str,
+        place: str,
+        half: torch.dtype = torch.bfloat16,
+        tokens: int = MAX_SEQUENCE_LENGTH,
     ) -> Needs:
         """Bytes of a prompt of so many tokens in a place of T5_DEVICES; a quantised encoder computes in
         `half`."""

@@ -13,9 +13,9 @@ from ..errors import CheckpointError, SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
-from ..settings import DEFAULT_T5_PRECISION, T5_PRECISIONS, Ways
+from ..settings import DEFAULT_T5_PRECISION, MAX_SEQUENCE_LENGTH, T5_PRECISIONS, Settings, Ways
 from .cache import EmbeddingCache, cache_key
-from .cleaning import prepare_prompt
+from .cleaning import prepare_prompt, refuse_embeddings
 from .encoder import TextEncoder
 from .identity import EncoderIdentity, identify
 from .needs import EncoderShapes
@@ -47,6 +47,15 @@ def _way(precision: str, place: str, needs: Callable[[str, str], Needs]) -> Way:
     return Way(f"T5 in {precision}{PLACES[place]}", chosen, partial(needs, precision, place))
 
 
+def _asked(text: str, settings: Settings) -> dict[str, str | int]:
+    """What decides a text's embeddings, for `cache_key`. The usual length is left out, as it was when there
+    was no other."""
+    asked: dict[str, str | int] = {"text": prepare_prompt(text, settings.clean_caption)}
+    if settings.max_sequence_length != MAX_SEQUENCE_LENGTH:
+        asked["max_sequence_length"] = settings.max_sequence_length
+    return asked
+
+
 @dataclass
 class TextStage:
     """T5 by its files, the device and the run's stages."""
@@ -60,20 +69,22 @@ class TextStage:
     def encode(
         self,
         texts: tuple[str, ...],
+        settings: Settings,
         ways: Ways,
-        clean_caption: bool = False,
         cache: EmbeddingCache | None = None,
     ) -> tuple[list[Encoded], EncoderIdentity, Ways]:
         """What T5 makes of each text, which T5, and the ways as it ran; it is loaded only for what `cache`
-        lacks.
+        lacks. How texts are cleaned and cut is in `settings`.
 
         Where memory runs out T5 is streamed, and if that is not possible or not enough, it runs on the CPU.
         """
+        for text in texts:
+            refuse_embeddings(text)
         encoder = self._held or self.identify(ways.t5_precision)
         keys: list[str | None] = [None] * len(texts)
         if cache is not None and encoder is not None:
-            prepared = [prepare_prompt(text, clean_caption) for text in texts]
-            keys = [cache_key(encoder, self._device_of(ways.t5_device), text=text) for text in prepared]
+            device = self._device_of(ways.t5_device)
+            keys = [cache_key(encoder, device, **_asked(text, settings)) for text in texts]
         found = [cache.get(key) if cache is not None and key else None for key in keys]
         known = [one for one in found if one is not None]
         if encoder is not None and len(known) == len(texts):
@@ -81,7 +92,7 @@ class TextStage:
 
         def encode_missing(text_encoder: TextEncoder) -> tuple[list[Encoded], str]:
             encoded = [
-                one or text_encoder.encode(text, clean_caption=clean_caption)
+                one or text_encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
                 for text, one in zip(texts, found, strict=True)
             ]
             return encoded, text_encoder.precision

@@ -5,9 +5,10 @@ weights, but leaves behind what bitsandbytes keeps beside a weight; one mechanis
 """
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -15,7 +16,7 @@ from ..errors import SigmaError
 from ..memory.block_buffers import BlockBuffers, PinnedMemory, double_buffered, unpack
 from ..settings import T5_PRECISIONS
 from .blocks import StoredBlocks, as_stored, bind, make_block, unbind, use_int8
-from .weights import Float8Weight
+from .scaled import Float8Weight
 
 BIAS_KEY = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 SPARE_RAM = 4_000_000_000  # bytes that pinning leaves to the other stages
@@ -96,15 +97,21 @@ class StreamedT5:
         input_ids: torch.Tensor,
         layer: int = -1,
         progress: Callable[[int, int], None] | None = None,
+        rows: Mapping[int, torch.Tensor] = MappingProxyType({}),
     ) -> torch.Tensor:
         """Hidden states (B, n, C) of token ids (B, n) after the layer that counts from the end, normed.
+
+        rows: by a token's index, what takes the place of its row in the embedding table, (C).
 
         progress: called as progress(blocks done, blocks to do) before every block and after the last; what it
         raises stops the call. Raises CheckpointError when the file is gone or was changed.
         """
         count = self.config.num_layers + 1 + layer
         self._stored.check_files()
-        hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype).to(self.device)
+        hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype)
+        for index, row in rows.items():
+            hidden_states[:, index] = row.to(hidden_states)
+        hidden_states = hidden_states.to(self.device)
         position_bias = self._position_bias(input_ids.shape[1])
         with closing(self._visit_blocks(count)) as blocks:
             for done, block in enumerate(blocks):

@@ -1,34 +1,78 @@
 """T5's tokenizer: where it lies, and how it is read."""
 
+import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SigmaError
+from ..files.download import BASE
+from ..files.weight_files import read_header
+from .tokenizer_places import TOKENIZER_FILES, beside, elsewhere, in_folders
+from .weights import EMBEDDING_TABLES, refuse_gguf
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+# T5's vocabulary is filled up to a multiple of 128, and a tokenizer may lack the 100 sentinels.
+MOST_SPARE_ROWS = 127 + 100
 
 
-def find_tokenizer(path: Path, tokenizer=None) -> Path:
-    """Return the tokenizer file to use for the encoder at `path`. Raises SigmaError saying what to pass."""
+def find_tokenizer(path: Path, tokenizer=None, others: list[Path] | None = None) -> Path:
+    """Return the tokenizer file to use for the encoder at `path`.
+
+    tokenizer: a file, or a folder with one, that goes before all others. Without it, the encoder's own;
+    where it has none, the first that fits its vocabulary in the folders of `others`, by default all places
+    of `tokenizer_places`. Raises SigmaError saying what to pass.
+    """
     if tokenizer is not None:
-        tokenizer = Path(tokenizer)
-        if tokenizer.is_file():
-            return tokenizer
-        if not tokenizer.exists():
-            raise SigmaError(f"The tokenizer {tokenizer} does not exist.")
-        folders = [tokenizer, tokenizer / "tokenizer"]
-    else:
-        folder = path if path.is_dir() else path.parent
-        folders = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
-    for folder in folders:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise SigmaError(
-        f"No tokenizer in {', '.join(map(str, folders))}. Pass `tokenizer`: a spiece.model or "
-        "tokenizer.json, or the `tokenizer` folder of PixArt-Sigma-XL-2-1024-MS."
+        return _given(Path(tokenizer))
+    own = next(in_folders(beside(path)), None)
+    if own is not None and path.is_dir():
+        return own
+    refuse_gguf(path)
+    header = read_header(path, part="text_encoder")
+    tables = [header[name][0] for name in EMBEDDING_TABLES if name in header]
+    vocab_size = tables[0][0] if tables and tables[0] else 0
+    # What lies beside a file may belong to another one in the same folder.
+    for file in _candidates(own, in_folders(others) if others is not None else elsewhere(path)):
+        if _fits(file, vocab_size, file.stat().st_mtime_ns):
+            return file
+    places = (
+        ", ".join(map(str, others))
+        if others is not None
+        else ("a pipeline folder under ComfyUI's models, in the Hugging Face cache, or in a ComfyUI")
     )
+    raise SigmaError(
+        f"No tokenizer for the {vocab_size} tokens of {path}: there is none beside it, and none that fits in "
+        f"{places}. Give T5's spiece.model or tokenizer.json with --tokenizer (in Python `tokenizer`), or "
+        f'get it once with: hf download {BASE} --include "tokenizer/*"'
+    )
+
+
+def _given(tokenizer: Path) -> Path:
+    if tokenizer.is_file():
+        return tokenizer
+    if not tokenizer.exists():
+        raise SigmaError(f"The tokenizer {tokenizer} does not exist.")
+    found = next(in_folders([tokenizer, tokenizer / "tokenizer"]), None)
+    if found is None:
+        raise SigmaError(f"{tokenizer} holds no tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is there.")
+    return found
+
+
+def _candidates(own: Path | None, others: Iterator[Path]) -> Iterator[Path]:
+    if own is not None:
+        yield own
+    yield from others
+
+
+@functools.lru_cache(maxsize=64)
+def _fits(file: Path, vocab_size: int, changed: int) -> bool:
+    """Whether it is T5's and has the encoder's vocabulary. `changed` makes a replaced file another one."""
+    try:
+        load_tokenizer(file, vocab_size)
+    except SigmaError:
+        return False
+    return True
 
 
 def load_tokenizer(file: Path, vocab_size: int):
@@ -36,7 +80,7 @@ def load_tokenizer(file: Path, vocab_size: int):
 
     Sentinel tokens (`extra_ids`) are the saved ones; a SentencePiece model without tokenizer_config.json gets
     the 100 of T5 where the encoder's vocabulary has room for them. Raises SigmaError when it is no T5
-    tokenizer, or has more tokens than the encoder.
+    tokenizer, or its tokens are not those of the encoder's vocabulary by their number.
     """
     from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
@@ -60,7 +104,7 @@ def load_tokenizer(file: Path, vocab_size: int):
         raise SigmaError(
             f"{file} is not a T5 tokenizer: it encodes an empty prompt as {empty}, not as one end token."
         )
-    if len(tokenizer) > vocab_size:
+    if not vocab_size - MOST_SPARE_ROWS <= len(tokenizer) <= vocab_size:
         raise SigmaError(
             f"The tokenizer {file} has {len(tokenizer)} tokens, but the encoder knows {vocab_size}. "
             "Pass the tokenizer that belongs to the encoder."

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from .. import DEMO, DEMO_KV
-from ..errors import CheckpointError
-from ..files.locating import find_weight_files, read_json
+from ..errors import CheckpointError, SettingError
+from ..files.locating import find_weight_files, read_json, resolve
+from ..files.parts import MARKERS
 from ..files.quantization import quantization_of
 from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
@@ -26,6 +28,7 @@ from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_mode
 from .variant import find_variant
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
 DEMOS = (DEMO / "transformer", DEMO_KV)
 STORAGE_DTYPES = (
     torch.float32,
@@ -41,7 +44,8 @@ class Checkpoint:
     """What `inspect` found.
 
     dtype: the one that most of the weights are stored in. variant_source: what said it, "default" for a
-    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s.
+    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s. noise_schedule: the published one
+    where nothing beside or in the weights says otherwise.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class Checkpoint:
     config: TransformerConfig
     files: tuple[Path, ...]
     latent_format: str = "sdxl"
+    noise_schedule: NoiseSchedule = PUBLISHED
 
     @property
     def variant_notice(self) -> str:
@@ -68,7 +73,11 @@ class Checkpoint:
     @property
     def facts(self) -> dict:
         """What of it can not be seen from the weights, for `facts_tensor`: `inspect` reads it from there."""
-        return {"config": self.config.to_diffusers(), "latent_format": self.latent_format}
+        return {
+            "config": self.config.to_diffusers(),
+            "latent_format": self.latent_format,
+            "noise_schedule": self.noise_schedule.as_dict(),
+        }
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -95,6 +104,7 @@ class Checkpoint:
                 f"{config.num_attention_heads} heads, prompt width {config.caption_channels}"
                 + (", qk-norm" if config.qk_norm else ""),
                 f"KV compression  {compressed}",
+                f"noise schedule  {self.noise_schedule.describe()}",
                 f"weights         {self.key_style} keys, {stored}, {names}",
                 f"components      {', '.join(self.components)}",
             ]
@@ -108,7 +118,7 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     `pos_embed`'s shape, of the metadata, of the file's name, else 1024. Raises CheckpointError, naming what
     is wrong, for anything but a whole PixArt-Sigma transformer.
     """
-    path = Path(path)
+    path = resolve(path)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"Unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
     components = find_components(path)
@@ -117,7 +127,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     if components:
         if "transformer" not in components:
             raise CheckpointError(
-                f"{path} has no transformer, only {', '.join(components)}. Choose a transformer beside it."
+                f"{path} has no transformer, only {', '.join(components)}. Choose a "
+                "transformer beside it: --transformer, or another choice in Load Σ Transformer."
             )
         source = components["transformer"]
         refuse_alpha_pipeline(path)
@@ -151,7 +162,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         components,
         config,
         files,
-        "demo" if source in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        "demo" if source.absolute() in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
+        _find_noise_schedule(path, source, files[0], _dict(facts.get("noise_schedule"))),
     )
 
 
@@ -161,10 +173,10 @@ def _dict(value) -> dict:
 
 def find_components(path: str | Path) -> dict[str, Path]:
     """The component folders of a pipeline folder, by name; empty when `path` is not one."""
-    path = Path(path)
+    path = resolve(path)
     # os.path answers False where there is no permission; opening the weights then says so.
     found = {name: path / name for name in COMPONENTS if os.path.isdir(path / name)}
-    if not os.path.isfile(path / "model_index.json") and "transformer" not in found:
+    if not os.path.isfile(path / "model_index.json") and not found.keys() & MODELS:
         return {}
     return found
 
@@ -193,6 +205,36 @@ def _read_settings(source: Path, file: Path) -> dict:
         if os.path.isfile(config):
             return read_json(config)
     return {}
+
+
+def read_noise_schedule(folder: Path) -> NoiseSchedule | None:
+    """What a pipeline folder's scheduler_config.json says; None where there is none. Raises CheckpointError
+    for what cannot be obeyed."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return NoiseSchedule.from_config(read_json(config), str(config)) if os.path.isfile(config) else None
+
+
+def _find_noise_schedule(path: Path, source: Path, file: Path, saved: dict) -> NoiseSchedule:
+    """That of the pipeline folder that the transformer lies in, else what was `saved` with the weights, else
+    what ComfyUI's markers there say."""
+    folder = source if os.path.isdir(source) else file.parent
+    own = os.path.isdir(source) or file.name.startswith("diffusion_pytorch_model")
+    pipeline = folder.absolute().parent if own and folder.name == "transformer" else path
+    if found := read_noise_schedule(pipeline):
+        return found
+    if saved:
+        try:
+            return NoiseSchedule.from_dict(saved, source="the file")
+        except SettingError as error:
+            raise CheckpointError(f"{source} says of its noise schedule: {error}") from error
+    # Into no other format, whose header may cost as much as the weights.
+    keys = read_header(source) if file.suffix == ".safetensors" else {}
+    markers = [key for key in MARKERS if key in keys]
+    if "v_pred" not in markers:
+        return PUBLISHED
+    return NoiseSchedule(
+        prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in markers, source=", ".join(markers)
+    )
 
 
 def _find_spelling(keys, source: Path) -> str:

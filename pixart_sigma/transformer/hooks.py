@@ -57,6 +57,6 @@ class BlockCall:
     index: int
     grid: tuple[int, int]
     modulation: torch.Tensor
-    prompt_bias: torch.Tensor | None = None
-    kv_compression: KVCompression | None = None
-    hooks: Hooks = NO_HOOKS
+    prompt_bias: torch.Tensor | None
+    kv_compression: KVCompression | None
+    hooks: Hooks  # of its own default torch.compile can make no graph

@@ -13,8 +13,7 @@ import torch
 from ..errors import SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
-from ..prompt_embeds import MAX_TOKENS
-from ..settings import TRANSFORMER_DEVICES, Ways
+from ..settings import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES, Ways
 from .checkpoint import Checkpoint, load_transformer_state_dict
 from .config import TransformerConfig
 from .cost import activation_bytes
@@ -51,7 +50,7 @@ class Pass:
     width: int
     count: int = 1
     guided: bool = True
-    tokens: int = MAX_TOKENS
+    tokens: int = MAX_SEQUENCE_LENGTH
 
 
 def predict_needs(

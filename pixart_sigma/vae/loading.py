@@ -1,5 +1,6 @@
 """The SDXL VAE from a diffusers folder or a single file."""
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..files.weight_files import read_header, read_state_dict
 
 SDXL_SCALING_FACTOR = 0.13025
 SD15_SCALING_FACTOR = 0.18215
+# In a config.json, by the only value beside null that is taken.
+NOT_DONE = {"shift_factor": 0, "latents_mean": None, "latents_std": None, "act_fn": "silu"}
 ANOTHER = "it is damaged, or the VAE of another model."
 # The published VAE, in diffusers' words.
 SDXL_VAE = {
@@ -81,7 +84,7 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"{path} is a quantised VAE ({quantization}), which is not read here. Use one in float32, "
             "float16 or bfloat16; it is small."
         )
-    config = settings or _config_from(state_dict, path)
+    config = _obeyed(settings, path) if settings else _config_from(state_dict, path)
     if config.get("scaling_factor") == SD15_SCALING_FACTOR or _is_beside_sd15(path):
         raise CheckpointError(
             f"{path} has the VAE of Stable Diffusion 1.x or 2.x (scaling factor {SD15_SCALING_FACTOR}); "
@@ -103,6 +106,25 @@ def _read_settings(path: Path) -> dict:
         return {}
     config = folder / "config.json"
     return read_json(config) if os.path.isfile(config) else {}
+
+
+def _obeyed(settings: dict, path: Path) -> dict:
+    """A config.json with all that it leaves out, as diffusers has it but for the scaling factor: without one
+    it is SDXL's, as for a file without config.json. Raises CheckpointError for what is not done here."""
+    for name, only in NOT_DONE.items():
+        if settings.get(name, only) not in (None, only):
+            raise CheckpointError(
+                f"The config.json of {path} says {name} {settings[name]!r}, which PixArt-Sigma is run "
+                "without: it is the VAE of another model."
+            )
+    scale = settings.get("scaling_factor", SDXL_SCALING_FACTOR)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1000:
+        raise CheckpointError(
+            f"The config.json of {path} says scaling_factor {scale!r}; SDXL's VAE has 0.13025."
+        )
+    parameters = inspect.signature(AutoencoderKL).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return defaults | settings | {"scaling_factor": scale}
 
 
 def _is_beside_sd15(path: Path) -> bool:

@@ -13,7 +13,7 @@ from ..errors import SettingError, SigmaError
 from ..memory.measure import free_bytes
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
-from ..settings import DECODES, Ways
+from ..settings import DECODES, Ways, is_finite
 from . import coding
 from .layers import Decoder, read_decoder
 from .loading import load_vae
@@ -132,6 +132,8 @@ def decode_and_tell(
     """The pictures as `decode` makes them, and how they were made in the end, as fields of `Ways`."""
     if how not in DECODES:
         raise SettingError("decode", repr(how), f"choose one of {', '.join(DECODES)}")
+    if budget is not None and not (is_finite(budget) and budget > 0):
+        raise SettingError("budget", repr(budget), "give more than 0 bytes, such as 2 GB (2e9)")
     coding.check_latents(vae, latents)
     dtype = vae.dtype
     with torch.no_grad(), coding.ready_to_decode(vae, how == "tiles"):

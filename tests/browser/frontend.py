@@ -53,6 +53,23 @@ class Frontend:
         # The frontend looks for missing models once the graph stands.
         self.page.wait_for_load_state("networkidle")
 
+    def to_prompt(self, workflow: dict) -> dict:
+        """What Run sends of a workflow that somebody saved, by the nodes' numbers."""
+        return self.page.evaluate(
+            "async workflow => (await app.loadGraphData(workflow), (await app.graphToPrompt()).output)",
+            workflow,
+        )
+
+    def find(self, words: str) -> list[str]:
+        """The names of the nodes that the search offers, the best one first."""
+        asked = self.page.locator("input[role=combobox]")
+        if not asked.is_visible():
+            self.page.evaluate("() => app.graph.clear()")
+            self.page.mouse.dblclick(800, 450)
+        asked.fill(words)
+        self.page.wait_for_timeout(1000)
+        return [item.inner_text().splitlines()[0] for item in self.page.get_by_test_id("result-item").all()]
+
     def nodes(self) -> list[dict]:
         """Each node's type, and whether the frontend knows it."""
         return self.page.evaluate(

@@ -2,7 +2,7 @@
 
 import pytest
 from hosts import find_host, start_server
-from prompts import WORKFLOWS, contract, promised_contract, run_with_the_demo
+from prompts import SAVED_WORKFLOW, WORKFLOWS, contract, promised_contract, run_with_the_demo
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,6 @@ def test_the_nodes_are_as_promised(object_info):
     assert contract(object_info) == promised_contract()
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+@pytest.mark.parametrize("workflow", [*WORKFLOWS, SAVED_WORKFLOW], ids=lambda workflow: workflow.stem)
 def test_a_workflow_runs(oldest, object_info, workflow):
     run_with_the_demo(oldest, workflow, object_info)

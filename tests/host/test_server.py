@@ -4,7 +4,18 @@ import json
 import sys
 
 import pytest
-from prompts import WORKFLOWS, contract, node, number, promised_contract, quick, run_with_the_demo, to_prompt
+from prompts import (
+    SAVED_WORKFLOW,
+    WORKFLOWS,
+    at_defaults,
+    contract,
+    node,
+    number,
+    promised_contract,
+    quick,
+    run_with_the_demo,
+    to_prompt,
+)
 from server import PACK, Rejected
 
 sys.path.insert(0, str(PACK / "tools" / "demo"))
@@ -36,6 +47,7 @@ def test_every_node_explains_itself(ours, server):
     translations = server.get("/i18n")
     for name, info in ours.items():
         assert info["description"] and info["search_aliases"] and info["category"] == "PixArt Sigma", name
+        assert "Σ" in info["display_name"], name
         assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
         inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
         for key, (_, options) in inputs.items():
@@ -44,7 +56,7 @@ def test_every_node_explains_itself(ours, server):
         for language in ("en", "zh"):
             texts = translations[language]["nodeDefs"][name]
             assert texts["display_name"] and texts["description"], (name, language)
-            assert set(texts["inputs"]) == set(inputs), (name, language)
+            assert set(texts["inputs"]) == set(inputs) and "Σ" in texts["display_name"], (name, language)
 
 
 def test_every_node_is_in_a_workflow(ours):
@@ -78,6 +90,54 @@ def test_the_demo_draws_what_it_is_asked_for(server, demo_prompt):
     assert [(one.color, one.shape, one.position) for one in seen] == [("red", "circle", "center")]
 
 
+def test_nodes_from_the_menu_draw_once_they_are_wired(server, object_info):
+    """No widget is touched: the demo, its own size, and a prompt that it knows."""
+    pack = "PixArtSigma"
+    prompt = {
+        name: at_defaults(object_info, kind, **links)
+        for name, kind, links in (
+            ("model", f"{pack}LoadTransformer", {}),
+            ("clip", f"{pack}LoadTextEncoder", {}),
+            ("vae", f"{pack}LoadVAE", {}),
+            ("words", f"{pack}TextEncode", {"clip": ["clip", 0]}),
+            ("size", f"{pack}AspectRatioBucket", {"model": ["model", 0]}),
+            (
+                "sampler",
+                f"{pack}Sampler",
+                {
+                    "model": ["model", 0],
+                    "positive": ["words", 0],
+                    "negative": ["words", 1],
+                    "latent_image": ["size", 0],
+                },
+            ),
+            ("decode", f"{pack}VAEDecode", {"samples": ["sampler", 0], "vae": ["vae", 0]}),
+            ("save", "SaveImage", {"images": ["decode", 0]}),
+        )
+    }
+    run = server.run(prompt)
+    assert run.status == "success", run.error
+    (picture,) = server.pictures(run, "save")
+    assert picture.shape == (256, 256, 3)
+    ground, seen = look(picture)
+    assert ground == "blue" and [(one.color, one.shape) for one in seen] == [("yellow", "star")]
+
+
+def test_a_workflow_from_before_the_list_keeps_its_text(server, object_info):
+    prompt = quick(to_prompt(SAVED_WORKFLOW, object_info))
+    sampler = node(prompt, "PixArtSigmaSampler")
+    pictures = {}
+    for setting in ("mean:2:all", "all", "off"):
+        if pictures:
+            sampler["kv_compression"] = setting
+        assert sampler["kv_compression"] == setting
+        run = server.run(prompt)
+        assert run.status == "success", run.error
+        (pictures[setting],) = server.pictures(run, number(prompt, "SaveImage"))
+    assert (pictures["mean:2:all"] == pictures["all"]).all()
+    assert (pictures["mean:2:all"] != pictures["off"]).any()
+
+
 def test_a_second_run_is_cached_and_a_new_seed_does_not_load_t5(server, demo_prompt):
     prompt = quick(demo_prompt)
     assert server.run(prompt).status == "success"
@@ -107,6 +167,7 @@ def test_a_model_that_is_not_offered_is_refused(server, demo_prompt, choice):
 def test_a_wrong_setting_is_explained_on_its_node(server, demo_prompt):
     for kind, name, value, message in (
         ("PixArtSigmaSampler", "kv_compression", "mean:9:all", "ratio must be 2, 3 or 4"),
+        ("PixArtSigmaSampler", "kv_compression", "custom", "custom_kv_compression is empty"),
         ("PixArtSigmaAspectRatioBucket", "width", 512, "Give both"),
         ("PixArtSigmaVAEDecode", "asked_width", 0, "Give both"),
     ):

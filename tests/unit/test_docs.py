@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
+TESTS = Path(__file__).parents[1]
+DOCS = TESTS.parent / "docs"
 
 
 def test_the_examples_of_the_python_page_run(tmp_path, monkeypatch, capsys):
@@ -18,3 +19,13 @@ def test_the_examples_of_the_python_page_run(tmp_path, monkeypatch, capsys):
     assert names["pictures"].shape == (1, 3, 256, 256)
     told = capsys.readouterr().out
     assert "T5 in bf16, streamed" in told and "4 of 4" in told and "no-such-file.safetensors" in told
+
+
+def test_each_row_of_the_page_about_files_names_a_test_that_there_is():
+    page = (DOCS / "files.md").read_text(encoding="utf-8")
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in TESTS.rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+    named = set(re.findall(r"`(?:[\w/]+\.py)?(?:::)?(test_\w+)`", page))
+    assert len(named) > 50 and named <= defined, sorted(named - defined)
+    for file in set(re.findall(r"`((?:unit|host)/[\w/]+\.py)", page)):
+        assert (TESTS / file).is_file(), file

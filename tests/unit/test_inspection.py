@@ -72,6 +72,14 @@ def test_a_checkpoint_of_several_models(tmp_path, pipeline_folder):
     assert "Load Σ Transformer" in text and "Load Σ VAE" in text
 
 
+def test_a_checkpoint_of_another_model(tmp_path, pipeline_folder):
+    weights = prefixed("first_stage_model.", weights_of(pipeline_folder / "vae"))
+    weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(2)
+    save_file(weights, tmp_path / "sd15.safetensors")
+    with pytest.raises(CheckpointError, match=r"several models \(.*Stable Diffusion.*has the VAE of Stable"):
+        describe(tmp_path / "sd15.safetensors")
+
+
 @pytest.mark.parametrize("writer", LORAS)
 def test_a_lora(tmp_path, writer):
     text = describe(write(tmp_path / "lora.safetensors", LORAS[writer]))
@@ -98,6 +106,12 @@ def test_gguf_says_its_architecture(tmp_path):
     (tmp_path / "t5.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(CheckpointError, match="is a GGUF file, which"):
         describe(tmp_path / "t5.gguf")
+
+
+@pytest.mark.parametrize("names", [["t5xxl"], ["emb_params"], ["bundle_emb.style.t5"]])
+def test_a_textual_inversion(tmp_path, names):
+    text = describe(write(tmp_path / "style.safetensors", names))
+    assert "textual inversion" in text and "embedding:style" in text
 
 
 def test_prompt_embeddings():

@@ -19,7 +19,7 @@ NODE_SOURCES = sorted(NODES.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCES}
 
 SETTINGS_OBJECTS = ("settings", "ways")
-BASE = {"aspect_ratio", "devices", "errors", "prompt_embeds", "settings", "table"}
+BASE = {"aspect_ratio", "devices", "errors", "noise_schedule", "prompt_embeds", "settings", "table"}
 STAGES = {"sampling", "text", "transformer", "vae"}
 # What a folder, or a module beside the folders, may import; the package itself is known to all.
 ALLOWED = {

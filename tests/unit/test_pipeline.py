@@ -5,12 +5,20 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
+from pixart_sigma.aspect_ratio import crop_back
 from pixart_sigma.errors import SigmaError
+from pixart_sigma.files.pictures import as_picture
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.planner import plan
 from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text.embeddings import encode as embed
 from pixart_sigma.transformer.stage import TransformerStage
+from pixart_sigma.vae.coding import encode
+from pixart_sigma.vae.loading import load_vae
+from pixart_sigma.vae.stage import decode
 
 STEPS = 3
 
@@ -31,10 +39,15 @@ def pipeline(folder, **settings) -> SigmaPipeline:
 
 
 @pytest.mark.parametrize(
-    "size, guidance_scale, negative",
-    [((256, 256), 4.5, ""), ((300, 170), 4.5, "blurry, cropped"), ((256, 256), 1.0, "")],
+    "size, guidance_scale, negative, length",
+    [
+        ((256, 256), 4.5, "", 300),
+        ((300, 170), 4.5, "blurry, cropped", 300),
+        ((256, 256), 1.0, "", 300),
+        ((256, 256), 4.5, "blurry, cropped", 5),  # both prompts are longer
+    ],
 )
-def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, negative):
+def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, negative, length):
     from diffusers import PixArtSigmaPipeline
 
     width, height = size
@@ -49,6 +62,7 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(7),
         clean_caption=False,
+        max_sequence_length=length,
         output_type="pil",
     ).images[0]
     result = pipeline(folder).generate(
@@ -60,9 +74,10 @@ def test_pictures_equal_the_reference_pipeline(folder, size, guidance_scale, neg
             steps=STEPS,
             guidance_scale=guidance_scale,
             seed=7,
+            max_sequence_length=length,
         )
     )
-    assert result.images[0].size == size
+    assert result.images[0].size == size and bool(result.truncated) == (length == 5)
     ours, theirs = (
         torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (result.images[0], expected)
     )
@@ -152,6 +167,101 @@ def test_img2img_with_little_strength_stays_near_the_picture(folder):
     much = made.generate(Settings("a boat", strength=1.0, steps=2, width=256, height=192), image=image)
     assert little.images[0].size == (256, 192)
     assert not torch.allclose(little.latents, much.latents, atol=0.1)
+
+
+def test_a_pillow_image_is_the_tensor_of_its_pixels(folder):
+    made = pipeline(folder, release="keep")
+    tensor = (torch.rand(3, 96, 128) * 255).byte().float() / 255
+    picture = Image.fromarray((tensor * 255).round().byte().permute(1, 2, 0).numpy())
+    settings = Settings("a boat", strength=0.5, steps=2, width=256, height=192)
+    mask = Image.new("L", (64, 48), 255)  # white everywhere is as none
+    results = [
+        made.generate(settings, image=tensor),
+        made.generate(settings, image=picture),
+        made.generate(settings, image=picture, mask=mask),
+    ]
+    assert all(torch.equal(result.latents, results[0].latents) for result in results)
+    assert len({result.metadata.image_sha256 for result in results}) == 1
+    assert [bool(result.metadata.mask_sha256) for result in results] == [False, False, True]
+
+
+def test_a_mask_keeps_the_picture_as_the_vae_renders_it_and_paints_the_rest():
+    demo = SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"))
+    picture = Image.new("RGB", (128, 128), "blue")
+    picture.paste("yellow", (80, 40, 112, 72))
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (0, 0, 128, 256))  # the left half
+    settings = Settings("a red circle on a green background", steps=6, count=2)
+    result = demo.generate(settings, image=picture, mask=mask)
+    scaled = crop_back(as_picture(picture)[None], 256, 256)
+    vae = demo.vae.load()
+    latents = encode(vae, scaled)
+    assert torch.equal(result.latents[..., 16:], latents.expand(2, -1, -1, -1)[..., 16:])
+    assert (result.latents[..., :16] - latents[..., :16]).abs().mean() > 0.3
+    rendered = decode(vae, latents)[0].clamp(0, 1)
+    for image in map(as_picture, result.images):
+        difference = (image - rendered).abs()
+        # The decoder looks at the whole picture, so that what is kept changes a little in tone.
+        assert difference[..., 144:].mean() < 0.05 < 0.2 < difference[..., :112].mean()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"settings": "a boat"}, "settings is a str; give Settings"),
+        ({"ways": {"decode": "strips"}}, "ways is a dict; give Ways"),
+        ({"embeddings": "prompt.safetensors"}, "embeddings is a str; give PromptEmbeddings"),
+        ({"image": "photo.png"}, "image is a str; give a Pillow image"),
+        ({"image": torch.zeros(1, 3, 64, 64)}, r"give image\[0\]"),
+        ({"image": torch.zeros(64, 64, 3)}, r"image.permute\(2, 0, 1\)"),
+        ({"image": torch.full((3, 64, 64), 255.0)}, "give image / 255"),
+        ({"mask": torch.ones(1, 64, 64)}, "give the picture too"),
+        ({"image": torch.zeros(3, 64, 64), "mask": torch.zeros(1, 64, 64)}, "black everywhere"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_loaded(folder, arguments, message, monkeypatch):
+    monkeypatch.setattr(Stages, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(SigmaError, match=message):
+        pipeline(folder).generate(**{"settings": Settings("")} | arguments)
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        ([0.5], "this is a list"),
+        (torch.zeros(2, 8, 8), r"these are \(2, 8, 8\)"),
+        (torch.zeros(1, 5, 8, 8), r"these are \(1, 5, 8, 8\)"),
+        (torch.zeros(1, 4, 8, 0), r"these are \(1, 4, 8, 0\)"),
+        (torch.zeros(1, 4, 8, 8, dtype=torch.int64), "these are torch.int64"),
+        (torch.full((1, 4, 8, 8), float("nan")), "these hold NaN or infinity"),
+    ],
+)
+def test_tensors_that_the_vae_cannot_take_are_named(folder, tensor, message):
+    vae = load_vae(folder / "vae")
+    with pytest.raises(SigmaError, match=f"The VAE decodes latents .*{message}"):
+        decode(vae, tensor)
+    if isinstance(tensor, torch.Tensor) and tensor.shape[1] == 4:
+        tensor = tensor[:, :3]
+    with pytest.raises(SigmaError, match=f"The VAE encodes pictures .*{message.replace('1, 4', '1, 3')}"):
+        encode(vae, tensor)
+
+
+def test_pictures_of_another_range_and_budgets_that_are_none_are_named(folder):
+    vae = load_vae(folder / "vae")
+    with pytest.raises(SigmaError, match="black at 0 and white at 1; these are from 255 to 255"):
+        encode(vae, torch.full((1, 3, 64, 64), 255.0))
+    with pytest.raises(SigmaError, match="budget is '2GB'"):
+        decode(vae, torch.zeros(1, 4, 8, 8), budget="2GB")
+
+
+def test_what_is_not_settings_nor_ways_is_named(folder):
+    with pytest.raises(SigmaError, match="ways is a str; give Ways"):
+        SigmaPipeline.from_path(folder, "cpu")
+    for arguments, words in ((("x", Ways()), "settings is a str"), ((Settings(), "x"), "ways is a str")):
+        with pytest.raises(SigmaError, match=words):
+            plan(*arguments)
+    with pytest.raises(SigmaError, match="settings is a str"):
+        embed(None, "a boat")
 
 
 def test_prompts_of_every_kind_make_a_picture(folder):

@@ -38,6 +38,7 @@ NAN = float("nan")
         ({"strength": 0.4, "steps": 2}, "strength is 0.4; of 2 steps it leaves none"),
         ({"kv_compression": 2}, "kv_compression is 2"),
         ({"clean_caption": "yes"}, "clean_caption is 'yes'"),
+        ({"max_sequence_length": 0}, "max_sequence_length is 0; give a whole number of tokens"),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.nested_tensor import NestedTensor
 from comfy.taesd.taesd import TAESD
 from pack.nodes.decode import VAEDecode
 from pack.nodes.host.vae import decode, load_vae
@@ -12,6 +13,8 @@ from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
 from pack.pixart_sigma.vae.layers import read_decoder
 from pack.pixart_sigma.vae.memory import least_budget, whole_decode_bytes
+
+import nodes as host_nodes
 
 LATENTS = torch.randn(2, 4, 24, 17, generator=torch.Generator().manual_seed(0)) * 5
 
@@ -89,3 +92,24 @@ def test_a_preview_decoder_which_is_built_differently():
     assert picture.std() > 0 and (picture - preview.decode(LATENTS)).abs().max() < 1e-5
     with pytest.raises(SigmaError, match="can not be decoded in strips"):
         decode(preview, LATENTS, "strips")
+
+
+def test_what_the_vae_can_not_work_on_is_explained(vae):
+    """By the host's own nodes too."""
+    wrong = torch.zeros(1, 16, 8, 8), torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 4, 64)
+    for latents in (*wrong, NestedTensor([wrong[0], wrong[2]])):
+        for decode_by in (
+            lambda latent: host_nodes.VAEDecode().decode(vae, latent),
+            lambda latent: host_nodes.VAEDecodeTiled().decode(vae, latent, 512),
+            lambda latent: VAEDecode.execute(latent, vae, "auto", 0, 0, "keep"),
+        ):
+            with pytest.raises(SigmaError, match="The latents are .*another kind of model"):
+                decode_by({"samples": latents})
+    for shape in ((1, 64, 64, 1), (1, 3, 64, 64, 3), (64, 64, 3), (1, 64, 4, 3)):
+        for node, settings in ((host_nodes.VAEEncode(), ()), (host_nodes.VAEEncodeTiled(), (512, 64))):
+            with pytest.raises(SigmaError, match="The pictures are"):
+                node.encode(vae, torch.zeros(shape), *settings)
+    (frame,) = host_nodes.VAEDecode().decode(vae, {"samples": LATENTS[:1, :, None]})
+    assert (frame - vae.decode(LATENTS[:1])).abs().max() < 1e-5
+    (encoded,) = host_nodes.VAEEncode().encode(vae, torch.cat([frame, frame[..., :1]], dim=-1))
+    assert encoded["samples"].shape == (1, 4, 24, 17)

@@ -1,9 +1,13 @@
 import json
+import shutil
 from fractions import Fraction
 
+import pytest
 import torch
 from comfy.sd import VAE
+from pack.nodes.host.vae import load_vae as load_host_vae
 from pack.pixart_sigma import DEMO
+from pack.pixart_sigma.errors import CheckpointError
 from pack.pixart_sigma.vae.loading import load_vae
 from pack.pixart_sigma.vae.stage import decode
 from safetensors.torch import load_file
@@ -48,3 +52,18 @@ def test_comfyui_decodes_with_the_demo_vae_as_we_do():
     ours = decode(load_vae(DEMO / "vae"), latents).clamp(0, 1)
     assert theirs.shape == ours.shape == (1, 3, 192, 128)
     assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_a_config_that_the_host_can_not_obey_is_refused(tmp_path):
+    config = json.loads((DEMO / "vae" / "config.json").read_text())
+    shutil.copytree(DEMO / "vae", tmp_path / "vae")
+    for change, words in (
+        ({"scaling_factor": 0.2}, r"scaling_factor 0\.2, and ComfyUI's VAE and MODEL have 0\.13025"),
+        ({"norm_num_groups": 16}, "norm_num_groups 16"),
+    ):
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=words):
+            load_host_vae(tmp_path)
+    del config["scaling_factor"]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    assert isinstance(load_host_vae(tmp_path), VAE)

@@ -1,4 +1,5 @@
-"""Our MODEL equals the host's own PixArt, also with LoRAs of every kind, and partially loaded. On the CPU."""
+"""Our MODEL equals the host's own PixArt, also with LoRAs of every kind, merged, and partially loaded. On the
+CPU."""
 
 import re
 from pathlib import Path
@@ -8,9 +9,12 @@ import comfy.lora
 import comfy.sd
 import pytest
 import torch
+from comfy.model_management import load_models_gpu
+from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
 from pack.nodes.host.transformer import load_model
+from pack.pixart_sigma.errors import SigmaError
 from random_models import conditioning, difference, ksampler, normal, transformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # The host's own PixArt knows one width, and positions of 1024-class sizes: 1440 x 96 pixels are one.
 SIZE = (180, 12)
@@ -77,6 +81,14 @@ def native(file):
     return comfy.sd.load_diffusion_model(str(file))
 
 
+@pytest.fixture(scope="module")
+def other(file, tmp_path_factory):
+    """A file of other weights: each is one of the first with its rows turned round."""
+    path = tmp_path_factory.mktemp("models") / "other_1024.safetensors"
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(file).items()}, path)
+    return path
+
+
 def sample(model, **settings):
     return ksampler(model, *CONDITIONING, SIZE, **settings)
 
@@ -130,3 +142,89 @@ def test_every_patch_of_a_lora_finds_its_weight(ours):
         patches = comfy.lora.load_lora(weights, targets)
         assert set(ours.clone().add_hook_patches(comfy.hooks.WeightHook(), patches)) == set(patches), name
         assert set(ours.clone().add_patches(patches | {"elsewhere.weight": ()})) == set(patches), name
+
+
+def test_a_bypassed_lora_does_what_a_loaded_one_does(ours):
+    """Also after another one."""
+    plain = sample(ours, **QUICK)
+    loaded = bypassed = ours
+    for name in ("diffusion_model.", "lora_unet_ with lokr and bias"):
+        loaded = comfy.sd.load_lora_for_models(loaded, None, LORAS[name], 0.8, 0)[0]
+        bypassed = comfy.sd.load_bypass_lora_for_models(bypassed, None, LORAS[name], 0.8, 0)[0]
+        expected = sample(loaded, **QUICK)
+        assert difference(expected, plain) > 1e-3, name
+        assert difference(sample(bypassed, **QUICK), expected) < 1e-4, name
+    assert difference(sample(ours, **QUICK), plain) == 0
+    for name in ("transformer.", "base_model.model."):
+        with pytest.raises(SigmaError, match="Load it with Load LoRA"):
+            comfy.sd.load_bypass_lora_for_models(ours, None, LORAS[name], 0.8, 0)
+
+
+def test_what_is_not_a_loras_target_is_named_once(ours):
+    """Nodes that save or compare a MODEL's weights see each of them, and nothing else."""
+    weights = ours.model.state_dict()
+    assert {name for name in dict(weights)} == set(ours.model_state_dict()) == {name for name in weights}
+    assert all(tensor.numel() for tensor in weights.values())
+    fused = "diffusion_model.blocks.0.attn.qkv.weight"
+    assert fused in weights.keys() and fused not in weights  # noqa: SIM118
+    assert torch.equal(
+        weights[fused].chunk(3)[1], weights["diffusion_model.transformer_blocks.0.attn1.to_k.weight"]
+    )
+
+
+def weights_of(model):
+    load_models_gpu([model])
+    return {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
+
+
+def assert_same(result, expected):
+    assert result.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(result[name], expected[name], atol=1e-5), name
+
+
+def test_merges_are_those_by_hand_whatever_loader_the_other_model_is_from(file, other, ours):
+    first, second = load_file(file), load_file(other)
+    mixed = {name: 0.3 * first[name] + 0.7 * second[name] for name in first}
+    stronger = {name: first[name] + 0.5 * (second[name] - first[name]) for name in first}
+    for theirs in (load_model(other), comfy.sd.load_diffusion_model(str(other))):
+        assert_same(weights_of(ModelMergeSimple().merge(ours, theirs, 0.3)[0]), mixed)
+        halves = {"blocks.": 0.3, "other": 1.0}
+        blocks = weights_of(ModelMergeBlocks().merge(ours, theirs, **halves)[0])
+        assert_same(blocks, mixed)
+        (change,) = ModelSubtract().merge(theirs, ours, 0.5)
+        assert_same(weights_of(ModelAdd().merge(ours, change)[0]), stronger)
+        assert_same(weights_of(ours), first)
+
+
+def test_the_hosts_own_model_merges_ours_as_its_own(native, other):
+    fused, merged = "blocks.0.attn.qkv.weight", []
+    unmerged = weights_of(native)[fused]
+    for theirs in (load_model(other), comfy.sd.load_diffusion_model(str(other))):
+        patched = comfy.sd.load_lora_for_models(theirs, None, LORAS["lora_unet_"], 0.8, 0)[0]
+        merged.append(weights_of(ModelMergeSimple().merge(native, patched, 0.3)[0]))
+    assert_same(*merged)
+    assert difference(merged[0][fused], unmerged) > 0.1
+
+
+def test_a_merge_with_another_kind_of_model_is_refused(ours, tmp_path):
+    smaller = tmp_path / "smaller_1024.safetensors"
+    save_file(transformer(2, 1, 4096).state_dict(), smaller)
+    with pytest.raises(SigmaError, match="differ in size"):
+        ModelMergeSimple().merge(ours, load_model(smaller), 0.5)
+    deeper = tmp_path / "deeper_1024.safetensors"
+    save_file(transformer(16, 2, 4096).state_dict(), deeper)
+    with pytest.raises(SigmaError, match="no place for"):
+        ModelMergeSimple().merge(ours, comfy.sd.load_diffusion_model(str(deeper)), 0.5)
+
+
+def test_another_models_weights_act_as_a_hook(ours, native, other):
+    """Its names are the authors', and q, k and v one tensor."""
+    weights = comfy.hooks.get_patch_weights_from_model(comfy.sd.load_diffusion_model(str(other)))
+    made = []
+    for model in (native, ours):
+        hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 0.5, 0.0)
+        hooked = comfy.hooks.set_hooks_for_conditioning(CONDITIONING[0], hooks)
+        made.append(ksampler(model, hooked, CONDITIONING[1], SIZE, **QUICK))
+    assert difference(made[0], sample(native, **QUICK)) > 1e-3
+    assert difference(made[1], made[0]) < 1e-4

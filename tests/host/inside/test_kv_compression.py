@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from pack.nodes.host.transformer import load_model
-from pack.nodes.kv_compression import KVCompression
+from pack.nodes.kv_compression import PRESETS, KVCompression
 from pack.nodes.sampling import Sampler
+from pack.nodes.size import AspectRatioBucket
 from pack.pixart_sigma.errors import SigmaError
 from random_models import conditioning, difference, ksampler, normal, transformer
 from safetensors.torch import save_file
@@ -45,10 +46,11 @@ def sample(model, **settings):
     return ksampler(model, *CONDITIONING, SIZE, **settings)
 
 
-def sigma_sampler(model, setting, steps=2, cfg=4.5):
+def sigma_sampler(model, setting, steps=2, cfg=4.5, positive=CONDITIONING[0]):
     made = Sampler.execute(
         model,
-        *CONDITIONING,
+        positive,
+        CONDITIONING[1],
         {"samples": torch.zeros(1, 4, *SIZE)},
         seed=0,
         steps=steps,
@@ -123,6 +125,43 @@ def test_what_can_not_work_is_known_at_the_node(ours, native):
             compress(model, setting)
 
 
+def test_the_presets_are_short_for_what_custom_can_say(ours):
+    def compressed(choice, custom=""):
+        return sample(KVCompression.execute(ours, choice, custom).args[0], **QUICK)
+
+    assert KVCompression.define_schema().inputs[1].as_dict()["options"] == [*PRESETS, "custom"]
+    dense = sample(ours, **QUICK)
+    for choice, custom in (("deep half", "mean:2:deep"), ("all", "mean:2:0-1")):
+        made = compressed(choice)
+        assert difference(made, dense) > 1e-3, choice
+        assert difference(compressed("custom", f" {custom} "), made) == 0
+        assert difference(compressed(custom), made) == 0, "a workflow from before the list"
+    assert difference(compressed("off", "mean:2:all"), dense) == 0, "the text is for custom only"
+    with pytest.raises(SigmaError, match="custom_kv_compression is empty"):
+        compressed("custom", " ")
+
+
+def test_the_buckets_base_is_the_models_own(ours, native, tmp_path):
+    def base(model):
+        return AspectRatioBucket.execute("auto", "1:1", "landscape", 0, 0, 1, model=model).args[1]
+
+    assert base(ours) == 1024
+    with pytest.raises(SigmaError, match="no model is connected"):
+        base(None)
+    with pytest.raises(SigmaError, match="does not say which size"):
+        base(native)
+    # The host knows the size of a file that holds the positions.
+    weights = native.model.diffusion_model.state_dict()
+    with_positions = {}
+    for size in (512, 768):
+        path = tmp_path / f"{size}.safetensors"
+        save_file(weights | {"pos_embed": torch.zeros(1, (size // 16) ** 2, 1152)}, path)
+        with_positions[size] = comfy.sd.load_diffusion_model(str(path))
+    assert base(with_positions[512]) == 512
+    with pytest.raises(SigmaError, match="made for 768 pixels"):
+        base(with_positions[768])
+
+
 def test_a_model_that_is_not_sigma_is_refused(tmp_path):
     alpha = PixArtTransformer2DModel(
         num_attention_heads=16,
@@ -140,3 +179,13 @@ def test_a_model_that_is_not_sigma_is_refused(tmp_path):
     for act in (compress, sigma_sampler):
         with pytest.raises(SigmaError, match="KV compression is for PixArt-Sigma"):
             act(other, "mean:2:all")
+
+
+def test_a_prompt_that_is_not_for_the_hosts_own_model_is_explained(native):
+    wrong = conditioning(5, 64, seed=3)
+    for run in (
+        lambda: sigma_sampler(native, "off", positive=wrong),
+        lambda: ksampler(compress(native, "mean:2:all"), wrong, CONDITIONING[1], SIZE, **QUICK),
+    ):
+        with pytest.raises(SigmaError, match="is 64 wide, and this transformer reads 4096"):
+            run()

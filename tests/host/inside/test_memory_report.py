@@ -8,11 +8,16 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import CurrentNodeContext
-from pack.nodes.host.memory import record, stages
+from pack.nodes.host.memory import Stage, record, stages
+from pack.nodes.host.memory_picture import BAR, LEFT, TOP, draw
 from pack.nodes.host.release import release
+from pack.nodes.host.text_encoder import load_clip
+from pack.nodes.host.vae import load_vae
 from pack.nodes.memory import MemoryReport, ReleaseModel
+from pack.pixart_sigma import DEMO
 
-BUDGET_LINE, OVER_BUDGET, BAR = (0xB3, 0x26, 0x1E), (0xE4, 0x57, 0x2E), (0x9A, 0xA5, 0xB1)
+BUDGET_LINE, OVER_BUDGET, BEFORE = (0xB3, 0x26, 0x1E), (0xE4, 0x57, 0x2E), (0x9A, 0xA5, 0xB1)
+TEXT = (0x22, 0x22, 0x22)
 
 
 def test_the_nodes_have_a_description_that_the_host_can_read():
@@ -103,7 +108,7 @@ def test_other_packs_models_are_told_apart_from_what_a_stage_loads_and_frees(hel
 
     line, over = columns(picture, BUDGET_LINE), columns(picture, OVER_BUDGET)
     assert min(abs(x - (250 + 590 * budget / first.peak)) for x in line) < 2
-    assert max(over) == 840 and columns(picture, BAR)
+    assert max(over) == 840 and columns(picture, BEFORE)
     assert json.loads(MemoryReport.execute().result[2])["budget"] is None
 
 
@@ -111,6 +116,39 @@ def columns(picture, color) -> list[int]:
     """Where a colour is, from the left."""
     pixels = (picture[0] * 255).round().int()
     return (pixels == torch.tensor(color)).all(-1).any(0).nonzero().flatten().tolist()
+
+
+def test_a_row_says_which_model_was_released_and_by_which_node():
+    models = make_patcher("Ours", 40_000), load_clip(DEMO, "fp32", "auto"), load_vae(DEMO)
+    for node, model in enumerate(models):
+        with CurrentNodeContext("run 5", str(node)):
+            ReleaseModel.execute("picture", model, "offload")
+    assert [(stage.name, stage.node) for stage in stages()] == [
+        ("Release MODEL", "0"),
+        ("Release CLIP", "1"),
+        ("Release VAE", "2"),
+    ]
+    _, table, figures = MemoryReport.execute().result
+    assert [line.split()[:3] for line in table.splitlines()[2:5]] == [
+        ["Release", "MODEL", "0"],
+        ["Release", "CLIP", "1"],
+        ["Release", "VAE", "2"],
+    ]
+    assert [stage["node"] for stage in json.loads(figures)["stages"]] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("peak", [6.9, 7.2, 7.7, 7.99])
+def test_the_budgets_line_crosses_no_figure(peak):
+    """Its label stands above the rows."""
+    sizes = {"before": 10**9, "peak": int(peak * 1e9), "after": 10**9, "loaded": 10**9, "freed": 10**9}
+    rows = [Stage(name="Sample", node="3", seconds=1.0, **sizes)]
+    without = columns(draw("", rows, [])[:, TOP : TOP + BAR, LEFT:], TEXT)
+    picture = draw("", rows, [], budget=8 * 10**9)
+    line = columns(picture[:, TOP : TOP + BAR, LEFT:], BUDGET_LINE)
+    figure = columns(picture[:, TOP : TOP + BAR, LEFT:], TEXT)
+    assert len(line) == 2 and len(figure) == len(without)
+    assert max(figure) < min(line) - 3 or min(figure) > max(line) + 3
+    assert columns(picture[:, TOP + BAR + 1 :, LEFT:], BUDGET_LINE) == []
 
 
 @pytest.mark.parametrize("budget", [-1.0, float("nan")])

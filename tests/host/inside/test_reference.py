@@ -1,14 +1,22 @@
 """Our MODEL and sampler equal diffusers' pipeline, and do what the host's own nodes ask. On the CPU."""
 
+import shutil
+
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from comfy.model_management import current_loaded_models
+from comfy.model_management import current_loaded_models, load_models_gpu
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler
 from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
 from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from comfy_extras.nodes_model_merging import save_checkpoint
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
@@ -19,6 +27,8 @@ from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
 from random_models import conditioning, difference, ksampler, normal, transformer
 from safetensors.torch import save_file
+
+import nodes as host_nodes
 
 SIZE = (16, 24)
 CONDITIONING = conditioning(9, 64, seed=1), conditioning(5, 64, seed=2)
@@ -102,6 +112,65 @@ def test_whole_runs_are_those_of_diffusers(files, scheduler):
         expected = run_of_diffusers(theirs, scheduler, size)
         result = sigma_sampler(model, *CONDITIONING, size, steps=20) * 0.13025
         assert difference(result, expected) < 1e-5, name
+
+
+SCHEDULES = {
+    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "v-prediction": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "sample": {"prediction_type": "sample", "timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+}
+
+
+def pipeline_folder(file, folder, scheduler):
+    """A folder of diffusers with a transformer and a scheduler."""
+    (folder / "transformer").mkdir(parents=True)
+    shutil.copy(file, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_noise_schedule_of_a_folder_is_obeyed(files, tmp_path, kind):
+    theirs, path, size = files["tiny_1024"]
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULES[kind])
+    model = load_model(pipeline_folder(path, tmp_path / "models", scheduler))
+    expected = run_of_diffusers(theirs, scheduler, size)
+    result = sigma_sampler(model, *CONDITIONING, size, steps=20) * 0.13025
+    assert difference(result, expected) < 1e-4, kind
+    if kind == "v-prediction":  # which the host's own sampler needs to know as well
+        (node,) = ModelSamplingDiscrete().patch(load_model(path), "v_prediction", True)
+        assert difference(ksampler(model, *CONDITIONING, size), ksampler(node, *CONDITIONING, size)) < 1e-3
+
+    save_checkpoint(model, filename_prefix="saved", output_dir=str(tmp_path))
+    again = load_model(tmp_path / "saved_00001_.safetensors")
+    assert again.model.noise_schedule == model.model.noise_schedule != load_model(path).model.noise_schedule
+    assert (
+        difference(sigma_sampler(again, *CONDITIONING, size), sigma_sampler(model, *CONDITIONING, size)) == 0
+    )
+
+
+def test_a_flow_of_a_folder_is_obeyed(files, tmp_path):
+    _, path, size = files["tiny_1024"]
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    model = load_model(pipeline_folder(path, tmp_path / "models", scheduler))
+    scheduler.set_timesteps(20)
+    assert difference(reference_sigmas(model, 20), scheduler.sigmas) < 1e-5
+    x, sigma, embeds = normal(1, 4, *size, seed=3), torch.tensor([0.75]), CONDITIONING[0][0][0]
+    predicted = model.model.diffusion_model(x, sigma * 1000, embeds)
+    assert difference(model.model.apply_model(x, sigma, c_crossattn=embeds), x - 0.75 * predicted) < 1e-5
+
+
+def test_what_a_node_puts_in_place_of_the_noise_schedule_goes_first(files, tmp_path):
+    folder = pipeline_folder(
+        files["tiny_1024"][1], tmp_path / "models", DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    )
+    model = load_model(folder)
+    (patched,) = ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    assert reference_sigmas(model, 5)[0] < 200 < 4000 < reference_sigmas(patched, 5)[0]
 
 
 def run_of_diffusers(network, scheduler, size):
@@ -302,6 +371,70 @@ def test_what_people_do_wrong_is_explained(model):
         sample(model, latent_image={"samples": GIVEN * float("nan")})
     with pytest.raises(SigmaError, match="not understood"):
         sample(model, kv_compression="mean")
+
+
+def run_of_the_hosts_nodes(model, positive, negative, latents):
+    """By each of the nodes that sample with a MODEL: a function that does it."""
+    latent, sigmas = {"samples": latents}, torch.tensor([10.0, 0.0])
+    euler, custom = comfy.samplers.sampler_object("euler"), nodes_custom_sampler
+    noise = custom.RandomNoise.execute(0).args[0]
+    guider = custom.CFGGuider.execute(model, positive, negative, 4.5).args[0]
+    return (
+        lambda: host_nodes.KSampler().sample(model, 0, 1, 4.5, "euler", "normal", positive, negative, latent),
+        lambda: custom.SamplerCustom.execute(model, True, 0, 4.5, positive, negative, euler, sigmas, latent),
+        lambda: custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent),
+        lambda: sigma_sampler(model, positive, negative, latent_image=latent),
+    )
+
+
+def test_every_sampler_explains_what_is_not_for_the_model(model):
+    image = normal(1, 16, 8, 8, seed=8)
+    shapes = {
+        r"\(1, 16, 8, 8\)": image,
+        r"\(1, 4, 3, 8, 8\)": normal(1, 4, 3, 8, 8, seed=8),
+        r"\(1, 4, 64\)": normal(1, 4, 64, seed=8),
+        "nested": NestedTensor([image, normal(1, 8, 20, seed=8)]),
+    }
+    for message, latents in shapes.items():
+        for run in run_of_the_hosts_nodes(model, *CONDITIONING, latents):
+            with pytest.raises(SigmaError, match=f"The latents are {message}"):
+                run()
+    embeds = {
+        "is 4096 wide, and this transformer reads 64": normal(1, 5, 4096, seed=7),
+        r"is \(5, 64\), and this transformer reads \(batch, tokens, 64\)": normal(5, 64, seed=7),
+        "no prompt embeddings": None,
+    }
+    for message, wrong in embeds.items():
+        for run in run_of_the_hosts_nodes(model, CONDITIONING[0], [[wrong, {}]], GIVEN):
+            with pytest.raises(SigmaError, match=message):
+                run()
+
+
+def test_nodes_for_other_networks_are_refused(model):
+    for node in (FreeU, FreeU_V2):
+        with pytest.raises(SigmaError, match="model_channels, which PixArt-Sigma has not.*FreeU"):
+            node.execute(model, 1.1, 1.2, 0.9, 0.2)
+    assert model.model.model_config.unet_config.get("model_channels") is None
+
+
+def test_a_patched_table_is_used_and_saved(model):
+    """The host's own patcher passes over weights of modules that hold others."""
+    name = "diffusion_model.transformer_blocks.1.scale_shift_table"
+    plain = model.model_state_dict()[name].clone()
+    patched = model.clone()
+    patched.add_patches({"diffusion_model.blocks.1.scale_shift_table": ("diff", (torch.ones(6, 144),))}, 0.5)
+    load_models_gpu([patched])
+    saved = patched.state_dict_for_saving()["model.diffusion_model.blocks.1.scale_shift_table"]
+    assert torch.allclose(saved, plain + 0.5)
+    patched.detach()
+    assert torch.equal(model.model_state_dict()[name], plain)
+
+
+def test_torch_compile_makes_one_graph(model):
+    """With the attention that the host takes on a CPU."""
+    compiled = torch.compile(model.model.diffusion_model, backend="eager", fullgraph=True)
+    inputs = GIVEN, torch.tensor([500.0]), CONDITIONING[0][0][0]
+    assert difference(compiled(*inputs), model.model.diffusion_model(*inputs)) < 1e-5
 
 
 def test_previews_have_factors_and_the_scale_is_sdxls():

@@ -1,17 +1,28 @@
 """The T5 encoder as the host's CLIP, with the built-in demo model, on the CPU."""
 
+import json
+import shutil
+
+import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.sd
+import folder_paths
 import pytest
 import torch
-from comfy.text_encoders.pixart_t5 import PixArtT5XXL
+from comfy.text_encoders.pixart_t5 import PixArtT5XXL, PixArtTokenizer
+from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
+from comfy_extras.nodes_hunyuan import CLIPTextEncodeHunyuanDiT
+from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
+from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.files.weight_files import read_state_dict
+from safetensors.torch import save_file
 
 import nodes as host_nodes
 
 PROMPT = "  A Red circle on the left, a blue square  "
+CONFIG = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 128}
 LONG = "red circle " * 400
 
 
@@ -34,8 +45,7 @@ def clip():
 @pytest.fixture
 def theirs():
     """The host's own T5 with the same weights."""
-    config = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 128}
-    theirs = PixArtT5XXL("cpu", torch.float32, {"t5xxl_model_config": config})
+    theirs = PixArtT5XXL("cpu", torch.float32, {"t5xxl_model_config": CONFIG})
     weights = {key: value.float() for key, value in read_state_dict(DEMO / "text_encoder").items()}
     missing, unexpected = theirs.load_sd(weights)
     assert not [key for key in missing if "embed_tokens" not in key] and not unexpected
@@ -113,6 +123,160 @@ def test_the_hosts_tokenizer_options_belong_to_one_clone(clip):
     assert clip.tokenizer.decode([token for token, _ in clip.tokenize("red")["t5xxl"][0]]) == "red"
 
 
+@pytest.fixture
+def embeddings_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(tmp_path)], set()))
+    return tmp_path
+
+
+@pytest.fixture
+def hosts_clip(theirs, embeddings_folder):
+    """The host's own CLIP of the same weights, with its own way to find embeddings."""
+
+    def tokenize(text, tokenizer):
+        """As the host does, with the demo's words in place of those of T5-XXL."""
+        own = PixArtTokenizer(embedding_directory=[str(embeddings_folder)]).clip_t5xxl
+        own.tokenizer, own.embedding_size = tokenizer, 128
+        return {"t5xxl": own.tokenize_with_weights(text)}
+
+    def encode(text, tokenizer):
+        return theirs.encode_token_weights(tokenize(text, tokenizer))[0]
+
+    return encode
+
+
+def vectors(count, width=128, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+EMBEDDED = [
+    "a red embedding:Two circle",
+    "embedding:Two",
+    "embedding:one.safetensors, a circle",
+    "a (red:1.3) (embedding:Two:1.4) circle",
+    "a (embedding:nowhere) red embedding:nothing, circle",
+    "embedding: Two embedding:wide red",
+    "red embedding:Two<x> circle",
+]
+
+
+def test_embeddings_in_a_prompt_are_taken_as_in_the_hosts_own_t5(clip, engine, hosts_clip, embeddings_folder):
+    save_file({"emb": vectors(2)}, embeddings_folder / "Two.safetensors")
+    save_file({"emb": vectors(1, seed=1)[0]}, embeddings_folder / "one.safetensors")
+    torch.save({"string_to_param": {"*": vectors(1, 768)}}, embeddings_folder / "wide.pt")
+    for prompt in EMBEDDED:
+        host = hosts_clip(prompt, engine.tokenizer)
+        ours = encode(clip, prompt)
+        # The host puts a padding token at the end for each vector that does not fit.
+        assert host.shape[1] - ours.shape[1] == ("wide" in prompt), prompt
+        if "wide" not in prompt:
+            assert (ours - host).abs().max() < 1e-5, prompt
+    plain = engine.encode("a red circle").prompt_embeds
+    assert encode(clip, "a red embedding:Two circle").shape[1] == plain.shape[1] + 2
+    assert torch.equal(encode(clip, "a red embedding:nothing circle"), plain)
+
+
+def test_what_is_wrong_with_an_embedding_is_said(clip, embeddings_folder, caplog):
+    torch.save({"string_to_param": {"*": vectors(1, 768)}}, embeddings_folder / "wide.pt")
+    (embeddings_folder / "broken.safetensors").write_bytes(b"no")
+    for name, message in (
+        ("nothing", "no embedding 'nothing' in models/embeddings"),
+        ("../secret", "no embedding '../secret'"),
+        ("wide", "'wide' is 768 wide, and this T5 reads 128"),
+        ("broken", "no embedding 'broken'"),
+    ):
+        caplog.clear()
+        clip.tokenize(f"a red embedding:{name} circle")
+        assert message in caplog.messages[-1], name
+
+
+def test_embeddings_streamed_cleaned_and_cut(clip, embeddings_folder):
+    save_file({"emb": vectors(5)}, embeddings_folder / "Five.safetensors")
+    streamed = load_clip(DEMO, "fp32", "stream")
+    prompt = "a red embedding:Five circle"
+    assert (encode(streamed, prompt) - encode(clip, prompt)).abs().max() < 1e-5
+    cleaned = clip.tokenize("a <b>red</b> embedding:Five circle", clean_caption=True)["t5xxl"][0]
+    assert sum(isinstance(token, torch.Tensor) for token, _ in cleaned) == 5
+    cut = clip.tokenize("red " * 297 + "embedding:Five")
+    assert len(cut["t5xxl"][0]) == 300 and clip.tokenizer.truncated("red " * 297 + "embedding:Five")
+
+
+@pytest.mark.parametrize(
+    "node, given, message",
+    [
+        (CLIPTextEncodeSDXL, (64, 64, 0, 0, 64, 64, "red", "red"), "tokens of 'l'.*Σ Text Encode"),
+        (CLIPTextEncodeHunyuanDiT, ("red", "red"), "tokens of 'mt5xl'"),
+        (CLIPTextEncodeSD3, ("red", "red", "red", "none"), "tokens of 'l'"),
+        (CLIPTextEncodeSD3, ("", "", "", "none"), "no tokens for T5"),
+    ],
+)
+def test_nodes_of_other_models_are_told_what_to_use(clip, node, given, message):
+    with pytest.raises(ValueError, match=message):
+        node.execute(clip, *given)
+
+
+def test_every_other_entry_explains_a_wrong_use(clip):
+    for tokens in ({"l": [[(1, 1.0)]]}, {}, "red", None, {"t5xxl": []}):
+        with pytest.raises(ValueError, match="no tokens for T5"):
+            clip.encode_from_tokens(tokens)
+    with pytest.raises(ValueError, match="must be a text"):
+        clip.tokenize(None)
+    with pytest.raises(ValueError, match="writes no text"):
+        clip.generate(clip.tokenize("red"))
+    with pytest.raises(ValueError, match="reads its own file"):
+        clip.load_sd({})
+
+
+def test_a_bare_file_takes_the_hosts_tokenizer(tmp_path):
+    """As t5xxl_fp16.safetensors lies beside Flux's."""
+    from transformers import T5Config, T5EncoderModel
+
+    small = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1, "vocab_size": 32128}
+    model = T5EncoderModel(T5Config(**small, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    weights = {key: value for key, value in model.eval().state_dict().items() if "embed_tokens" not in key}
+    save_file(weights, tmp_path / "t5xxl_fp16.safetensors")
+    found = load_clip(tmp_path / "t5xxl_fp16.safetensors", "fp32", "cpu")
+    own = PixArtTokenizer().tokenize_with_weights("a red circle")
+    assert found.tokenize("A red circle") == own
+    expected = model(torch.tensor([[token for token, _ in own["t5xxl"][0]]])).last_hidden_state
+    assert (found.encode_from_tokens(found.tokenize("A red circle")) - expected).abs().max() < 1e-4
+    assert found.cond_stage_model.identify().tokenizer == "text_encoders/t5_tokenizer"
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_the_hosts_clip_save_writes_loads(theirs, clip, tmp_path, monkeypatch, quantised):
+    """In fp32, and in scaled fp8 as the host quantises and dequantises it."""
+    if quantised:
+        weights = read_state_dict(DEMO / "text_encoder")
+        for key in [key for key in weights if key.endswith((".q.weight", ".wo.weight"))]:
+            layer = key.removesuffix(".weight")
+            scale = weights[key].abs().max().float() / 448
+            weights[key] = (weights[key].float() / scale).to(torch.float8_e4m3fn)
+            weights[layer + ".weight_scale"] = scale
+            facts = json.dumps({"format": "float8_e4m3fn"}).encode()
+            weights[layer + ".comfy_quant"] = torch.tensor(list(facts), dtype=torch.uint8)
+        theirs = PixArtT5XXL(
+            "cpu",
+            torch.float32,
+            {"t5xxl_model_config": CONFIG, "quantization_metadata": {"mixed_ops": True}},
+        )
+        theirs.load_sd(weights)
+    saved = comfy.sd.CLIP(no_init=True)
+    saved.cond_stage_model, saved.tokenizer = theirs, PixArtTokenizer()
+    saved.patcher = comfy.model_patcher.ModelPatcher(theirs, torch.device("cpu"), torch.device("cpu"))
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    CLIPSave().save(saved, "t5")
+    (path,) = tmp_path.glob("*.safetensors")
+    keys = read_state_dict(path)
+    assert any("logit_scale" in key for key in keys) and quantised == any(
+        "comfy_quant" in key for key in keys
+    )
+    shutil.copytree(DEMO / "tokenizer", tmp_path / "tokenizer")
+    found = encode(load_clip(path, "fp32", "cpu"), PROMPT)
+    expected = theirs.encode_token_weights(clip.tokenize(PROMPT))[0]
+    assert (found - expected).abs().max() < 1e-4
+
+
 def test_nothing_of_a_lora_is_applied_which_is_said_once(clip, expected, caplog):
     encode(clip, PROMPT)
     caplog.clear()
@@ -121,7 +285,15 @@ def test_nothing_of_a_lora_is_applied_which_is_said_once(clip, expected, caplog)
     (message,) = caplog.messages
     assert "LoRA" in message
     _, loaded = comfy.sd.load_lora_for_models(None, clip, {}, 1.0, 1.0)
-    assert torch.equal(encode(loaded, PROMPT), expected) and clip.get_key_patches() == {}
+    assert torch.equal(encode(loaded, PROMPT), expected)
+
+
+def test_a_merge_of_it_is_refused(clip, theirs):
+    """Either way round."""
+    hosts = comfy.model_patcher.ModelPatcher(theirs, torch.device("cpu"), torch.device("cpu"))
+    for encoders in ((clip, clip), (hosts, clip), (clip, hosts)):
+        with pytest.raises(ValueError, match="can not be merged.*CLIPLoader"):
+            CLIPMergeSimple().merge(*encoders, 0.5)
 
 
 def test_a_workflow_can_not_save_it(clip):

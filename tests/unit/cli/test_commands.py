@@ -113,9 +113,9 @@ def test_an_unreadable_picture_is_named(generate, tmp_path):
     assert_mistake(generate("--image", tmp_path / "from.png", "--steps", "2"), "from.png")
 
 
-def test_a_folder_as_output_is_refused(generate, tmp_path):
+def test_a_folder_is_no_file_of_embeddings(encode, tmp_path):
     (tmp_path / "folder").mkdir()
-    assert_mistake(generate("--out", tmp_path / "folder"), "folder")
+    assert_mistake(encode("--out", tmp_path / "folder"), "folder")
 
 
 def test_an_unwritable_folder_is_known_before_anything_is_loaded(generate, tmp_path, monkeypatch):
@@ -232,6 +232,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(encode, cache_home, tmp_path
         (("--negative", "blurry"), ["--embeddings", "--negative"]),
         (("a boat",), ["--embeddings", "PROMPT"]),
         (("--t5-precision", "int8", "--clean-caption"), ["--clean-caption and --t5-precision"]),
+        (("--max-sequence-length", 77), ["leave --max-sequence-length out"]),
         ((), ["nowhere.safetensors"]),
     ],
 )
@@ -265,13 +266,23 @@ def test_the_demos_tokenizer_is_not_used_for_another_encoder(pipeline_folder, tm
     shutil.copytree(pipeline_folder / "text_encoder", tmp_path / "alone" / "t5")
     out = ["--device", "cpu", "--out", str(tmp_path / "prompt.safetensors")]
     assert cli.main(["encode", "a boat", "--text-encoder", str(tmp_path / "alone" / "t5"), *out]) == 2
-    assert "No tokenizer in" in capsys.readouterr().err
+    assert "No tokenizer for the 384 tokens" in (err := capsys.readouterr().err) and "--tokenizer" in err
+
+
+def test_an_embedding_in_a_prompt_is_not_encoded_as_its_letters(generate, monkeypatch):
+    monkeypatch.setattr("pixart_sigma.memory.stages.Stages.run", lambda *_: 1 / 0)
+    for option in ((), ("--negative", "ugly embedding:Bad, (embedding:Worse:1.2)")):
+        prompt = "a boat" if option else "a boat embedding:My-Style"
+        assert_mistake(
+            generate(*option, prompt=prompt), "'embedding:", "only in ComfyUI", "Save Σ Prompt Embeddings"
+        )
 
 
 def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):
     status, out, err = generate("--transformer", diffusers_file)
-    assert status == 0 and "Nothing says which size tiny_diffusers.safetensors" in err and "--variant" in err
-    assert len(err.strip().splitlines()) == 1 and "Nothing" not in out
+    line = next(line for line in err.splitlines() if line.startswith("Nothing says"))
+    assert status == 0 and "tiny_diffusers.safetensors" in line and "--variant" in line
+    assert err.count("Nothing says") == 1 and "Nothing" not in out
     assert "Nothing says" not in generate("--transformer", diffusers_file, "--variant", "1024")[2]
     assert "Nothing says" not in generate()[2]
     plan = ["plan", "--model", str(diffusers_file.parent), "--budget", "2GB", "--variant", "512", "--json"]

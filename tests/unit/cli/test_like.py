@@ -10,7 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_sigma import DEMO
 from pixart_sigma.cli.commands import main
-from pixart_sigma.files.metadata import KEY, Metadata
+from pixart_sigma.files.metadata import Metadata
+from pixart_sigma.files.picture_files import KEY
+from pixart_sigma.noise_schedule import NoiseSchedule
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ FAST = ("--steps", 2, "--size", "64x64", "--no-binning")
         ("a red circle", *FAST, "--kv-compression", "mean:2:deep:20-80%", "--transformer", "demo-kv"),
         ("a red circle", "--steps", 2, "--budget", "100MB"),
         ("a red circle", *FAST, "--t5-precision", "bf16", "--decode", "tiles", "--clean-caption"),
+        ("a red circle on a blue square", *FAST, "--max-sequence-length", 3),
     ],
     ids=lambda options: " ".join(map(str, options[1:])),
 )
@@ -135,10 +138,31 @@ def test_another_model_is_named_and_used_only_where_it_is_asked_for(generate, tm
     assert status == 0 and "another one than" in err
 
 
+def test_a_tokenizer_from_elsewhere_is_named(generate, tmp_path):
+    """It decides the embeddings, so it is kept with the picture and asked for."""
+    shutil.copytree(DEMO / "text_encoder", tmp_path / "alone" / "t5")
+    shutil.copytree(DEMO / "tokenizer", tmp_path / "mine" / "tokenizer")
+    settings = tmp_path / "mine" / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + " ")
+    bare = ("--text-encoder", tmp_path / "alone" / "t5", "--tokenizer", tmp_path / "mine")
+    status, first, err = generate("a red circle", *FAST, *bare, out="kept.png")
+    assert status == 0, err
+    kept = tmp_path / "kept.png"
+    assert Metadata.read(kept).models["tokenizer"].name == "mine/tokenizer"
+    status, _, err = generate("--like", kept)
+    assert status == 2 and "another text encoder, 't5' with the tokenizer 'mine/tokenizer'" in err
+    assert "--text-encoder and --tokenizer" in err
+    assert generate("--like", kept, *bare)[1] == first
+
+
 def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
-    """A file that says nothing may be of 1024 or of 2K, and the picture depends on it."""
-    shutil.copy(DEMO / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "mine.safetensors")
-    model = ("--transformer", tmp_path / "mine.safetensors")
+    """A folder that does not say may be of 1024 or of 2K, and the picture depends on it."""
+    shutil.copytree(DEMO / "transformer", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    for name in ("sample_size", "interpolation_scale"):
+        config.pop(name)
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    model = ("--transformer", tmp_path / "mine")
     _, assumed, _ = generate("a red circle", *FAST, *model)
     status, first, err = generate("a red circle", *FAST, *model, "--variant", "256")
     assert status == 0 and first != assumed, err
@@ -146,6 +170,33 @@ def test_what_a_transformer_was_taken_for_is_kept(generate, tmp_path):
     kept.write_bytes(first)
     assert generate("--like", kept, *model)[:2] == (0, first)
     assert generate("--like", kept, *model, "--variant", "1024")[1] != first
+
+
+def test_the_noise_schedule_that_it_was_made_with_is_kept(generate, tmp_path):
+    """Also where an earlier version took the published one for every checkpoint."""
+    shutil.copytree(DEMO, tmp_path / "mine")
+    config = tmp_path / "mine" / "scheduler" / "scheduler_config.json"
+    published = config.read_text()
+    config.write_text(json.dumps(json.loads(published) | {"beta_schedule": "scaled_linear"}))
+    model = ("--model", tmp_path / "mine", "--t5-precision", "fp32")
+    status, first, err = generate("a red circle", *FAST, *model, out="kept.png")
+    assert status == 0, err
+    made = Metadata.read(tmp_path / "kept.png")
+    assert made.noise_schedule == NoiseSchedule(beta_schedule="scaled_linear")
+    assert generate("--like", tmp_path / "kept.png", *model)[:2] == (0, first)
+
+    content = json.loads(made.as_json())
+    del content["noise_schedule"]
+    text = PngInfo()
+    text.add_text(KEY, json.dumps(content))
+    Image.open(tmp_path / "kept.png").save(tmp_path / "before.png", pnginfo=text)
+    status, before, err = generate("--like", tmp_path / "before.png", *model)
+    assert status == 0 and before != first
+    assert "before.png was made with epsilon, linear betas" in err and "scaled_linear" in err
+    config.write_text(published)
+    assert generate("a red circle", *FAST, *model)[:2] == (0, before)
+    status, again, err = generate("--like", tmp_path / "kept.png", *model)
+    assert (status, again) == (0, first) and "was made with epsilon, scaled_linear" in err
 
 
 def test_a_picture_of_before_is_read_and_others_are_named(generate, tmp_path):
@@ -166,6 +217,7 @@ def test_a_picture_of_before_is_read_and_others_are_named(generate, tmp_path):
     for file, words in (
         (write("none.png", None), "does not say how it was made"),
         (write("list.png", "[1]"), "in a way that can be read"),
+        (write("noise.png", json.dumps(old | {"noise_schedule": {"beta_end": 9}})), "beta_end is 9"),
         (write("wrong.png", json.dumps(old | {"steps": "many"})), "steps is many"),
         (write("hostile.png", json.dumps(hostile)), "not trusted"),
         (tmp_path / "gone.png", "gone.png"),

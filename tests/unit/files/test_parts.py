@@ -1,5 +1,7 @@
 """Each part of a file is found by its names alone, whatever wrote them."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -136,7 +138,8 @@ def test_a_file_of_other_parts_is_called_what_it_is(tmp_path):
     "content",
     [
         {"state_dict": "weights", "state_dict_ema": "averages", "optimizer": {"state": {0: {"exp_avg": 1}}}},
-        {"model": "weights", "ema": "averages", "opt": {"exp_avg": "averages"}, "args": {"lr": 1e-4}},
+        {"model": "weights", "ema": "averages", "opt": {"exp_avg": "averages"}, "args": Namespace(lr=1e-4)},
+        {"state_dict": "weights", "rng_state": {"torch": torch.zeros(3, dtype=torch.uint8)}, "step": 1},
         {"module": "weights", "epoch": 3, "global_steps": 9, "lr_scheduler": {"last_epoch": 1}},
         {"model_state_dict": "weights", "optimizer_state_dict": {"exp_avg": "averages"}},
         {"ema": "weights", "step": torch.tensor(5)},

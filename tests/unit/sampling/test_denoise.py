@@ -1,18 +1,28 @@
 """The denoising loop against diffusers' own pipeline, and against arithmetic that needs no pipeline."""
 
 import inspect
+import json
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel, StableDiffusionInpaintPipeline
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_sigma.errors import SigmaError
+from pixart_sigma.errors import CheckpointError, SettingError, SigmaError
+from pixart_sigma.noise_schedule import (
+    CLASS_DEFAULTS,
+    FLOW_CLASSES,
+    UNCHANGED,
+    NoiseSchedule,
+)
 from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling import denoise as loop
 from pixart_sigma.sampling.guidance import guide
@@ -29,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 CAPTION = 12
 REFERENCE_TOKENS = 300
 # What the pipeline's users write for each name, from the published scheduler_config.json.
-PUBLISHED = diffusers.DPMSolverMultistepScheduler(
+PUBLISHED_CONFIG = diffusers.DPMSolverMultistepScheduler(
     beta_start=1e-4,
     beta_end=0.02,
     beta_schedule="linear",
@@ -38,20 +48,24 @@ PUBLISHED = diffusers.DPMSolverMultistepScheduler(
     solver_order=2,
 ).config
 REFERENCE = {
-    "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler.from_config(PUBLISHED),
-    "sa_solver": lambda: diffusers.SASolverScheduler.from_config(
-        PUBLISHED,
+    "dpmpp_2m": lambda config=PUBLISHED_CONFIG: diffusers.DPMSolverMultistepScheduler.from_config(config),
+    "sa_solver": lambda config=PUBLISHED_CONFIG: diffusers.SASolverScheduler.from_config(
+        config,
         algorithm_type="data_prediction",
         tau_func=lambda t: 1 if 200 <= t <= 800 else 0,
         predictor_order=2,
         corrector_order=2,
     ),
-    "euler": lambda: diffusers.EulerDiscreteScheduler.from_config(PUBLISHED),
-    "euler_ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler.from_config(PUBLISHED),
-    "ddim": lambda: diffusers.DDIMScheduler.from_config(PUBLISHED, clip_sample=False),
-    "unipc": lambda: diffusers.UniPCMultistepScheduler.from_config(PUBLISHED),
-    "lcm": lambda: diffusers.LCMScheduler.from_config(PUBLISHED),
-    "one_step": lambda: diffusers.DDPMScheduler.from_config(PUBLISHED, clip_sample=False),
+    "euler": lambda config=PUBLISHED_CONFIG: diffusers.EulerDiscreteScheduler.from_config(config),
+    "euler_ancestral": lambda config=PUBLISHED_CONFIG: diffusers.EulerAncestralDiscreteScheduler.from_config(
+        config
+    ),
+    "ddim": lambda config=PUBLISHED_CONFIG: diffusers.DDIMScheduler.from_config(config, clip_sample=False),
+    "unipc": lambda config=PUBLISHED_CONFIG: diffusers.UniPCMultistepScheduler.from_config(config),
+    "lcm": lambda config=PUBLISHED_CONFIG: diffusers.LCMScheduler.from_config(config),
+    "one_step": lambda config=PUBLISHED_CONFIG: diffusers.DDPMScheduler.from_config(
+        config, clip_sample=False
+    ),
 }
 
 
@@ -93,6 +107,11 @@ def embeddings(tokens, seed, count=1, channels=CAPTION):
     return torch.randn(count, tokens, channels, generator=torch.Generator().manual_seed(seed))
 
 
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+EMBEDS = embeddings(5, 1)
+NAN = float("nan")
+
+
 def padded(embeds):
     """As the reference has them: 300 tokens and an int64 mask; what the padding holds must not matter."""
     count, tokens, channels = embeds.shape
@@ -123,7 +142,8 @@ def run_reference(reference, scheduler, noise, positive, negative=None, **settin
 
 def denoise(transformer, noise, *prompts, scheduler="dpmpp_2m", callback=None, **settings):
     """A run from noise and `Prompts`; those of the settings that are not in `Settings` go elsewhere."""
-    beside = {name: settings.pop(name) for name in ("image_latents", "generator") if name in settings}
+    named = ("image_latents", "mask", "generator", "noise_schedule")
+    beside = {name: settings.pop(name) for name in named if name in settings}
     named = ("prompt_mask", "negative_embeds", "negative_mask")
     embeds = Prompts(*prompts, **{name: settings.pop(name) for name in named if name in settings})
     if not isinstance(scheduler, str):
@@ -201,7 +221,7 @@ def test_a_scheduler_object_equals_the_pipeline(pair, name):
         # It draws its own noise, not the generator's.
         settings = {"noise_sampler_seed": 0}
     try:
-        scheduler, other = (kind.from_config(PUBLISHED, **settings) for _ in range(2))
+        scheduler, other = (kind.from_config(PUBLISHED_CONFIG, **settings) for _ in range(2))
     except ImportError as error:
         pytest.skip(f"{name} needs a package that is not installed: {error}")
     noise, positive, negative = (
@@ -293,6 +313,194 @@ def test_embeddings_padded_as_the_reference_pads_them_are_trimmed(pair):
     assert seen == [((1, 6, CAPTION), True)]
 
 
+# The noise schedules of other checkpoints: what their folder's scheduler_config.json says
+
+OTHER_SCHEDULES = {
+    "v-prediction": diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction"),
+    "sample": diffusers.DPMSolverMultistepScheduler(prediction_type="sample"),
+    "scaled-linear": diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    ),
+    "cosine": diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"),
+    "betas": diffusers.DPMSolverMultistepScheduler(trained_betas=np.linspace(1e-3, 0.01, 1000).tolist()),
+    "zero-SNR": diffusers.DPMSolverMultistepScheduler(rescale_betas_zero_snr=True),
+    "karras": diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "exponential": diffusers.DPMSolverMultistepScheduler(use_exponential_sigmas=True),
+    "beta": diffusers.DPMSolverMultistepScheduler(use_beta_sigmas=True),
+    "lu": diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True),
+    "trailing": diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", final_sigmas_type="sigma_min"),
+    "leading": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+    # As a 900M finetune is published.
+    "finetune": diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
+    "flow": diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+}
+# Which of our schedulers a schedule has to be refused to.
+ALL = set(SCHEDULERS)
+SIGMA_SPACED = ALL - {"euler_ancestral", "ddim"}
+CAN_RUN = {
+    "cosine": ALL - {"euler_ancestral"},
+    "sample": ALL - {"euler_ancestral"},
+    "zero-SNR": ALL - {"sa_solver", "ddim", "lcm", "one_step"},
+    "finetune": ALL - {"sa_solver"},
+    "karras": SIGMA_SPACED,
+    "exponential": SIGMA_SPACED,
+    "beta": SIGMA_SPACED,
+    "lu": {"dpmpp_2m", "lcm", "one_step"},
+    "flow": {"dpmpp_2m", "sa_solver", "unipc"},
+}
+
+
+def written(scheduler, tmp_path) -> dict:
+    """The scheduler_config.json that diffusers writes."""
+    scheduler.save_pretrained(tmp_path)
+    return json.loads((tmp_path / "scheduler_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", OTHER_SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_noise_schedule_equals_the_pipeline_or_is_refused(pair, tmp_path, kind, name):
+    ours, reference = pair
+    config = written(OTHER_SCHEDULES[kind], tmp_path)
+    noise_schedule = NoiseSchedule.from_config(config, "its config")
+    if name not in CAN_RUN.get(kind, ALL):
+        with pytest.raises(
+            SettingError, match=f"scheduler is {name}; the checkpoint asks for .*; use dpmpp_2m"
+        ):
+            make_scheduler(name, noise_schedule)
+        return
+    noise, positive = torch.randn(1, 4, 8, 8, generator=seeded()), embeddings(5, 1)
+    expected = run_reference(
+        reference,
+        REFERENCE[name](config),
+        noise,
+        positive,
+        embeddings(2, 2),
+        generator=seeded(),
+        **({"timesteps": [400]} if name == "one_step" else {"num_inference_steps": 4}),
+    )
+    actual = denoise(
+        ours,
+        noise,
+        positive,
+        negative_embeds=embeddings(2, 2),
+        scheduler=name,
+        noise_schedule=noise_schedule,
+        steps=4,
+        guidance_scale=4.5,
+        generator=seeded(),
+    )
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_scheduler_object_may_predict_something_else(pair, prediction):
+    ours, reference = pair
+    noise, positive = torch.randn(1, 4, 8, 8, generator=seeded()), embeddings(5, 1)
+    schedulers = [diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False) for _ in range(2)]
+    expected = run_reference(
+        reference, schedulers[0], noise, positive, guidance_scale=1, num_inference_steps=4
+    )
+    assert_equal(denoise(ours, noise, positive, scheduler=schedulers[1], steps=4, guidance_scale=1), expected)
+
+
+def test_own_timesteps_take_the_place_of_the_checkpoints_spacing(pair):
+    ours, _ = pair
+    noise, own = torch.randn(1, 4, 8, 8, generator=seeded()), {"timesteps": [999, 500, 100]}
+    plain = denoise(ours, noise, EMBEDS, guidance_scale=1, **own)
+    spaced = NoiseSchedule(sigma_spacing="karras")
+    assert torch.equal(denoise(ours, noise, EMBEDS, guidance_scale=1, noise_schedule=spaced, **own), plain)
+    with pytest.raises(SettingError, match="timesteps is .*the checkpoint's flow schedule takes none"):
+        flow = NoiseSchedule("flow_prediction")
+        denoise(ours, noise, EMBEDS, guidance_scale=1, noise_schedule=flow, **own)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_predicted_latents_of_other_predictions_are_the_schedulers_own(name, zero, prediction):
+    scheduler = getattr(diffusers, name)(
+        prediction_type=prediction, rescale_betas_zero_snr=zero, timestep_spacing="trailing"
+    )
+    scheduler.register_to_config(clip_sample=False)
+    scheduler.set_timesteps(4)
+    latents, predicted = (torch.randn(1, 4, 4, 4, generator=seeded(index)) for index in (1, 2))
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        step = scheduler.step(predicted, timestep, latents)
+        torch.testing.assert_close(
+            loop.predict_clean(scheduler, scaled, predicted, timestep),
+            step.pred_original_sample,
+            rtol=1e-3,
+            atol=1e-3,
+        )
+        latents = step.prev_sample
+
+
+@pytest.mark.parametrize("name", CLASS_DEFAULTS)
+def test_what_a_config_leaves_out_is_as_its_class_has_it(name):
+    parameters = inspect.signature(getattr(diffusers, name)).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    schedule = NoiseSchedule.from_config({"_class_name": name}, "its config")
+    if name in FLOW_CLASSES:
+        assert schedule == NoiseSchedule("flow_prediction")
+        return
+    found = schedule.as_config()
+    assert {key: found[key] for key in found.keys() & defaults} == {
+        key: defaults[key] for key in found.keys() & defaults
+    }
+    assert all(defaults.get(key, only) == only for key, only in UNCHANGED.items())
+
+
+def test_a_flow_match_config_is_a_flow(tmp_path):
+    config = written(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), tmp_path)
+    found = NoiseSchedule.from_config(config, "its config")
+    assert found == NoiseSchedule("flow_prediction", flow_shift=3.0)
+    assert found.source == "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"prediction_type": "score"}, "prediction_type is 'score'; choose one of epsilon, v_prediction"),
+        ({"prediction_type": ["epsilon"]}, "prediction_type is"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
+        ({"beta_end": 2}, "beta_end is 2"),
+        ({"beta_start": "0.1"}, "beta_start is 0.1"),
+        ({"trained_betas": [0.1] * 999}, "trained_betas is"),
+        ({"trained_betas": [NAN] * 1000}, "trained_betas is"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 500; PixArt-Sigma runs with 1000 only"),
+        ({"timestep_spacing": "even"}, "timestep_spacing is 'even'"),
+        ({"steps_offset": -1}, "steps_offset is -1"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "at most one of them"),
+        ({"use_karras_sigmas": "yes"}, "at most one of them"),
+        ({"thresholding": True}, "thresholding True; PixArt-Sigma runs with False only"),
+        ({"sigma_max": 80}, "sigma_max 80"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction.*use_flow_sigmas False, which contradict"),
+        ({"use_flow_sigmas": True}, "'epsilon' with use_flow_sigmas True, which contradict"),
+        (
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": True},
+            "karras contradicts it",
+        ),
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 0}, "flow_shift is 0"),
+        ({"_class_name": "EDMEulerScheduler"}, "_class_name 'EDMEulerScheduler'.*not known here"),
+        ({"_class_name": ["a"]}, "not known here"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting True",
+        ),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_obeyed_is_named(config, message):
+    with pytest.raises(CheckpointError, match=f"^its config.*{message}"):
+        NoiseSchedule.from_config(config, "its config")
+
+
 # img2img
 
 
@@ -333,6 +541,94 @@ def test_image_to_image_equals_a_loop_written_by_hand(pair, name, strength):
         generator=seeded(5),
     )
     assert_equal(actual, latents)
+
+
+class SineModel(ModelMixin, ConfigMixin):
+    """A model of 4 channels, as StableDiffusionInpaintPipeline takes them."""
+
+    @register_to_config
+    def __init__(self, in_channels=4, time_cond_proj_dim=None, sample_size=8):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, latents, timestep, *_, **__):
+        return (torch.sin(3 * latents) * self.scale + timestep / 2000,)
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler", "euler_ancestral", "ddim", "unipc", "lcm"])
+def test_a_mask_equals_diffusers_inpainting(name):
+    model = SineModel().requires_grad_(False)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4,
+        latent_channels=4,
+    )
+    beside = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionInpaintPipeline(
+        vae=vae, unet=model, scheduler=REFERENCE[name](), requires_safety_checker=False, **beside
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.randn(1, 4, 8, 8, generator=seeded(1))
+    cells = (torch.rand(1, 1, 8, 8, generator=seeded(2)) > 0.5).float()
+    expected = pipe(
+        prompt_embeds=torch.zeros(1, 2, 8),
+        image=image,
+        mask_image=cells.repeat_interleave(8, 2).repeat_interleave(8, 3),
+        masked_image_latents=image,
+        height=64,
+        width=64,
+        strength=0.6,
+        num_inference_steps=10,
+        guidance_scale=1,
+        generator=seeded(5),
+        output_type="latent",
+    ).images
+    generator = seeded(5)
+    noise = get_noise(1, 64, 64, generator)
+    actual = loop.denoise(
+        lambda latents, timestep: model(latents, timestep)[0],
+        noise,
+        Settings(scheduler=name, steps=10, strength=0.6),
+        image_latents=image,
+        mask=cells,
+        generator=generator,
+    )
+    assert_equal(actual, expected)
+    kept = cells.expand_as(image) == 0
+    assert torch.equal(actual[kept], image[kept]) and not torch.allclose(actual[~kept], image[~kept])
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_mask_equals_a_loop_written_by_hand(pair, strength):
+    """Also a mask of greys, which mixes, and one for each picture."""
+    ours, _ = pair
+    image, noise = (torch.randn(2, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+    mask, positive = torch.rand(2, 1, 8, 8, generator=seeded(3)), embeddings(5, 1, 2)
+    scheduler = REFERENCE["ddim"]()
+    scheduler.set_timesteps(6)
+    timesteps = scheduler.timesteps[6 - int(6 * strength) :]
+    latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(2))
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        latents = scheduler.step(ours(latents, timestep, positive, None), timestep, latents).prev_sample
+        share = 1.0 if following is None else scheduler.alphas_cumprod[int(following)]
+        kept = share**0.5 * image + (1 - share) ** 0.5 * noise
+        latents = mask * latents + (1 - mask) * kept
+    beside = {"image_latents": image, "mask": mask, "strength": strength, "guidance_scale": 1}
+    assert_equal(denoise(ours, noise, positive, scheduler="ddim", steps=6, **beside), latents)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_white_mask_is_none_and_a_black_one_keeps_everything(pair, name):
+    image, noise = (torch.randn(1, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+
+    def run(mask):
+        beside = {"image_latents": image, "generator": seeded(4), "guidance_scale": 1}
+        return denoise(pair[0], noise, EMBEDS, scheduler=name, steps=3, mask=mask, **beside)
+
+    assert torch.equal(run(torch.ones(1, 1, 8, 8)), run(None))
+    assert torch.equal(run(torch.zeros(1, 1, 8, 8)), image)
 
 
 # Arithmetic that needs no other pipeline: for normally distributed latents the best prediction is known.
@@ -515,10 +811,6 @@ def test_scheduler_settings_are_those_of_the_published_noise_schedule(name):
 
 # Errors
 
-NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-EMBEDS = embeddings(5, 1)
-NAN = float("nan")
-
 
 @pytest.mark.parametrize(
     "settings, message",
@@ -540,10 +832,17 @@ NAN = float("nan")
         ({"strength": 0.5}, "no image_latents"),
         ({"image_latents": NOISE[..., :4]}, r"\(2, 4, 8, 4\)"),
         ({"image_latents": NOISE * NAN}, "image_latents hold NaN"),
+        ({"image_latents": [NOISE]}, "image_latents must be a tensor of floats .* not a list"),
+        ({"mask": NOISE[:, :1]}, "image_latents are kept, and there are none"),
+        ({"image_latents": NOISE, "mask": NOISE}, r"\(1 or 2, 1, 8, 8\), not torch.float32 \(2, 4, 8, 8\)"),
+        ({"image_latents": NOISE, "mask": "mask.png"}, "not a str"),
+        ({"image_latents": NOISE, "mask": torch.ones(1, 1, 8, 8) * 255}, "from 0, where .* to 1"),
+        ({"image_latents": NOISE, "mask": torch.ones(1, 1, 8, 8) * NAN}, "from 0, where .* to 1"),
+        ({"generator": 7}, r"generator is 7; give a torch.Generator"),
+        ({"generator": [seeded(), 7]}, "generator is 7"),
         ({"scheduler": "dpm"}, "scheduler is 'dpm'"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler"),
         ({"scheduler": diffusers.EDMEulerScheduler()}, "EDMEulerScheduler"),
-        ({"scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")}, "DDIMScheduler"),
         ({"scheduler": "ddim", "timesteps": [999, 500]}, "the scheduler ddim takes none"),
         ({"scheduler": "sa_solver", "timesteps": [999, 500]}, "the scheduler sa_solver takes none"),
         ({"sigmas": [10.0, 0.0]}, "the scheduler dpmpp_2m takes none; use euler"),
@@ -579,6 +878,7 @@ def test_bad_settings_are_named(pair, settings, message):
         (NOISE * NAN, EMBEDS, "latents hold NaN"),
         (NOISE[0], EMBEDS, r"\(4, 8, 8\)"),
         (NOISE.long(), EMBEDS, "int64"),
+        (None, EMBEDS, "latents must be a tensor of floats .* not a NoneType"),
         (NOISE, EMBEDS[..., :7], "7"),
         (NOISE, embeddings(5, 1, 3), r"\(3, 5, 12\)"),
         (NOISE, EMBEDS[:, :0], r"\(1, 0, 12\)"),
@@ -606,11 +906,50 @@ def test_latents_that_blow_up_name_the_step(pair):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 64, 64, 0), (1, 0, 64, 0), (1, 64, -8, 0), (1, 64, 64, 2**64), (1, 64, 64, "x")]
+    "arguments, message",
+    [
+        ((0, 64, 64, 0), "count is 0"),
+        ((1.5, 64, 64, 0), "count is 1.5"),
+        ((1, 0, 64, 0), "height is 0"),
+        ((1, None, 64, 0), "height is None"),
+        ((1, 64, -8, 0), "width is -8"),
+        ((1, 64, 64, 2**64), f"seed is {2**64}; give a whole number from 0"),
+        ((1, 64, 64, -1), "seed is -1"),
+        ((1, 64, 64, None), "seed is None"),
+        ((1, 64, 64, 1.5), "seed is 1.5"),
+        ((1, 64, 64, "x"), "seed is x"),
+        ((1, 64, 64, 0, torch.int64), "dtype is torch.int64"),
+        ((1, 64, 64, 0, "float32"), "dtype is 'float32'"),
+    ],
 )
-def test_impossible_noise_is_named(arguments):
-    with pytest.raises(SigmaError, match="Noise for|Seed"):
+def test_impossible_noise_is_named(arguments, message):
+    with pytest.raises(SigmaError, match=message):
         get_noise(*arguments)
+
+
+@pytest.mark.parametrize("settings", ["a boat", {"steps": 4}, loop])
+def test_what_is_not_settings_is_named(settings):
+    with pytest.raises(SigmaError, match="settings is a .*; give Settings"):
+        loop.denoise(lambda latents, timestep: latents, NOISE, settings)
+
+
+@pytest.mark.parametrize("predicted", [None, NOISE[:, :2], (NOISE,)], ids=str)
+def test_what_is_not_the_noise_is_named(predicted):
+    with pytest.raises(SigmaError, match="predict gave .*; it returns what the model predicts"):
+        loop.denoise(lambda latents, timestep: predicted, NOISE)
+
+
+def test_what_is_not_prompts_nor_a_scheduler_is_named(pair):
+    with pytest.raises(SigmaError, match="prompts is a Tensor; give Prompts"):
+        guide(pair[0], EMBEDS, Settings())
+    with pytest.raises(SigmaError, match="settings is a str"):
+        guide(pair[0], Prompts(EMBEDS), "a boat")
+    with pytest.raises(SigmaError, match="prompt_embeds must be a tensor .* not a list"):
+        guide(pair[0], Prompts([EMBEDS]), Settings())(NOISE, torch.tensor(5))
+    with pytest.raises(SigmaError, match=r"belongs into Settings\(scheduler='euler'\)"):
+        loop.denoise(lambda latents, timestep: latents, NOISE, scheduler="euler")
+    with pytest.raises(SigmaError, match="The device 'toaster' cannot be used"):
+        get_noise(1, 64, 64, 0, device="toaster")
 
 
 # Cost, in counts

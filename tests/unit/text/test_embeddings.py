@@ -21,7 +21,7 @@ from pixart_sigma.pipeline import DEMO, SigmaPipeline
 from pixart_sigma.prompt_embeds import Encoded
 from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.text.cache import CACHE_BYTES, EmbeddingCache, cache_key, user_cache_folder
-from pixart_sigma.text.embeddings import PromptEmbeddings
+from pixart_sigma.text.embeddings import TEXTS, PromptEmbeddings, write_tensors
 from pixart_sigma.text.encoder import TextEncoder
 from pixart_sigma.text.identity import EncoderIdentity, identify
 from pixart_sigma.text.quantize import quantize_t5
@@ -52,6 +52,7 @@ def test_a_file_gives_back_all_of_it(tmp_path, dtype):
         "fingerprint": "12ab",
         "positive_truncated": "boat boat",
         "negative_truncated": "x",
+        "max_sequence_length": 77,
     }
     written = made(positive=embeds(299, dtype=dtype), negative=embeds(1, dtype=dtype), **fields)
     written.save(tmp_path / "prompt.safetensors")
@@ -61,6 +62,14 @@ def test_a_file_gives_back_all_of_it(tmp_path, dtype):
         assert torch.equal(getattr(read, name), getattr(written, name))
     assert {name: getattr(read, name) for name in fields} == fields
     assert read.width == 64
+
+
+def test_a_file_of_before_was_cut_at_300(tmp_path):
+    path = tmp_path / "prompt.safetensors"
+    texts = {name: "" for name in TEXTS} | {"positive_text": "a boat", "clean_caption": "false"}
+    write_tensors(path, {"positive": embeds(), "negative": embeds(1)}, texts)
+    read = PromptEmbeddings.load(path)
+    assert (read.positive_text, read.max_sequence_length) == ("a boat", 300)
 
 
 def test_a_file_holds_the_prompts_embeddings_and_where_they_are_from(pipeline_folder, tmp_path):
@@ -409,6 +418,7 @@ def test_a_prompt_seen_before_draws_the_same_without_t5(draw, release):
         {"negative": "blurry"},
         {"t5_precision": "bf16"},
         {"prompt": "a boat <b>and a</b> house", "clean_caption": True},
+        {"max_sequence_length": 2},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import sys
 import weakref
 
@@ -13,14 +14,18 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
+from pixart_sigma import DEMO
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.files.weight_files import read_state_dict
 from pixart_sigma.prompt_embeds import pad_embeds
-from pixart_sigma.text.cleaning import prepare_prompt
+from pixart_sigma.text.cleaning import prepare_around_embeddings, prepare_prompt
+from pixart_sigma.text.config import config_from_shapes
 from pixart_sigma.text.encoder import TextEncoder
+from pixart_sigma.text.identity import identify
 from pixart_sigma.text.loading import describe_encoder
 from pixart_sigma.text.model import compute_dtype
 from pixart_sigma.text.quantize import quantize_t5
-from pixart_sigma.text.weights import config_from_shapes, expected_shapes
+from pixart_sigma.text.weights import expected_shapes
 
 WORDS = "a small red fox with happy face in the snow, lake and mountain at night".split()
 VOCABULARY = 256
@@ -125,17 +130,21 @@ PROMPT = "a small red fox with happy face in the snow"
 # ---- equality with the reference
 
 
-@pytest.mark.parametrize("clean_caption", [False, True])
-def test_embeddings_equal_the_reference_pipeline(exact, model, clean_caption):
+@pytest.mark.parametrize(("clean_caption", "length"), [(False, 300), (True, 300), (False, 7), (False, 400)])
+def test_embeddings_equal_the_reference_pipeline(exact, model, clean_caption, length):
     from diffusers import PixArtSigmaPipeline
 
     pipeline = PixArtSigmaPipeline(exact.tokenizer, model, None, None, None)
     for prompt in [*STRANGE_PROMPTS, PROMPT, "red fox " * 400]:
         expected, mask, _, _ = pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device="cpu", clean_caption=clean_caption
+            prompt,
+            do_classifier_free_guidance=False,
+            device="cpu",
+            clean_caption=clean_caption,
+            max_sequence_length=length,
         )
         count = int(mask.sum())
-        result = exact.encode(prompt, clean_caption).prompt_embeds
+        result = exact.encode(prompt, clean_caption, length).prompt_embeds
         assert result.shape == (1, count, 64)
         torch.testing.assert_close(result, expected[:, :count], atol=1e-5, rtol=1e-5)
 
@@ -149,6 +158,36 @@ def test_cleaning_equals_the_reference_and_known_results():
         assert prepare_prompt(prompt) == prompt.lower().strip()
     assert prepare_prompt("<b>A fox</b> 雪 #12 see www.example.org", True) == "a fox see"
     assert prepare_prompt("red%2520fox", True) == "red fox"  # each of the two passes decodes once
+
+
+def test_names_of_embeddings_keep_their_case_and_are_not_cleaned():
+    """Other programs' embeddings are files, with names of any case."""
+    for prompt, expected in (
+        (" A Fox embedding:My_Style, Snow ", "a fox embedding:My_Style, snow"),
+        (
+            "embedding:A (Embedding:B) (embedding:C.pt:1.2) D",
+            "embedding:A (embedding:b) (embedding:C.pt:1.2) d",
+        ),
+        ("an Embedding:X and Anembedding:Y", "an embedding:x and anembedding:y"),
+    ):
+        assert prepare_around_embeddings(prompt) == expected
+    cleaned = prepare_around_embeddings("A <b>Fox</b> embedding:My_Style #12 Snow", clean_caption=True)
+    assert cleaned.split() == ["a", "fox", "embedding:My_Style", "snow"]
+    for prompt in STRANGE_PROMPTS:
+        assert prepare_around_embeddings(prompt) == prepare_prompt(prompt)
+
+
+def test_vectors_take_the_place_of_tokens(exact, folder):
+    """Rows of the encoder's own table, given as vectors, are its tokens; streamed as well."""
+    ids = exact.tokenizer(PROMPT)["input_ids"]
+    table = exact.model.shared.weight
+    mixed = [table[token] if index % 2 else token for index, token in enumerate(ids)]
+    for encoder in (exact, TextEncoder.load(folder, precision="fp32", stream=True)):
+        assert torch.equal(encoder.encode_ids(mixed), encoder.encode_ids(ids))
+        assert not torch.equal(encoder.encode_ids([table[5], *ids[1:]]), encoder.encode_ids(ids))
+    with pytest.raises(SigmaError, match="'embedding:Fox'.*only in ComfyUI"):
+        exact.encode("a embedding:Fox")
+    assert exact.encode("word embedding: a chart").truncated == ""
 
 
 @pytest.mark.parametrize("module", ["ftfy", "bs4"])
@@ -312,8 +351,7 @@ def test_t5_xxl_is_recognised_from_its_shapes():
     xxl = dict(d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24, vocab_size=32128)
     shapes = expected_shapes(tiny_config(**xxl))
     assert sum(math.prod(shape) for shape in shapes.values()) == 4_762_310_656
-    weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    found = config_from_shapes(weights, "t5xxl_fp16.safetensors")
+    found = config_from_shapes(shapes, "t5xxl_fp16.safetensors")
     assert {name: getattr(found, name) for name in xxl} == xxl
     assert found.is_gated_act and found.dense_act_fn == "gelu_new"
     assert expected_shapes(found) == shapes
@@ -373,6 +411,90 @@ def test_scaled_fp8_without_a_scale_or_a_weight_is_refused(model, tokenizer_fold
             TextEncoder.load(path, tokenizer_folder)
 
 
+def as_written_today(weights, metadata):
+    """Turn the first form of scaled fp8 into ComfyUI's present ones: the format in tensors or in metadata."""
+    del weights["scaled_fp8"]
+    layers = {}
+    for key in [key for key in weights if key.endswith(".scale_weight")]:
+        layer = key.removesuffix(".scale_weight")
+        layers[layer] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+        weights[layer + ".weight_scale"] = weights.pop(key)
+        weights[layer + ".input_scale"] = weights.pop(layer + ".scale_input")
+    if metadata:
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    for layer, facts in layers.items():
+        weights[layer + ".comfy_quant"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return None
+
+
+@pytest.mark.parametrize("form", ["tensors", "tensors, fp8 as bytes", "metadata", "metadata behind a prefix"])
+def test_todays_scaled_fp8_is_multiplied_by_its_scales(model, tokenizer_folder, tmp_path, form):
+    path = merged(model, tmp_path / "t5.safetensors", torch.float16, scale_to_float8)
+    weights = load_file(path)
+    expected = weights[Q + ".weight"].float() * weights[Q + ".scale_weight"]
+    metadata = as_written_today(weights, metadata=form.startswith("metadata"))
+    if "bytes" in form:
+        weights[Q + ".weight"] = weights[Q + ".weight"].view(torch.uint8)
+    if "prefix" in form:
+        prefix = "text_encoders.t5xxl.transformer."
+        weights = {prefix + key: weight for key, weight in weights.items()}
+        metadata = {name: text.replace('"encoder.', f'"{prefix}encoder.') for name, text in metadata.items()}
+    save_file(weights, path, metadata=metadata)
+    encoder = TextEncoder.load(path, tokenizer_folder, precision="fp32")
+    assert torch.equal(encoder.model.state_dict()[Q + ".weight"], expected)
+
+
+def test_another_quantisation_of_comfyui_is_named(model, tokenizer_folder, tmp_path):
+    path = merged(model, tmp_path / "t5.safetensors", torch.float16, scale_to_float8)
+    weights = load_file(path)
+    metadata = as_written_today(weights, metadata=True)
+    without_scale = {key: weight for key, weight in weights.items() if key != Q + ".weight_scale"}
+    for kept, text, message in (
+        (weights, metadata["_quantization_metadata"].replace("float8_e4m3fn", "nvfp4"), "as nvfp4.*only"),
+        (weights, '{"layers": []}', "can not be read how it is quantised"),
+        (without_scale, metadata["_quantization_metadata"], f"no scale for {Q}.weight"),
+    ):
+        save_file(kept, path, metadata={"_quantization_metadata": text})
+        with pytest.raises(CheckpointError, match=message):
+            TextEncoder.load(path, tokenizer_folder)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "transformer.", "text_encoder.", ""]
+)
+def test_an_encoder_is_found_behind_a_prefix_and_beside_other_things(
+    model, tokenizer_folder, tmp_path, exact, prefix
+):
+    def move(weights):
+        for key in list(weights):
+            weights[prefix + key] = weights.pop(key)
+        weights[prefix.removesuffix("transformer.") + "logit_scale"] = torch.tensor(4.6055)
+        if prefix.startswith("text_enc"):
+            weights["vae.decoder.conv_in.weight"] = torch.zeros(1)
+
+    path = merged(model, tmp_path / "t5.safetensors", edit=move)
+    encoder = TextEncoder.load(path, tokenizer_folder, precision="fp32")
+    assert torch.equal(encoder.encode(PROMPT).prompt_embeds, exact.encode(PROMPT).prompt_embeds)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_of_a_whole_t5_the_encoder_is_taken(tokenizer_folder, tmp_path, form):
+    from transformers import T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    whole = T5ForConditionalGeneration(tiny_config()).eval()
+    whole.save_pretrained(tmp_path / "t5")
+    path = tmp_path / "t5"
+    if form == "file":
+        path = (tmp_path / "t5" / "model.safetensors").rename(tmp_path / "t5_v1_1.safetensors")
+    assert any(key.startswith("decoder.") for key in read_state_dict(path))
+    encoder = TextEncoder.load(path, tokenizer_folder, precision="fp32")
+    ids = encoder.tokenizer(PROMPT)["input_ids"]
+    with torch.no_grad():
+        expected = whole.encoder(torch.tensor([ids])).last_hidden_state
+    torch.testing.assert_close(encoder.encode_ids(ids), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
 @pytest.mark.parametrize("key", [Q + ".weight", "encoder.block.1.layer.1.layer_norm.weight", "shared.weight"])
 def test_a_missing_weight_is_named(model, tokenizer_folder, tmp_path, key, precision):
@@ -383,7 +505,7 @@ def test_a_missing_weight_is_named(model, tokenizer_folder, tmp_path, key, preci
 
 def test_left_over_and_misshapen_weights_are_named(model, tokenizer_folder, tmp_path):
     def add(weights):
-        weights["decoder.final_layer_norm.weight"] = torch.ones(64)
+        weights["encoder.stray.weight"] = torch.ones(64)
 
     def misshape(weights):
         weights["encoder.block.1.layer.0.SelfAttention.k.weight"] = torch.ones(64, 32)
@@ -392,7 +514,7 @@ def test_left_over_and_misshapen_weights_are_named(model, tokenizer_folder, tmp_
         weights[Q + ".weight"] = torch.ones(64, 64, dtype=torch.int8)
 
     for edit, message in (
-        (add, "decoder.final_layer_norm.weight"),
+        (add, "encoder.stray.weight"),
         (misshape, r"block.1.layer.0.SelfAttention.k.weight has shape \(64, 32\), not the \(64, 64\)"),
         (integers, "torch.int8 numbers"),
     ):
@@ -421,7 +543,7 @@ def test_gguf_is_refused_with_the_node_that_reads_it(tokenizer_folder, tmp_path)
 def test_folders_that_are_no_t5_are_refused(tokenizer_folder, tmp_path):
     with pytest.raises(CheckpointError, match="no config.json"):
         TextEncoder.load(tmp_path, tokenizer_folder)
-    for text, message in (("{", "JSON"), ("[]", "model_type"), ('{"model_type": "clip"}', "'clip'")):
+    for text, message in (("{", "JSON"), ("[]", "no settings"), ('{"model_type": "clip"}', "'clip'")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             TextEncoder.load(tmp_path, tokenizer_folder)
@@ -438,10 +560,75 @@ def test_folders_that_are_no_t5_are_refused(tokenizer_folder, tmp_path):
 
 def test_a_file_without_a_tokenizer_says_what_to_pass(model, tmp_path):
     path = merged(model, tmp_path / "t5.safetensors")
-    with pytest.raises(SigmaError, match="spiece.model or tokenizer.json"):
+    wanted = "the 256 tokens of .*spiece.model or tokenizer.json with --tokenizer.*hf download"
+    with pytest.raises(SigmaError, match=wanted):
         TextEncoder.load(path)
     with pytest.raises(SigmaError, match="does not exist"):
         TextEncoder.load(path, tmp_path / "absent")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with nothing on it: no models folder, no ComfyUI, no Hugging Face cache."""
+    root = tmp_path / "machine"
+    (root / "here").mkdir(parents=True)
+    monkeypatch.chdir(root / "here")
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.setenv("COMFYUI_PATH", str(root / "ComfyUI"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hub"))
+    return root
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        ("ComfyUI/models/diffusers/PixArt/tokenizer", "PixArt/tokenizer"),
+        ("ComfyUI/models/diffusers/owner/SD3/tokenizer_3", "SD3/tokenizer_3"),
+        ("comfy/ComfyUI/models/diffusers/PixArt/tokenizer", "PixArt/tokenizer"),
+        ("here/models/PixArt/tokenizer", "PixArt/tokenizer"),
+        ("other/models/diffusers/PixArt/tokenizer", "PixArt/tokenizer"),  # where the encoder is
+        ("hub/models--PixArt--Sigma/snapshots/1a2b/tokenizer", "PixArt/Sigma"),
+        ("hub/models--google--t5/snapshots/1a2b", "google/t5"),
+        ("ComfyUI/comfy/text_encoders/t5_tokenizer", "text_encoders/t5_tokenizer"),
+        ("comfy/ComfyUI/comfy/text_encoders/t5_tokenizer", "text_encoders/t5_tokenizer"),
+    ],
+)
+def test_a_bare_encoder_takes_the_tokenizer_of_another_model(
+    model, exact, machine, tokenizer_folder, place, name
+):
+    (machine / "other" / "models" / "text_encoders").mkdir(parents=True)
+    path = merged(model, machine / "other" / "models" / "text_encoders" / "t5.safetensors")
+    folder = machine / place
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes((tokenizer_folder / "spiece.model").read_bytes())
+    assert torch.equal(
+        TextEncoder.load(path, precision="fp32").encode(PROMPT).prompt_embeds,
+        exact.encode(PROMPT).prompt_embeds,
+    )
+    assert identify(path).tokenizer == name and identify(path) == identify(path, folder)
+
+
+def test_a_tokenizer_that_does_not_fit_is_never_taken(model, machine, tokenizer_folder, tmp_path):
+    """The demo's, of 120 words; that of another model in the same folder; a damaged one."""
+    from transformers import T5EncoderModel
+
+    wide = T5EncoderModel(tiny_config(vocab_size=360))
+    path = merged(wide, machine / "t5.safetensors")
+    diffusers = machine / "ComfyUI" / "models" / "diffusers"
+    shutil.copytree(DEMO / "tokenizer", diffusers / "a demo" / "tokenizer")
+    (diffusers / "b damaged" / "tokenizer").mkdir(parents=True)
+    (diffusers / "b damaged" / "tokenizer" / "spiece.model").write_bytes(bytes(100))
+    (machine / "tokenizer.json").write_text('{"model": "of CLIP"}')
+    with pytest.raises(SigmaError, match="No tokenizer for the 360 tokens"):
+        TextEncoder.load(path)
+    with pytest.raises(SigmaError, match="has 120 tokens, but the encoder knows 360"):
+        TextEncoder.load(path, DEMO / "tokenizer")
+
+    fitting = diffusers / "c fits" / "tokenizer"
+    fitting.mkdir(parents=True)
+    (fitting / "spiece.model").write_bytes((tokenizer_folder / "spiece.model").read_bytes())
+    assert len(TextEncoder.load(path).tokenizer) == 141
+    assert identify(path).tokenizer == "c fits/tokenizer"
 
 
 def test_spiece_model_and_tokenizer_json_agree(model, exact, tokenizer_folder, tmp_path):
@@ -517,6 +704,103 @@ def test_a_quantised_folder_without_a_scale_is_refused(folder, tmp_path, precisi
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{Q}.weight is {precision}"):
         TextEncoder.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_4_bit_folders_in_another_storage_load(folder, tmp_path, storage):
+    """As QLoRA recipes for FSDP write them (`bnb_4bit_quant_storage`)."""
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    quantised = T5EncoderModel.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(**asked, bnb_4bit_quant_storage=storage),
+    )
+    quantised.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")[Q + ".weight"].dtype == storage
+    loaded = TextEncoder.load(tmp_path, folder.parent / "tokenizer")
+    assert loaded.precision == "nf4"
+    assert describe_encoder(tmp_path, folder.parent / "tokenizer")[1] == pytest.approx(
+        loaded.nbytes, rel=0.02
+    )
+    direct = TextEncoder.load(folder, precision="nf4")
+    assert torch.equal(loaded.encode(PROMPT).prompt_embeds, direct.encode(PROMPT).prompt_embeds)
+
+
+# ---- configs
+
+
+def with_config(folder, target, **changes):
+    """A copy of an encoder's folder whose config.json says something else; None takes an entry out."""
+    target.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(settings))
+    return target
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_norm_epsilon": 0.1},
+        {"relative_attention_max_distance": 9},
+        {"feed_forward_proj": "gated-silu", "dense_act_fn": None, "is_gated_act": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_config_says_is_obeyed(folder, exact, tmp_path, changes, stream):
+    from transformers import T5EncoderModel
+
+    path = with_config(folder, tmp_path / "t5", **changes)
+    reference = T5EncoderModel.from_pretrained(path).eval()
+    ids = exact.tokenizer(PROMPT)["input_ids"]
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).last_hidden_state
+    made = TextEncoder.load(path, folder.parent / "tokenizer", "fp32", stream=stream).encode_ids(ids)
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
+    assert relative_error(made, exact.encode_ids(ids)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"return_dict": False, "output_attentions": True}, ""),
+        ({"num_layers": 1}, "num_layers 1, and the weights have 2"),
+        ({"num_heads": 8, "d_kv": 8}, "num_heads 8, and the weights have 4"),
+        (
+            {"relative_attention_num_buckets": 16},
+            "relative_attention_num_buckets 16, and the weights have 32",
+        ),
+        ({"vocab_size": 128}, "vocab_size 128, and the weights have 256"),
+        (
+            {"feed_forward_proj": None, "dense_act_fn": None, "is_gated_act": None},
+            "feed_forward_proj 'relu', and the weights are gated",
+        ),
+        ({"dense_act_fn": "relu"}, "dense_act_fn 'relu', and feed_forward_proj 'gated-gelu'"),
+        ({"is_gated_act": False}, "is_gated_act False, and feed_forward_proj"),
+        ({"feed_forward_proj": "gated-new", "dense_act_fn": None}, "'gated-new', which is no activation"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon 0.0, which must be a number above 0"),
+        ({"layer_norm_epsilon": "small"}, "does not describe a T5 encoder.*layer_norm_epsilon"),
+        ({"relative_attention_max_distance": 0}, "relative_attention_max_distance 0"),
+        ({"relative_attention_max_distance": 8}, "max_distance 8, which must be above 8"),
+        ({"scalable_attention": True}, "scalable_attention True, which a T5 encoder has not"),
+        ({"is_decoder": True}, "is_decoder True, which"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_encoder_is_named(folder, exact, tmp_path, changes, message):
+    path = with_config(folder, tmp_path / "t5", **changes)
+    if not message:  # it says how results are handed over, and they are the same
+        made = TextEncoder.load(path, folder.parent / "tokenizer", "fp32")
+        assert torch.equal(made.encode(PROMPT).prompt_embeds, exact.encode(PROMPT).prompt_embeds)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        TextEncoder.load(path, folder.parent / "tokenizer")
 
 
 def test_quantising_refuses_what_it_would_overwrite(folder, tmp_path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pixart_sigma.transformer.config import KVWeights, TransformerConfig
-from pixart_sigma.transformer.hooks import BlockCall
+from pixart_sigma.transformer.hooks import NO_HOOKS, BlockCall
 from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.network import build_transformer
 
@@ -36,7 +36,7 @@ def attention_module(ratio, qk_norm=False):
 
 
 def call_of(grid, rule):
-    return BlockCall(0, grid, modulation=torch.zeros(1, 6 * WIDTH), kv_compression=rule)
+    return BlockCall(0, grid, torch.zeros(1, 6 * WIDTH), None, rule, NO_HOOKS)
 
 
 def merge_as_the_authors(tokens, grid, operator, ratio, weights):

@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from pixart_sigma import DEMO
+from pixart_sigma.components import Components
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.files.locating import find_weight_files
 from pixart_sigma.files.parts import FACTS
 from pixart_sigma.files.weight_files import check_file, facts_tensor, read_header, read_state_dict
+from pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
 from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
 from pixart_sigma.transformer.config import KVWeights
+from pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
 
 
 def assert_same(state_dict, expected):
@@ -185,6 +190,56 @@ def test_described_for_people(tmp_path, write_original):
         "original",
     ):
         assert words in text
+
+
+# The noise schedule, which is not in the weights
+
+
+def with_scheduler(folder: Path, **config) -> Path:
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_noise_schedule_is_that_of_the_pipeline_that_the_transformer_lies_in(tmp_path, pipeline_folder):
+    assert inspect(pipeline_folder).noise_schedule == PUBLISHED
+    assert "epsilon, linear betas 0.0001 to 0.02, linspace timesteps (from DPMSolverMultistepScheduler)" in (
+        inspect(pipeline_folder).describe()
+    )
+    folder = tmp_path / "finetune"
+    shutil.copytree(pipeline_folder / "transformer", folder / "transformer")
+    assert "(the published one)" in inspect(folder).describe()
+    with_scheduler(
+        folder, _class_name="EulerDiscreteScheduler", prediction_type="v_prediction", use_karras_sigmas=True
+    )
+    expected = NoiseSchedule("v_prediction", sigma_spacing="karras")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path in (folder, folder / "transformer", weights):
+        assert inspect(path).noise_schedule == expected
+        assert (
+            "v_prediction, linear betas 0.0001 to 0.02, karras sigmas (from Euler" in inspect(path).describe()
+        )
+    shutil.move(weights, folder / "transformer" / "mine.safetensors")
+    assert inspect(folder / "transformer" / "mine.safetensors").noise_schedule == PUBLISHED
+    with_scheduler(folder, prediction_type="score")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: prediction_type is 'score'"):
+        inspect(folder)
+
+
+@pytest.mark.parametrize(
+    "markers, expected",
+    [
+        (("v_pred",), NoiseSchedule("v_prediction")),
+        (("v_pred", "ztsnr"), NoiseSchedule("v_prediction", rescale_betas_zero_snr=True)),
+        ((), PUBLISHED),
+    ],
+)
+def test_the_markers_that_comfyui_writes(tmp_path, write_original, diffusers_state_dict, markers, expected):
+    extra = {marker: torch.tensor([]) for marker in markers}
+    found = inspect(write_original(tmp_path / "saved.safetensors", extra=extra))
+    assert found.noise_schedule == expected
+    assert all(marker in found.describe() for marker in markers)
+    assert_same(load_transformer_state_dict(found), diffusers_state_dict)
 
 
 # Only headers
@@ -368,6 +423,15 @@ def test_qk_norm(tmp_path, write_original, trained_state_dict, converter):
     found = inspect(path)
     assert found.config.qk_norm
     assert_same(load_transformer_state_dict(found), trained)
+
+
+def test_authors_names_and_back(trained_state_dict, to_original):
+    trained = trained_state_dict((0,), 2, qk_norm=True)
+    names = to_original_keys(trained)
+    assert names.keys() == to_original(trained).keys()
+    assert all(to_diffusers_keys(name) == parts for name, parts in names.items())
+    del trained["transformer_blocks.0.attn1.to_k.weight"]  # what lacks a part is kept as it is
+    assert "transformer_blocks.0.attn1.to_q.weight" in to_original_keys(trained)
 
 
 @pytest.mark.parametrize("name", ["sr.weight", "sr.bias", "norm.weight", "norm.bias"])
@@ -682,6 +746,15 @@ def test_pipeline_without_transformer(tmp_path, pipeline_folder):
         inspect(folder)
 
 
+def test_a_folder_of_components_without_a_model_index(tmp_path, pipeline_folder):
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "only" / "transformer")
+    found = inspect(tmp_path / "only")
+    assert found.kind == "pipeline" and list(found.components) == ["transformer"]
+    shutil.copytree(pipeline_folder / "vae", tmp_path / "vae only" / "vae")
+    with pytest.raises(CheckpointError, match="has no transformer, only vae"):
+        inspect(tmp_path / "vae only")
+
+
 def test_folder_with_a_choice(tmp_path, diffusers_state_dict):
     for name in ("one.safetensors", "two.safetensors"):
         save_file({"a": torch.zeros(1)}, tmp_path / name)
@@ -695,6 +768,142 @@ def test_broken_config(tmp_path, transformer_folder):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="config.json"):
             inspect(folder)
+
+
+# Variants, shards and Hugging Face's cache
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers", "diffusers, pickles"])
+def test_variants_as_the_libraries_write_them(tmp_path, tiny_transformer, pipeline_folder, library):
+    """The plain files where they are too, else the only variant, whole or in shards."""
+    model, kind = tiny_transformer, {"safe_serialization": False} if "pickles" in library else {}
+    if library == "transformers":
+        model = T5EncoderModel.from_pretrained(pipeline_folder / "text_encoder")
+    expected = set(model.state_dict())
+    model.save_pretrained(tmp_path / "whole", variant="fp16", **kind)
+    model.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="400KB", **kind)
+    assert [file.name.split(".")[1] for file in find_weight_files(tmp_path / "whole")] == ["fp16"]
+    shards = find_weight_files(tmp_path / "shards")
+    assert len(shards) > 1 and all(".fp16-0" in shard.name for shard in shards)
+    for folder in ("whole", "shards"):
+        assert expected - {"encoder.embed_tokens.weight"} <= set(read_header(tmp_path / folder))
+    with pytest.raises(
+        CheckpointError, match=f"one of {len(shards)} parts of a model. Choose its folder, .*shards"
+    ):
+        read_state_dict(shards[0])
+
+    model.save_pretrained(tmp_path / "whole", variant="bf16", **kind)
+    with pytest.raises(CheckpointError, match=r"several variants \(bf16, fp16\): choose one of its files"):
+        read_header(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole", **kind)
+    assert [file.name.count(".") for file in find_weight_files(tmp_path / "whole")] == [1]
+
+
+def test_the_older_spelling_of_a_variants_shards(tmp_path, sharded_folder, diffusers_state_dict):
+    shutil.copytree(sharded_folder, tmp_path / "a")
+    index = tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json"
+    index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+        index.read_text().replace(".safetensors", ".fp16.safetensors")
+    )
+    index.unlink()
+    for shard in (tmp_path / "a").glob("*.safetensors"):
+        shard.rename(shard.with_name(shard.name.replace(".safetensors", ".fp16.safetensors")))
+    assert_same(load_transformer_state_dict(inspect(tmp_path / "a")), diffusers_state_dict)
+
+
+def cached(folder: Path, target: Path, snapshots=("abc",), main: str | None = "abc") -> Path:
+    """A folder as huggingface_hub keeps a repository: links in snapshots, and which of them is main."""
+    shutil.copytree(folder, target / "blobs")
+    for snapshot in snapshots:
+        for file in (path for path in (target / "blobs").rglob("*") if path.is_file()):
+            link = target / "snapshots" / snapshot / file.relative_to(target / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    if main is not None:
+        (target / "refs").mkdir()
+        (target / "refs" / "main").write_text(main)
+    return target
+
+
+def test_hugging_faces_cache(tmp_path, pipeline_folder, diffusers_state_dict):
+    one = cached(pipeline_folder, tmp_path / "models--owner--one", main=None)
+    two = cached(pipeline_folder, tmp_path / "models--owner--two", ("abc", "def"), "def\n")
+    shutil.rmtree(two / "snapshots" / "abc" / "transformer")
+    for path in (one, two, one / "snapshots" / "abc"):
+        found = inspect(path)
+        assert found.kind == "pipeline" and found.variant_source == "config"
+        assert_same(load_transformer_state_dict(found), diffusers_state_dict)
+    assert Components.find(two).names() == dict.fromkeys(("transformer", "text_encoder", "vae"), "two")
+    alone = cached(pipeline_folder / "transformer", tmp_path / "models--owner--alone")
+    assert_same(read_state_dict(alone), diffusers_state_dict)
+
+    for main in ("../../../etc", "gone"):
+        (two / "refs" / "main").write_text(main)
+        with pytest.raises(CheckpointError, match="with 2 snapshots, and refs/main names none of them"):
+            inspect(two)
+    shutil.rmtree(one / "snapshots" / "abc")
+    with pytest.raises(CheckpointError, match="with no snapshot"):
+        inspect(one)
+
+
+def test_what_a_folder_lacks_is_named_at_once(tmp_path, pipeline_folder, transformer_folder, diffusers_file):
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "mine" / "transformer")
+    both = (
+        "no text_encoder and no vae: name the file or folder with --text-encoder and --vae, or give a whole"
+    )
+    for folder, words in (
+        (tmp_path / "mine", f"mine holds transformer, with {both}"),
+        (transformer_folder, f"tiny is a transformer alone, with {both}"),
+        (diffusers_file, f"tiny_diffusers.safetensors is a transformer alone, with {both}"),
+        (pipeline_folder / "vae", "is a VAE, not a PixArt-Sigma transformer"),
+        (tmp_path / "gone", "There is no file or folder .*gone"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            Components.find(folder)
+    shutil.copytree(pipeline_folder / "vae", tmp_path / "others" / "vae")
+    with pytest.raises(
+        CheckpointError, match="others holds vae, with no transformer and no text_encoder: .*--transformer"
+    ):
+        Components.find(tmp_path / "others")
+    found = Components.find(
+        tmp_path / "others", transformer=diffusers_file, text_encoder=pipeline_folder / "text_encoder"
+    )
+    assert found.vae == tmp_path / "others" / "vae"
+    assert (
+        Components.find(transformer_folder, vae=pipeline_folder, needs_text_encoder=False).text_encoder
+        is None
+    )
+
+
+def test_a_checkpoint_of_several_models_is_a_pipeline(tmp_path, pipeline_folder, diffusers_state_dict):
+    vae = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusers_state_dict.items()}
+    path = tmp_path / "whole.safetensors"
+    save_file(whole | {f"vae.{key}": tensor for key, tensor in vae.items()}, path)
+    found = Components.find(path, needs_text_encoder=False)
+    assert found.vae == path and found.checkpoint.path == path and len(found.fingerprints()) == 2
+    with pytest.raises(
+        CheckpointError, match="holds transformer, vae, with no text_encoder: .*--text-encoder"
+    ):
+        Components.find(path)
+
+
+def test_a_transformer_by_itself_brings_its_noise_schedule_or_takes_the_folders(
+    tmp_path, pipeline_folder, diffusers_file
+):
+    for name, spacing in (("base", "trailing"), ("other", "leading")):
+        shutil.copytree(pipeline_folder, tmp_path / name)
+        with_scheduler(tmp_path / name, timestep_spacing=spacing)
+    for transformer, spacing in (
+        (None, "trailing"),
+        (tmp_path / "other", "leading"),
+        (tmp_path / "other" / "transformer", "leading"),
+        (diffusers_file, "trailing"),
+    ):
+        found = Components.find(tmp_path / "base", transformer=transformer).checkpoint.noise_schedule
+        assert found.timestep_spacing == spacing
+    given = Components.find(tmp_path / "base", noise_schedule=PUBLISHED).checkpoint
+    assert given.noise_schedule == PUBLISHED
 
 
 # Shards

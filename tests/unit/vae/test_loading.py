@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError
+from pixart_sigma.vae.coding import decode_dtype
 from pixart_sigma.vae.loading import load_vae, read_vae
 
 ORIGINAL_NAMES = (
@@ -140,6 +141,52 @@ def test_the_vae_of_stable_diffusion_1(tmp_path, weights, pipeline_folder):
     save_file(whole, tmp_path / "sd15.safetensors")
     with pytest.raises(CheckpointError, match="Stable Diffusion 1.x"):
         read_vae(tmp_path / "sd15.safetensors")
+
+
+def test_a_config_without_a_scaling_factor_means_that_of_sdxl(tmp_path, pipeline_folder):
+    """diffusers has that of Stable Diffusion 1.x as its default."""
+    assert (
+        load_vae(with_config(pipeline_folder, tmp_path / "a", scaling_factor=None)).config.scaling_factor
+        == 0.13025
+    )
+    assert (
+        load_vae(with_config(pipeline_folder, tmp_path / "b", scaling_factor=0.2)).config.scaling_factor
+        == 0.2
+    )
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_full(tmp_path, pipeline_folder):
+    """Which is what a config means that does not say otherwise."""
+    for number, (upcast, expected) in enumerate(((None, torch.float32), (False, torch.float16))):
+        folder = with_config(pipeline_folder, tmp_path / str(number), force_upcast=upcast)
+        assert decode_dtype(load_vae(folder, torch.float16), torch.float16) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shift_factor": 0.1159}, "shift_factor 0.1159, which PixArt-Sigma is run without"),
+        ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, r"latents_mean \[0.1, 0.2"),
+        ({"latents_std": [5.0, 5.0, 5.0, 5.0]}, r"latents_std \[5.0, 5.0"),
+        ({"act_fn": "relu"}, "act_fn 'relu'"),
+        ({"scaling_factor": "much"}, "scaling_factor 'much'; SDXL's VAE has 0.13025"),
+        ({"scaling_factor": 0}, "scaling_factor 0"),
+        ({"use_quant_conv": False}, "unknown key quant_conv"),
+        ({"layers_per_block": 2}, "lacks"),
+    ],
+)
+def test_a_config_that_contradicts_is_named(tmp_path, pipeline_folder, settings, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_vae(with_config(pipeline_folder, tmp_path / "vae", **settings))
+
+
+def with_config(pipeline_folder, folder, **settings):
+    """The VAE's folder with other settings; what is None is left out."""
+    shutil.copytree(pipeline_folder / "vae", folder)
+    config = json.loads((folder / "config.json").read_text()) | settings
+    kept = {name: value for name, value in config.items() if settings.get(name, 0) is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
 
 
 def test_other_models(pipeline_folder):

@@ -1,0 +1,136 @@
+"""Files of pictures: which can be written, what a written one says of itself, and what a file that cannot be
+read is told to be.
+
+Nothing here imports torch, so that a mistake is known at once.
+"""
+
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SigmaError
+from .writing import write_beside
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEY = "pixart_sigma"  # of a PNG's text, and in the comment of the others
+
+# What a name's ending writes: Pillow's name of the format, and how it is saved. The lossy ones keep what an
+# eye can see, colours at full resolution included.
+FORMATS: dict[str, tuple[str, dict]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286  # Exif 2.3, sections 4.6.3 and 4.6.5
+ASCII = b"ASCII\0\0\0"
+MOST_EXIF = 65533  # bytes in the one segment of a JPEG
+
+# What Pillow's readers raise for files that are cut short or changed.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def check_ending(path: Path) -> None:
+    """SigmaError unless the name says which kind of picture is to be written."""
+    if path.suffix.lower() not in FORMATS:
+        ending = f"ends in {path.suffix}" if path.suffix else "has no ending"
+        raise SigmaError(f"{path} {ending}; end the picture's name in .png, .jpg or .webp.")
+
+
+def write_picture(path: Path, picture: "Image.Image", said: str = "") -> bool:
+    """Write a picture in the format of its name, whole or not at all; whether `said` is in it.
+
+    A PNG has it as text under KEY, a JPEG and a WebP in the Exif user comment, as JSON under KEY. What is too
+    long for a JPEG is left out there.
+    """
+    check_ending(path)
+    name, options = FORMATS[path.suffix.lower()]
+    beside: dict = {}
+    if said and name == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
+        beside["pnginfo"] = PngInfo()
+        beside["pnginfo"].add_text(KEY, said)
+    elif said:
+        comment = json.dumps({KEY: json.loads(said)}).encode("ascii")
+        exif = picture.getexif()
+        exif[EXIF_FOLDER] = {USER_COMMENT: ASCII + comment}
+        if name != "JPEG" or len(exif.tobytes()) <= MOST_EXIF:
+            beside["exif"] = exif.tobytes()
+    write_beside(path, lambda file: picture.save(file, format=name, **options, **beside))
+    return bool(beside) or not said
+
+
+def read_said(path: str | Path) -> str | None:
+    """What `write_picture` was given to say, or None. Raises SigmaError for a file that is no picture."""
+    with open_picture(path) as picture:
+        text = getattr(picture, "text", {}).get(KEY)
+        if text is not None:
+            return text
+        comment: Any = picture.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT)
+    try:
+        if isinstance(comment, bytes):
+            comment = comment.removeprefix(ASCII).decode("ascii")
+        return json.dumps(json.loads(comment)[KEY])
+    except (ValueError, TypeError, LookupError):
+        return None  # another program's comment
+
+
+@contextmanager
+def open_picture(path: str | Path) -> Iterator["Image.Image"]:
+    """The picture of a file, to be read within this block.
+
+    Raises SigmaError for a file that is no picture, is damaged or has too many pixels, and OSError where
+    there is none that may be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of half of what it refuses; what it refuses is refused here.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with named_if_damaged(path), Image.open(path) as picture:
+                yield picture
+    except UnidentifiedImageError:
+        raise SigmaError(
+            f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file."
+        ) from None
+
+
+@contextmanager
+def named_if_damaged(name: str | Path) -> Iterator[None]:
+    """Within this block, what Pillow raises while it reads a picture becomes a SigmaError that names it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except (SigmaError, UnidentifiedImageError):
+        raise
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise SigmaError(
+            f"{name} is larger than the {most} million pixels that are read; make it smaller first."
+        ) from error
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the file system, which says it well
+        raise SigmaError(
+            f"{name} is a damaged picture ({error}); open it in another program and save it again."
+        ) from error
