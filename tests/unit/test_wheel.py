@@ -50,6 +50,7 @@ def installed(tmp_path) -> Path:
     return programs
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_makes_a_picture(installed, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

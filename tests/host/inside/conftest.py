@@ -14,6 +14,7 @@ from hosts import find_host, host_python, refuse
 
 START = Path(__file__).with_name("start.py")
 SECONDS = 900  # for all tests of a file
+tried: set[Path] = set()  # the hosts of which all was imported once
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -36,6 +37,9 @@ class HostFile(pytest.File):
         with tempfile.TemporaryDirectory() as folder:
             reports, output = Path(folder) / "reports", Path(folder) / "output"
             command = [host_python(), START, "--rootdir", self.config.rootpath, "--reports", reports]
+            if host not in tried:
+                tried.add(host)
+                command.append("--try-all")
             with output.open("w") as printed:
                 try:
                     subprocess.run(

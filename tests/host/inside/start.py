@@ -18,18 +18,19 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).parents[3]
+TRY_ALL = "--try-all"  # to import all of the host, which takes a second more
 
 
-def become_the_host(base: str):
+def become_the_host(base: str, try_all: bool):
     """ComfyUI's modules come first; its options are given, since they are read when it is imported."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     sys.argv[1:] = ["--cpu", "--base-directory", base]
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    # As ComfyUI's main.py does: what these need and is not there ends this before any test.
-    for name in ("execution", "nodes", "server"):
-        importlib.import_module(name)
+    if try_all:  # as main.py does: what these need and is not there ends this before any test
+        for name in ("execution", "nodes", "server"):
+            importlib.import_module(name)
     # As ComfyUI loads a pack: a package under a folder name that it does not choose.
     spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py")
     sys.modules["pack"] = importlib.util.module_from_spec(spec)
@@ -75,8 +76,9 @@ class Inside:
 
 if __name__ == "__main__":
     options = [f"--config-file={PACK / 'tests' / 'pytest.ini'}", "--noconftest", "-pno:cacheprovider"]
-    arguments = options + sys.argv[1:]
+    given = [argument for argument in sys.argv[1:] if argument != TRY_ALL]
+    try_all = len(given) < len(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="comfyui_base_") as base:
-        become_the_host(base)
+        become_the_host(base, try_all)
         pytest.register_assert_rewrite("random_models")
-        sys.exit(pytest.main(arguments, plugins=[Inside()]))
+        sys.exit(pytest.main(options + given, plugins=[Inside()]))

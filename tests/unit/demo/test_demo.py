@@ -51,6 +51,7 @@ def demo():
     return SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt, ground, color, shape, position",
     [
@@ -68,6 +69,7 @@ def test_it_draws_what_it_is_asked_for(demo, prompt, ground, color, shape, posit
     assert [(one.color, one.shape, one.position) for one in seen[:1]] == [(color, shape, position)]
 
 
+@pytest.mark.slow
 def test_it_places_two_objects(demo):
     prompt = "a pink square to the left of a cyan circle on a brown background"
     ground, seen = look(np.asarray(demo.generate(Settings(prompt, seed=0)).images[0]))
@@ -76,6 +78,7 @@ def test_it_places_two_objects(demo):
     assert first.shape == "square"
 
 
+@pytest.mark.slow
 def test_the_one_trained_with_kv_compression_needs_no_setting():
     trained = inspect(DEMO_KV).config
     assert trained.kv_compression == KVWeights(2, (2, 3, 4))

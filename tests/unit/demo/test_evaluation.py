@@ -16,6 +16,7 @@ import drawings  # noqa: E402
 import evaluate  # noqa: E402
 import judge  # noqa: E402
 
+pytestmark = pytest.mark.slow
 COUNT = 300
 
 
