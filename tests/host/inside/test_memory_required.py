@@ -84,11 +84,13 @@ def published_network():
     import comfy.ops
     from pack.nodes.host.network import build_network
     from pack.nodes.host.transformer import SigmaModel, _host_config
+    from pack.pixart_sigma.noise_schedule import PUBLISHED
     from pack.pixart_sigma.transformer.config import TransformerConfig
 
     sizes = TransformerConfig(128, 2.0, 2, 16, 72, 4, 8, 2, 4096, 1152)
     network = build_network(sizes, comfy.ops.disable_weight_init)
-    config = _host_config(SimpleNamespace(config=sizes, dtype=torch.float32), 10**9, "fp32")
+    checkpoint = SimpleNamespace(config=sizes, dtype=torch.float32, noise_schedule=PUBLISHED)
+    config = _host_config(checkpoint, 10**9, "fp32")
     model = SigmaModel(config, network)
     network.dtype = torch.float32
     processor = type(network.transformer_blocks[0].attn1.processor)
