@@ -122,9 +122,11 @@ def check_weights(weights: dict, config, precision: str | None, path: Path) -> N
             f"{path} holds {_count(left_over)} that a T5 encoder of this size does not have."
         )
     for key, weight in given.items():
-        if precision and (weight.dtype in (torch.int8, torch.uint8) or key in companions):
+        # The dtype of 4-bit weights says nothing: they may be stored as numbers of any kind.
+        beside = companions.get(key, set())
+        if precision and (weight.dtype in (torch.int8, torch.uint8) or beside - {"_format"}):
             needs = {"SCB"} if T5_PRECISIONS[precision].bits == 8 else {".absmax", ".quant_map"}
-            if absent := sorted(needs - companions.get(key, set())):
+            if absent := sorted(needs - beside):
                 raise CheckpointError(
                     f"{path}: {key} is {precision} but its {absent[0].strip('.')} is missing."
                 )

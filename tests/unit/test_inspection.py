@@ -115,7 +115,8 @@ def test_a_textual_inversion(tmp_path, names):
 
 
 def test_prompt_embeddings():
-    assert "a red circle on a blue background" in describe(DEMO / "prompt_embeddings.safetensors")
+    prompt = "a red square to the left of a blue star on a white background"
+    assert prompt in describe(DEMO / "prompt_embeddings.safetensors")
 
 
 def test_averages_are_mentioned(tmp_path, to_original, diffusers_state_dict):

@@ -265,10 +265,11 @@ def test_size_and_progress_are_known_before_the_weights_are(folder, tmp_path, pr
     if precision.startswith("saved "):
         path, precision = tmp_path / "saved", precision.removeprefix("saved ")
         quantize_t5(folder, path, precision)
-    tokenizer, nbytes = describe_encoder(path, precision=precision)
+    tokenizer, nbytes, width = describe_encoder(path, precision=precision)
     told = []
     encoder = TextEncoder.load(path, precision=precision, progress=lambda *call: told.append(call))
     assert nbytes == pytest.approx(encoder.nbytes, rel=0.02)
+    assert width == encoder.encode(PROMPT).prompt_embeds.shape[-1]
     assert tokenizer(PROMPT)["input_ids"] == encoder.tokenizer(PROMPT)["input_ids"]
     done, total = zip(*told, strict=True)
     assert sorted(done) == list(range(1, total[0] + 1))

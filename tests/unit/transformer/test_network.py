@@ -409,7 +409,7 @@ def original_weights(width, layers, qk_norm=False, kv_layers=(), base_size=16):
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kv_layers", [(), (1,)])
 def test_original_keys_equal_the_original_network(tmp_path, qk_norm, kv_layers):
-    weights, stored = original_weights(64, 2, qk_norm, kv_layers)
+    weights, stored = original_weights(144, 2, qk_norm, kv_layers)
     path = tmp_path / "PixArt-Sigma-XL-2-256x256.pth"
     torch.save({"state_dict": stored}, path)
     model = load_transformer(path)
@@ -427,7 +427,7 @@ def test_original_keys_equal_the_original_network(tmp_path, qk_norm, kv_layers):
 
 
 def test_loading_casts_and_reports_what_is_missing(tmp_path):
-    _, stored = original_weights(64, 2)
+    _, stored = original_weights(144, 2)
     path = tmp_path / "PixArt-Sigma-XL-2-256x256.pth"
     torch.save(stored, path)
     model = load_transformer(path, dtype=torch.bfloat16)

@@ -69,11 +69,11 @@ def test_it_equals_the_whole_decode_in_the_sdxl_vaes_own_width():
 
 def test_in_half_precision_it_is_as_exact_as_the_whole_decode():
     vae = make_vae()
-    latent = latent_of(32, 32)
+    latent = latent_of(16, 12)
     exact = vae.decode(latent).sample
     vae.to(torch.bfloat16)
     whole = vae.decode(latent.bfloat16()).sample.float()
-    strips = decode_in_strips(read_decoder(vae), latent.bfloat16(), 2e6)
+    strips = decode_in_strips(read_decoder(vae), latent.bfloat16(), 0.5e6)
     assert (strips - exact).norm() <= 1.1 * (whole - exact).norm()
     # No step of tone between strips: rows differ from the exact ones alike.
     tone = (strips - exact).mean(dim=(0, 1, 3))
