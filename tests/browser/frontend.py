@@ -84,15 +84,19 @@ class Frontend:
             workflow,
         )
 
-    def find(self, words: str) -> list[str]:
-        """The names of the nodes that the search offers, the best one first."""
+    def find(self, words: str, name: str) -> bool:
+        """Whether the search offers a node of this name within some seconds."""
         asked = self.page.locator("input[role=combobox]")
         if not asked.is_visible():
             self.page.evaluate("() => app.graph.clear()")
             self.page.mouse.dblclick(800, 450)
         asked.fill(words)
-        self.page.wait_for_timeout(1000)
-        return [item.inner_text().splitlines()[0] for item in self.page.get_by_test_id("result-item").all()]
+        offered = self.page.get_by_test_id("result-item")
+        for _ in range(40):
+            self.page.wait_for_timeout(500)
+            if any(text.splitlines()[0] == name for text in offered.all_inner_texts()):
+                return True
+        return False
 
     def nodes(self) -> list[dict]:
         """Each node's type, and whether the frontend knows it."""

@@ -13,7 +13,7 @@ def test_the_search_finds_a_node_by_what_users_call_it(page):
         ("unload", "Σ Release Model"),
         ("memory", "Σ Memory Report"),
     ):
-        assert name in page.find(words), words
+        assert page.find(words, name), words
     assert page.problems == []
 
 

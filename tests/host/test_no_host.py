@@ -10,7 +10,7 @@ import pytest
 from server import PACK
 
 TESTS = PACK / "tests"
-IN_A_SERVER = [TESTS / "host" / "test_notice.py", TESTS / "browser"]
+IN_A_SERVER = [TESTS / "host" / "test_notice.py", TESTS / "browser" / "test_nodes.py"]
 IN_ITS_PROCESS = [TESTS / "host" / "inside" / name for name in ("test_planner.py", "test_release.py")]
 
 
