@@ -90,8 +90,10 @@ class Frontend:
         if not asked.is_visible():
             self.page.evaluate("() => app.graph.clear()")
             self.page.mouse.dblclick(800, 450)
-        asked.fill(words)
         offered = self.page.get_by_test_id("result-item")
+        asked.fill("no node is called so")
+        offered.first.wait_for(state="detached", timeout=20_000)  # what an earlier search has found
+        asked.fill(words)
         for _ in range(40):
             self.page.wait_for_timeout(500)
             if any(text.splitlines()[0] == name for text in offered.all_inner_texts()):
