@@ -58,23 +58,6 @@ def test_a_workflow_opens(page, workflow):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
-def test_nothing_overlaps_in_nodes_2(nodes_2, workflow):
-    nodes_2.load(workflow.stem)
-    assert len(nodes_2.boxes()) == len(contents(workflow)["nodes"])
-    assert_readable(nodes_2)
-
-
-def test_what_a_run_adds_has_room_in_nodes_2(nodes_2):
-    """A picture, and the line in which Save Prompt Embeddings says what it has saved."""
-    nodes_2.load("reuse_prompt_embeddings")
-    (name,) = (name for name, _ in nodes_2.boxes() if name.startswith("PixArtSigmaSaveEmbeddings"))
-    before = dict(nodes_2.boxes())[name].height
-    nodes_2.run()
-    assert dict(nodes_2.boxes())[name].height > before
-    assert_readable(nodes_2)
-
-
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
 def test_links_lead_to_the_right_or_down(workflow):
     saved = contents(workflow)
     places = {node["id"]: node["pos"] for node in saved["nodes"]}
@@ -97,3 +80,23 @@ def test_a_help_page_opens(page):
     first_sentence = written.splitlines()[2].partition(".")[0]
     assert first_sentence in page.help("PixArtSigmaSampler")
     assert page.problems == []
+
+
+# Last, as their page goes on drawing for as long as it is open.
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_nothing_overlaps_in_nodes_2(nodes_2, workflow):
+    nodes_2.load(workflow.stem)
+    assert len(nodes_2.boxes()) == len(contents(workflow)["nodes"])
+    assert_readable(nodes_2)
+
+
+def test_what_a_run_adds_has_room_in_nodes_2(nodes_2):
+    """A picture, and the line in which Save Prompt Embeddings says what it has saved."""
+    nodes_2.load("reuse_prompt_embeddings")
+    (name,) = (name for name, _ in nodes_2.boxes() if name.startswith("PixArtSigmaSaveEmbeddings"))
+    before = dict(nodes_2.boxes())[name].height
+    nodes_2.run()
+    assert dict(nodes_2.boxes())[name].height > before
+    assert_readable(nodes_2)
