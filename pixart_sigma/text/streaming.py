@@ -207,5 +207,7 @@ def _rows(table, ids: torch.Tensor) -> torch.Tensor:
     scale = table.scale
     if scale is not None and scale.numel() != 1:
         scale = scale.reshape(-1)[ids.reshape(-1)]
-    rows = Float8Weight(table.weight[ids.reshape(-1)], scale)[...]
+    # As bytes: not every torch that is promised indexes float8.
+    stored = table.weight.view(torch.uint8)[ids.reshape(-1)].view(table.weight.dtype)
+    rows = Float8Weight(stored, scale)[...]
     return rows.reshape(*ids.shape, -1)

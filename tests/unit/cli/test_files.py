@@ -266,7 +266,7 @@ def photo(tmp_path):
         (("--image", "photo.png", "--mask", "page.png"), ["page.png is not a picture"]),
         (("--image", "cut.png"), ["cut.png is a damaged picture"]),
         (("--image", "float.tiff"), ["float.tiff holds grey from 0 to 300"]),
-        (("--image", "."), ["."]),
+        (("--image", "."), ["directory"]),
     ],
 )
 def test_a_wrong_picture_or_mask_is_known_before_anything_is_loaded(
