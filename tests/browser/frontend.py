@@ -184,8 +184,15 @@ class Frontend:
         )
         return tuple(measured.json_value())
 
-    def run(self, seconds: int = 480):
-        """Presses Run and waits until Save Image shows a picture, whose (width, height) it gives."""
+    def run(self, steps: int | None = None, seconds: int = 480):
+        """Presses Run and waits until Save Image shows a picture, whose (width, height) it gives. steps: in
+        place of the workflow's own."""
+        if steps:
+            self.page.evaluate(
+                """steps => app.graph.nodes.flatMap(node => node.widgets ?? [])
+                    .filter(widget => widget.name === "steps").forEach(widget => { widget.value = steps })""",
+                steps,
+            )
         self.page.get_by_test_id("queue-button").click()
         shown = self.page.wait_for_function(
             """() => {

@@ -68,7 +68,7 @@ def test_links_lead_to_the_right_or_down(workflow):
 @pytest.mark.parametrize("workflow", DEMO_WORKFLOWS, ids=lambda workflow: workflow.stem)
 def test_run_shows_the_picture(page, workflow):
     page.open(workflow.stem)
-    width, height = page.run()
+    width, height = page.run(steps=4)
     assert min(width, height) >= 128
     assert page.problems == []
     assert_readable(page)
@@ -98,6 +98,6 @@ def test_what_a_run_adds_has_room_in_nodes_2(server, nodes_2):
     nodes_2.load("reuse_prompt_embeddings")
     (name,) = (name for name, _ in nodes_2.boxes() if name.startswith("PixArtSigmaSaveEmbeddings"))
     before = dict(nodes_2.boxes())[name].height
-    nodes_2.run()
+    nodes_2.run(steps=4)
     assert dict(nodes_2.boxes())[name].height > before
     assert_readable(nodes_2)
