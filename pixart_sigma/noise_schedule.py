@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import CheckpointError, SettingError
-from .settings import LAST_TIMESTEP, check_switches, check_word, is_finite
+from .setting_checks import LAST_TIMESTEP, check_switches, check_word, is_finite
 
 TIMESTEPS = LAST_TIMESTEP + 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")

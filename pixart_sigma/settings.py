@@ -4,14 +4,22 @@ are made.
 Nothing here imports torch, so that a mistake is known at once.
 """
 
-import math
-import operator
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .aspect_ratio import BINNING, check_side, nearest
 from .errors import SettingError, SigmaError
+from .setting_checks import (
+    check_count,
+    check_seed,
+    check_sigmas,
+    check_switches,
+    check_texts,
+    check_timesteps,
+    check_whole,
+    check_word,
+    is_finite,
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,6 @@ SCHEDULERS = {
 }
 MAX_STEPS = 999
 MAX_SEQUENCE_LENGTH = 300  # tokens that PixArt-Sigma was trained with, end token included
-LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Settings:
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def __post_init__(self):
-        _check_texts(self, "prompt", "negative")
+        check_texts(self, "prompt", "negative")
         check_switches(self, "binning", "clean_caption")
         for name in ("width", "height"):
             side = getattr(self, name)
@@ -149,7 +155,7 @@ class Settings:
                 f"of {self.schedule_length} steps it leaves none, so raise one of them",
             )
         if self.kv_compression is not None:
-            _check_texts(self, "kv_compression")
+            check_texts(self, "kv_compression")
 
     @property
     def guidance(self) -> float:
@@ -238,7 +244,7 @@ class Ways:
     measure: bool = False
 
     def __post_init__(self):
-        _check_texts(self, "device")
+        check_texts(self, "device")
         check_word(self, "dtype", DTYPES)
         if self.t5_precision is not None:
             check_word(self, "t5_precision", T5_PRECISIONS)
@@ -282,35 +288,6 @@ def check_ways(ways: Any) -> Ways:
     return ways
 
 
-def check_whole(name: str, value: Any, least: int, most: int | None, advice: str) -> int:
-    """The value as a whole number within these limits. Raises SettingError."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        raise SettingError(name, value, advice)
-    return number
-
-
-def check_seed(seed: Any) -> int:
-    """A whole number from 0 to 2^64 - 1. Raises SettingError."""
-    return check_whole("seed", seed, 0, MAX_SEED, "give a whole number from 0 to 2^64 - 1")
-
-
-def check_count(count: Any) -> int:
-    """A whole number of pictures, 1 or more. Raises SettingError."""
-    return check_whole("count", count, 1, None, "give a whole number of pictures, 1 or more")
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a number that is neither NaN nor infinite."""
-    try:
-        return not isinstance(value, bool) and math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
-
-
 def _check_schedule(settings: Settings) -> None:
     """Timesteps, sigmas and eta, which not every scheduler takes, and that strength leaves a step."""
     scheduler = SCHEDULERS[settings.scheduler]
@@ -334,51 +311,7 @@ def _check_schedule(settings: Settings) -> None:
         )
 
 
-def check_timesteps(timesteps: Iterable[Any]) -> tuple[int, ...]:
-    """Whole numbers from 999 to 0, descending. Raises SettingError."""
-    values = tuple(timesteps)
-    whole = all(is_finite(value) and value == int(value) and 0 <= value <= LAST_TIMESTEP for value in values)
-    if not values or not whole or not _descends(values):
-        raise SettingError("timesteps", list(values), "give whole numbers from 999 to 0, descending")
-    return tuple(int(value) for value in values)
-
-
-def check_sigmas(sigmas: Iterable[Any]) -> tuple[float, ...]:
-    """At least two noise levels, descending; the last one is the end. Raises SettingError."""
-    values = tuple(sigmas)
-    levels = all(is_finite(value) and value >= 0 for value in values)
-    if len(values) < 2 or not levels or not _descends(values):
-        raise SettingError(
-            "sigmas", list(values), "give at least two numbers, descending, of which the last is the end"
-        )
-    return tuple(float(value) for value in values)
-
-
 CHECKS = {"timesteps": check_timesteps, "sigmas": check_sigmas}
-
-
-def _descends(values: tuple) -> bool:
-    return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
-
-
-def check_word(settings, name: str, words: Iterable[str]) -> None:
-    value = getattr(settings, name)
-    if not isinstance(value, str) or value not in words:
-        raise SettingError(name, repr(value), f"choose one of {', '.join(words)}")
-
-
-def _check_texts(settings, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, str):
-            raise SettingError(name, repr(value), "give one text")
-
-
-def check_switches(settings, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, bool):
-            raise SettingError(name, repr(value), "give True or False")
 
 
 def _known(cls: type, found: dict[str, Any]) -> dict[str, Any]:

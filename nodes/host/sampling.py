@@ -11,7 +11,7 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
-from ...pixart_sigma.settings import LAST_TIMESTEP
+from ...pixart_sigma.setting_checks import LAST_TIMESTEP
 from .base_size import base_size
 from .checks import check_conditioning, check_latents
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression

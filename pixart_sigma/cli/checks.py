@@ -10,7 +10,8 @@ from typing import Any
 
 from ..aspect_ratio import by_ratio, parse_size
 from ..errors import SigmaError
-from ..settings import T5_PRECISIONS, Settings, Ways, check_timesteps
+from ..setting_checks import check_timesteps
+from ..settings import T5_PRECISIONS, Settings, Ways
 
 MOST_TEXT = 2**20  # bytes of a file of prompts
 

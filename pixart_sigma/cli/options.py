@@ -2,20 +2,22 @@
 Ways."""
 
 import argparse
-import math
 
 from .. import __version__
 from ..errors import SigmaError
 from ..files.writing import say
-from ..settings import (
-    DECODES,
-    DEFAULT_T5_PRECISION,
-    QUANTIZED,
-    RELEASES,
-    T5_DEVICES,
-    T5_PRECISIONS,
-    TRANSFORMER_DEVICES,
-    VARIANTS,
+from ..settings import DECODES, DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
+from .option_groups import (
+    add_binning,
+    add_encoding,
+    add_model,
+    add_prompt_file,
+    add_sampling,
+    add_size,
+    add_start,
+    add_text_encoder,
+    add_variant,
+    byte_count,
 )
 
 # Fields of Settings and Ways that an option sets under another name.
@@ -60,7 +62,7 @@ def _add_generate(commands):
     generate.set_defaults(command="generate")
     # Not nargs="?", which takes nothing as soon as an option comes before it.
     generate.add_argument("prompt", help="left out with --embeddings and --like").required = False
-    _add_prompt_file(generate)
+    add_prompt_file(generate)
     generate.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompts")
     generate.add_argument(
         "--like",
@@ -68,16 +70,16 @@ def _add_generate(commands):
         help="make a picture of generate again, bit for bit on the same machine; each option beside it "
         "changes that one thing",
     )
-    _add_model(generate)
-    _add_encoding(generate)
-    _add_size(generate)
+    add_model(generate)
+    add_encoding(generate)
+    add_size(generate)
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
-    _add_binning(generate)
-    _add_sampling(generate)
+    add_binning(generate)
+    add_sampling(generate)
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
-    _add_start(generate)
+    add_start(generate)
     generate.add_argument(
         "--kv-compression",
         metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
@@ -90,11 +92,14 @@ def _add_generate(commands):
         "differ in tone",
     )
     generate.add_argument(
-        "--decode-budget", type=_bytes, metavar="SIZE", help="such as 2GB; default: the memory that is free"
+        "--decode-budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="such as 2GB; default: the memory that is free",
     )
     generate.add_argument(
         "--budget",
-        type=_bytes,
+        type=byte_count,
         metavar="SIZE",
         help="plan all stages for this much memory on the device, such as 2GB; see the command plan",
     )
@@ -114,30 +119,15 @@ def _add_generate(commands):
     )
 
 
-def _add_start(command: argparse.ArgumentParser):
-    """What a picture starts from beside noise."""
-    command.add_argument("--image", metavar="FILE", help="start from this picture")
-    command.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="with --image: paint anew where this picture is white, keep the rest",
-    )
-    command.add_argument(
-        "--strength",
-        type=float,
-        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
-    )
-
-
 def _add_encode(commands):
     encode = commands.add_parser(
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
     )
     encode.set_defaults(command="encode")
     encode.add_argument("prompt").required = False
-    _add_prompt_file(encode)
-    _add_text_encoder(encode)
-    _add_encoding(encode)
+    add_prompt_file(encode)
+    add_text_encoder(encode)
+    add_encoding(encode)
     encode.add_argument("--out", default="prompt.safetensors")
 
 
@@ -146,13 +136,15 @@ def _add_plan(commands):
         "plan", help="say what each stage needs in memory, and with which settings a budget holds"
     )
     plan.set_defaults(command="plan")
-    plan.add_argument("--budget", type=_bytes, required=True, metavar="SIZE", help="such as 2GB or 1600MB")
+    plan.add_argument(
+        "--budget", type=byte_count, required=True, metavar="SIZE", help="such as 2GB or 1600MB"
+    )
     plan.add_argument("--size", metavar="WIDTHxHEIGHT", default="1024x1024")
-    _add_binning(plan)
+    add_binning(plan)
     plan.add_argument("--count", type=int, help="pictures (default: 1)")
     plan.add_argument("--guidance", type=float, dest="guidance_scale")
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
-    _add_variant(plan)
+    add_variant(plan)
     plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -162,15 +154,15 @@ def _add_calibrate(commands):
         "calibrate", help="measure how much KV compression a checkpoint bears, for --kv-compression auto"
     )
     calibrate.set_defaults(command="calibrate")
-    _add_model(calibrate)
-    _add_size(calibrate)
+    add_model(calibrate)
+    add_size(calibrate)
     calibrate.add_argument(
         "--budget", dest="error_budget", default="5%", help="the error that is allowed (default: 5%%)"
     )
     calibrate.add_argument(
         "--prompts", metavar="FILE", help="a text file, one prompt in a line; default: four of our own"
     )
-    _add_sampling(calibrate, seed="of the first prompt; the next has the next")
+    add_sampling(calibrate, seed="of the first prompt; the next has the next")
     calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
     calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
 
@@ -193,10 +185,10 @@ def _add_compare(commands):
         metavar="REFERENCE,OTHER",
         help=f"two of {', '.join(T5_PRECISIONS)} (default: bf16,int8)",
     )
-    _add_model(compare, t5_precision=False)
-    _add_encoding(compare)
-    _add_size(compare)
-    _add_sampling(compare, seed="of every picture")
+    add_model(compare, t5_precision=False)
+    add_encoding(compare)
+    add_size(compare)
+    add_sampling(compare, seed="of every picture")
     compare.add_argument(
         "--no-pictures", action="store_true", help="compare the embeddings alone: only T5 runs"
     )
@@ -208,7 +200,7 @@ def _add_inspect(commands):
     inspect = commands.add_parser("inspect", help="say what a model file or folder is, and what uses it")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
-    _add_variant(inspect)
+    add_variant(inspect)
 
 
 def _add_quantize(commands):
@@ -228,109 +220,3 @@ def _add_download(commands):
         "--to", help="ComfyUI's models folder (default: $COMFYUI_PATH/models, else ./models)"
     )
     download.add_argument("--yes", action="store_true", help="do not ask")
-
-
-def _add_prompt_file(command: argparse.ArgumentParser):
-    command.add_argument(
-        "--prompt-file", metavar="FILE", help="read the prompt from a text file; - is standard input"
-    )
-
-
-def _add_size(command: argparse.ArgumentParser):
-    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
-
-
-def _add_binning(command: argparse.ArgumentParser):
-    command.add_argument(
-        "--no-binning",
-        dest="binning",
-        action="store_const",
-        const=False,
-        help="make exactly --size, not the nearest trained size",
-    )
-
-
-def _add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from"):
-    """How many steps, how much guidance, from which noise."""
-    command.add_argument("--steps", type=int, help="default: 20")
-    command.add_argument(
-        "--guidance",
-        type=float,
-        dest="guidance_scale",
-        help="default 4.5; 1 or less: no guidance, half the work",
-    )
-    command.add_argument("--seed", type=int, help=f"{seed} (default: 0)")
-
-
-def _add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
-    """What says which models run, and where."""
-    _add_text_encoder(command, t5_precision)
-    command.add_argument(
-        "--transformer",
-        help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
-    )
-    command.add_argument("--vae", help="VAE file or folder, instead of the model's")
-    command.add_argument(
-        "--transformer-device",
-        choices=TRANSFORMER_DEVICES,
-        help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
-        "same result",
-    )
-    _add_variant(command)
-
-
-def _add_variant(command: argparse.ArgumentParser):
-    command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
-
-
-def _add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
-    command.add_argument("--model", help="demo (default), or a pipeline folder")
-    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
-    command.add_argument(
-        "--tokenizer",
-        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
-    )
-    if t5_precision:
-        command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
-    command.add_argument(
-        "--t5-device",
-        choices=T5_DEVICES,
-        help="stream: T5 stays in RAM and passes through the GPU block by block, in under 1 GB there (not "
-        "nf4, fp4); cpu: it takes no graphics memory",
-    )
-    command.add_argument("--device", help="auto (default), or one of torch's, such as cpu or cuda:1")
-
-
-def _add_encoding(command: argparse.ArgumentParser):
-    """How prompts become embeddings."""
-    command.add_argument("--negative", help="what the picture should not show")
-    command.add_argument(
-        "--clean-caption",
-        action="store_const",
-        const=True,
-        help="clean the prompt as the reference does",
-    )
-    command.add_argument(
-        "--max-sequence-length",
-        type=int,
-        metavar="TOKENS",
-        help="how much of a prompt is read; default: the 300 of the training",
-    )
-    command.add_argument(
-        "--no-embedding-cache",
-        action="store_true",
-        help="do not keep prompts' embeddings for later runs, nor use those that are kept",
-    )
-
-
-def _bytes(text: str) -> float:
-    """2e9 from "2GB", "2000MB" or "2e9"."""
-    units = {"GB": 1e9, "MB": 1e6, "": 1}
-    number = text.upper().rstrip("GMB")
-    try:
-        size = float(number) * units[text.upper()[len(number) :].strip()]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 2GB or 500MB")
-    return size

@@ -4,7 +4,7 @@ import torch
 
 from ..devices import pick_device
 from ..errors import SettingError, SigmaError
-from ..settings import check_count, check_seed, check_whole
+from ..setting_checks import check_count, check_seed, check_whole
 
 
 def get_noise(

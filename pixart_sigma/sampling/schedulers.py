@@ -20,7 +20,8 @@ from diffusers import (
 
 from ..errors import SettingError, SigmaError
 from ..noise_schedule import PREDICTION_TYPES, PUBLISHED, SIGMA_SPACINGS, NoiseSchedule
-from ..settings import SCHEDULERS, Settings, check_sigmas, check_timesteps
+from ..setting_checks import check_sigmas, check_timesteps
+from ..settings import SCHEDULERS, Settings
 
 ONE_STEP_TIMESTEP = 400
 # Each name's class, and what makes it that solver. sa_solver is set as in the authors' app_pixart_sigma.py

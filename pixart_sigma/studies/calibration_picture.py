@@ -4,7 +4,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..settings import LAST_TIMESTEP
+from ..setting_checks import LAST_TIMESTEP
 from ..transformer.kv_calibration import WINDOWS, Calibration
 from ..transformer.kv_rules import acting
 

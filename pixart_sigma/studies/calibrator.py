@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import SigmaError
-from ..settings import LAST_TIMESTEP
+from ..setting_checks import LAST_TIMESTEP
 from ..transformer.config import TransformerConfig
 from ..transformer.cost import multiply_adds
 from ..transformer.kv_calibration import RATIOS, WINDOWS

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SigmaError
-from ..settings import LAST_TIMESTEP
+from ..setting_checks import LAST_TIMESTEP
 from .config import TransformerConfig
 
 OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")

@@ -13,7 +13,8 @@ from ..errors import SettingError, SigmaError
 from ..memory.measure import free_bytes
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
-from ..settings import DECODES, Ways, is_finite
+from ..setting_checks import is_finite
+from ..settings import DECODES, Ways
 from . import coding
 from .layers import Decoder, read_decoder
 from .loading import load_vae

@@ -15,7 +15,8 @@ from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.schedulers import make_scheduler
-from pixart_sigma.settings import LAST_TIMESTEP, Settings
+from pixart_sigma.setting_checks import LAST_TIMESTEP
+from pixart_sigma.settings import Settings
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, EngineRuns, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.studies.calibrator import SEARCHES, Calibrator

@@ -1,0 +1,127 @@
+"""Options that several commands share, by what they are about."""
+
+import argparse
+import math
+
+from ..settings import T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
+
+
+def add_prompt_file(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--prompt-file", metavar="FILE", help="read the prompt from a text file; - is standard input"
+    )
+
+
+def add_size(command: argparse.ArgumentParser):
+    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+
+
+def add_binning(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--no-binning",
+        dest="binning",
+        action="store_const",
+        const=False,
+        help="make exactly --size, not the nearest trained size",
+    )
+
+
+def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from"):
+    """How many steps, how much guidance, from which noise."""
+    command.add_argument("--steps", type=int, help="default: 20")
+    command.add_argument(
+        "--guidance",
+        type=float,
+        dest="guidance_scale",
+        help="default 4.5; 1 or less: no guidance, half the work",
+    )
+    command.add_argument("--seed", type=int, help=f"{seed} (default: 0)")
+
+
+def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
+    """What says which models run, and where."""
+    add_text_encoder(command, t5_precision)
+    command.add_argument(
+        "--transformer",
+        help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
+    )
+    command.add_argument("--vae", help="VAE file or folder, instead of the model's")
+    command.add_argument(
+        "--transformer-device",
+        choices=TRANSFORMER_DEVICES,
+        help="stream: the transformer stays in RAM and passes through the GPU two blocks at a time, with the "
+        "same result",
+    )
+    add_variant(command)
+
+
+def add_variant(command: argparse.ArgumentParser):
+    command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
+
+
+def add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
+    command.add_argument("--model", help="demo (default), or a pipeline folder")
+    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument(
+        "--tokenizer",
+        help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
+    )
+    if t5_precision:
+        command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
+    command.add_argument(
+        "--t5-device",
+        choices=T5_DEVICES,
+        help="stream: T5 stays in RAM and passes through the GPU block by block, in under 1 GB there (not "
+        "nf4, fp4); cpu: it takes no graphics memory",
+    )
+    command.add_argument("--device", help="auto (default), or one of torch's, such as cpu or cuda:1")
+
+
+def add_encoding(command: argparse.ArgumentParser):
+    """How prompts become embeddings."""
+    command.add_argument("--negative", help="what the picture should not show")
+    command.add_argument(
+        "--clean-caption",
+        action="store_const",
+        const=True,
+        help="clean the prompt as the reference does",
+    )
+    command.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="how much of a prompt is read; default: the 300 of the training",
+    )
+    command.add_argument(
+        "--no-embedding-cache",
+        action="store_true",
+        help="do not keep prompts' embeddings for later runs, nor use those that are kept",
+    )
+
+
+def byte_count(text: str) -> float:
+    """2e9 from "2GB", "2000MB" or "2e9"."""
+    units = {"GB": 1e9, "MB": 1e6, "": 1}
+    number = text.upper().rstrip("GMB")
+    try:
+        size = float(number) * units[text.upper()[len(number) :].strip()]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 2GB or 500MB")
+    return size
+
+
+def add_start(command: argparse.ArgumentParser):
+    """What a picture starts from beside noise."""
+    command.add_argument("--image", metavar="FILE", help="start from this picture")
+    command.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="with --image: paint anew where this picture is white, keep the rest",
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
+    )
