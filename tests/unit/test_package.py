@@ -19,7 +19,16 @@ NODE_SOURCES = sorted(NODES.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCES}
 
 SETTINGS_OBJECTS = ("settings", "ways")
-BASE = {"aspect_ratio", "devices", "errors", "noise_schedule", "prompt_embeds", "settings", "table"}
+BASE = {
+    "aspect_ratio",
+    "devices",
+    "errors",
+    "noise_schedule",
+    "prompt_embeds",
+    "setting_checks",
+    "settings",
+    "table",
+}
 STAGES = {"sampling", "text", "transformer", "vae"}
 # What a folder, or a module beside the folders, may import; the package itself is known to all.
 ALLOWED = {
