@@ -22,6 +22,7 @@ SIGMA_SPACINGS = {
     "use_beta_sigmas": "beta",
     "use_lu_lambdas": "lu",
 }
+SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SPACINGS.values())
 # What a config leaves out is as its class has it, and as in DPMSolverMultistepScheduler but for these.
 _LEADING = {"timestep_spacing": "leading"}
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -190,6 +191,14 @@ class NoiseSchedule:
     def evenly(self) -> "NoiseSchedule":
         """The same without a spacing of the sigmas, for steps of one's own."""
         return replace(self, sigma_spacing="")
+
+    def spaced(self, spacing: str) -> "NoiseSchedule":
+        """The same with its steps elsewhere; spacing: one of SPACINGS. Raises SettingError for a flow."""
+        if self.is_flow:
+            raise SettingError("spacing", spacing, "the checkpoint's flow schedule has its own; leave it out")
+        if spacing in TIMESTEP_SPACINGS:
+            return replace(self, timestep_spacing=spacing, sigma_spacing="")
+        return replace(self, sigma_spacing=spacing)
 
     def describe(self) -> str:
         """One line for people."""

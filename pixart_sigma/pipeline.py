@@ -315,7 +315,7 @@ class SigmaPipeline:
 
         def use(transformer, in_turn: bool) -> torch.Tensor:
             return denoise(
-                guide(transformer, prompts, settings, in_turn),
+                guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
                 noise,
                 settings,
                 noise_schedule=self.checkpoint.noise_schedule,

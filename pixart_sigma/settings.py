@@ -9,6 +9,7 @@ from typing import Any
 
 from .aspect_ratio import BINNING, check_side, nearest
 from .errors import SettingError, SigmaError
+from .noise_schedule import SPACINGS
 from .setting_checks import (
     check_count,
     check_seed,
@@ -20,6 +21,8 @@ from .setting_checks import (
     check_word,
     is_finite,
 )
+from .speed import Savings
+from .speed import parse as parse_speed
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Settings:
     eta: ddim's share of fresh noise, 0 to 1.
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
+    speed: which steps are forecast from those before, as on the command line; None is none.
+    spacing: where the steps lie in the noise schedule; None is the checkpoint's own.
     clean_caption: clean the prompts as the training captions were.
     max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
         300.
@@ -120,6 +125,8 @@ class Settings:
     eta: float = 0.0
     strength: float = 1.0
     kv_compression: str | None = None
+    speed: str | None = None
+    spacing: str | None = None
     clean_caption: bool = False
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
@@ -156,6 +163,12 @@ class Settings:
             )
         if self.kv_compression is not None:
             check_texts(self, "kv_compression")
+        if self.speed is not None:
+            check_texts(self, "speed")
+            if not self.speed_is_open:
+                parse_speed(self.speed)
+        if self.spacing is not None:
+            check_word(self, "spacing", SPACINGS)
 
     @property
     def guidance(self) -> float:
@@ -167,6 +180,16 @@ class Settings:
     def guided(self) -> bool:
         """Whether the negative prompt is used."""
         return self.guidance > 1
+
+    @property
+    def speed_is_open(self) -> bool:
+        """Whether the checkpoint decides what `speed` comes to: it is auto, or a file of calibrate."""
+        return self.speed is not None and (self.speed == "auto" or self.speed.endswith(".json"))
+
+    @property
+    def savings(self) -> Savings:
+        """What `speed` says. Raises SigmaError where the checkpoint is still to decide that."""
+        return () if self.speed is None else parse_speed(self.speed)
 
     @property
     def schedule_length(self) -> int:

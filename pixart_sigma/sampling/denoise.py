@@ -3,7 +3,6 @@
 In float32 the latents equal those of diffusers' PixArtSigmaPipeline.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ..errors import SettingError, SigmaError
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, check_settings
 from .guidance import Predict
+from .predictions import predict_clean
 from .schedulers import check_scheduler, get_step_arguments, get_timesteps, scheduler_for
 
 
@@ -85,31 +85,6 @@ def denoise(
             if callback(Step(index, len(timesteps), float(timestep), latents, predicted)) is False:
                 break
     return latents.to(dtype)
-
-
-def predict_clean(scheduler, scaled: torch.Tensor, predicted: torch.Tensor, timestep) -> torch.Tensor:
-    """The clean latents x0 (B, 4, h, w) in `scaled` = sqrt(abar) x0 + sqrt(1 - abar) noise, by what the model
-    predicted for it.
-
-    `scaled` is the model's input, after scale_model_input, which is of this form for every scheduler, but for
-    a flow: there it is (1 - sigma) x0 + sigma noise. Between two whole timesteps sigma =
-    sqrt((1 - abar) / abar) is interpolated linearly, as diffusers' Euler does.
-    Source: DDPM, arXiv 2006.11239; v: arXiv 2202.00512; flow: arXiv 2209.03003.
-    """
-    kind = scheduler.config.prediction_type
-    table = scheduler.alphas_cumprod
-    if kind == "sample":
-        return predicted
-    if kind == "flow_prediction":
-        return scaled - float(timestep) / len(table) * predicted
-    below = min(max(int(timestep), 0), len(table) - 1)
-    pair = table[[below, min(below + 1, len(table) - 1)]].double()
-    low, high = ((1 - pair) / pair).sqrt().tolist()
-    share = float(timestep) - below
-    sigma = low + share * (high - low) if share else low  # low is infinite where there is noise alone
-    if kind == "v_prediction":
-        return (scaled / sigma - predicted) / math.sqrt(1 + 1 / sigma**2)
-    return scaled * math.sqrt(1 + sigma**2) - sigma * predicted
 
 
 def _start(scheduler, noise, image_latents, first_timestep):

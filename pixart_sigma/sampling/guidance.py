@@ -10,15 +10,26 @@ from collections.abc import Callable
 import torch
 
 from ..errors import SigmaError
+from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..prompt_embeds import Prompts
 from ..settings import Settings, check_settings
+from .forecast import ForecastRun
+from .predictions import noise_level, predict_clean, predict_output
+from .schedulers import scheduler_for
 
 # (latents (B, 4, h, w) as the scheduler scales them, timestep) -> the noise in them (B, 4, h, w), float32.
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# The same for each prompt, (B, 4, h, w) or, where the last argument asks for both prompts, (2 B, 4, h, w),
+# negative first.
+Ask = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
 def guide(
-    transformer: Callable[..., torch.Tensor], prompts: Prompts, settings: Settings, in_turn: bool = False
+    transformer: Callable[..., torch.Tensor],
+    prompts: Prompts,
+    settings: Settings,
+    in_turn: bool = False,
+    noise_schedule: NoiseSchedule = PUBLISHED,
 ) -> Predict:
     """The guided noise, `negative + guidance_scale * (prompt - negative)`.
 
@@ -26,7 +37,8 @@ def guide(
     `kv_compression=settings.kv_compression` where that is not None; returns the noise in the latents. Both
     prompts go through it in one batch, negative first, or `in_turn` one after the other, in half the memory.
     A guidance_scale of 1 or less runs the prompt alone. The transformer sees latents in the embeddings'
-    dtype.
+    dtype. Where `settings.speed` has steps forecast, a Predict is for one run; noise_schedule is the
+    checkpoint's, and is read for that alone.
     Raises SigmaError for embeddings or masks that cannot work.
     """
     check_settings(settings)
@@ -35,19 +47,48 @@ def guide(
             f"prompts is a {type(prompts).__name__}; give Prompts, of PromptEmbeddings embeddings.prompts()."
         )
     named = {} if settings.kv_compression is None else {"kv_compression": settings.kv_compression}
-    passes = 2 if settings.guided and in_turn else 1
-    batch_of = functools.cache(functools.partial(batch_prompts, prompts, settings.guided))
+    batch_of = functools.cache(functools.partial(batch_prompts, prompts))
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        embeds, mask = batch_of(len(latents))
-        batch = torch.cat([latents] * 2) if settings.guided else latents
-        noise = torch.cat(
+    def ask(latents: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
+        embeds, mask = batch_of(guided, len(latents))
+        batch = torch.cat([latents] * 2) if guided else latents
+        passes = 2 if guided and in_turn else 1
+        return torch.cat(
             [
                 transformer(part, timestep, part_embeds, part_mask, **named).float()
                 for part, part_embeds, part_mask in _parts(batch.to(embeds.dtype), embeds, mask, passes)
             ]
         )
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        noise = ask(latents, timestep, settings.guided)
         return combine(noise, settings.guidance) if settings.guided else noise
+
+    return _forecasting(ask, settings, noise_schedule) if settings.savings else predict
+
+
+def _forecasting(ask: Ask, settings: Settings, noise_schedule: NoiseSchedule) -> Predict:
+    """What the steps of one run predict where some of them are forecast, see `forecast`."""
+    scheduler = scheduler_for(settings, noise_schedule)
+    run = ForecastRun(settings.savings)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        run.step(float(timestep), noise_level(scheduler, timestep))
+        complete = []
+
+        def compute(alone: bool) -> list[torch.Tensor]:
+            guided = settings.guided and not alone
+            noise = ask(latents, timestep, guided)
+            if guided == settings.guided:
+                complete.append(noise)
+            prompts = noise.chunk(2)[::-1] if guided else [noise]
+            return [predict_clean(scheduler, latents, part, timestep) for part in prompts]
+
+        values = run.ask(compute, 2 if settings.guided else 1)
+        if complete:  # as it came, not to clean latents and back
+            return combine(complete[0], settings.guidance) if settings.guided else complete[0]
+        clean = combine(torch.cat(values[::-1]), settings.guidance) if settings.guided else values[0]
+        return predict_output(scheduler, latents, clean, timestep)
 
     return predict
 

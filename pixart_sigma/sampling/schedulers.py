@@ -71,8 +71,10 @@ def make_scheduler(name: str, noise_schedule: NoiseSchedule = PUBLISHED):
 
 
 def scheduler_for(settings: Settings, noise_schedule: NoiseSchedule = PUBLISHED):
-    """The scheduler of a run; timesteps or sigmas of one's own take the place of the checkpoint's spacing.
-    Raises SigmaError as `make_scheduler`, and for a flow schedule, which takes none."""
+    """The scheduler of a run; its spacing, or timesteps or sigmas of one's own, take the place of the
+    checkpoint's spacing. Raises SigmaError as `make_scheduler`, and for a flow schedule, which takes none."""
+    if settings.spacing is not None:
+        noise_schedule = noise_schedule.spaced(settings.spacing)
     for name in ("timesteps", "sigmas"):
         given = getattr(settings, name)
         if given is not None:

@@ -13,9 +13,10 @@ import torch
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
-from ..sampling.denoise import denoise, predict_clean
+from ..sampling.denoise import denoise
 from ..sampling.guidance import Predict, guide
 from ..sampling.noise import get_noise
+from ..sampling.predictions import predict_clean
 from ..sampling.schedulers import scheduler_for
 from ..settings import Settings
 from ..transformer.config import TransformerConfig
@@ -126,7 +127,7 @@ class EngineRuns:
 
     def _predict(self, index: int, rules: Rules) -> Predict:
         settings = replace(self.settings, kv_compression=spell(rules))
-        return guide(self.transformer, self.starts[index][1], settings, self.in_turn)
+        return guide(self.transformer, self.starts[index][1], settings, self.in_turn, self.noise_schedule)
 
     def _watch(self, index: int, predict: Predict, see: See) -> Predict:
         scheduler = scheduler_for(self.settings, self.noise_schedule)

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SigmaError
-from ..setting_checks import LAST_TIMESTEP
+from ..schedule_part import SchedulePart
 from .config import TransformerConfig
 
 OPERATORS = ("mean", "conv", "uniform", "uniform_every", "ave")
@@ -54,16 +54,13 @@ class KVCompression:
             raise SigmaError(f"KV compression ratio must be a whole number from 2, not {self.ratio!r}.")
         if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
             raise SigmaError(f"KV compression layers must be block numbers from 0, not {self.layers!r}.")
-        if not 0 <= self.start < self.end <= 1:
-            raise SigmaError(
-                f"KV compression must start before it ends, within 0 and 1, not {self.start} to {self.end}."
-            )
+        _ = self.part  # which raises for bounds out of order
 
     def __str__(self) -> str:
         """The spelling that `parse` reads."""
         text = f"{self.operator}:{self.ratio}:{_spell_layers(self.layers)}"
         if self.windowed:
-            text += f":{self.start * 100:g}-{self.end * 100:g}%"
+            text += f":{self.part}"
         return text
 
     def check(self, config: TransformerConfig) -> None:
@@ -88,16 +85,17 @@ class KVCompression:
             )
 
     @property
+    def part(self) -> SchedulePart:
+        return SchedulePart(self.start, self.end)
+
+    @property
     def windowed(self) -> bool:
         """Whether it acts in a part of the noise schedule only."""
-        return (self.start, self.end) != (0, 1)
+        return not self.part.whole
 
     def acts_at(self, timestep: float) -> bool:
-        """Whether `timestep` (0 to 999) lies from `start` up to `end`, which is left out unless it is 1."""
-        if not self.windowed:
-            return True
-        progress = 1 - min(timestep, LAST_TIMESTEP) / LAST_TIMESTEP
-        return self.start <= progress < self.end or (self.end == 1 and progress >= 1)
+        """Whether it acts at `timestep` (0 to 999)."""
+        return self.part.holds(timestep)
 
 
 OFF = ()
@@ -176,8 +174,8 @@ def _parse_rule(text: str, num_layers: int) -> KVCompression:
     operator, ratio, layers = (part.strip() for part in parts[:3])
     if ratio not in map(str, RATIOS):
         raise SigmaError(f"KV compression ratio must be 2, 3 or 4, not {ratio!r}.")
-    start, end = _parse_window(parts[3].strip()) if len(parts) == 4 else (0.0, 1.0)
-    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), start, end)
+    part = SchedulePart.parse(parts[3]) if len(parts) == 4 else SchedulePart()
+    return KVCompression(operator, int(ratio), _parse_layers(layers, num_layers), part.start, part.end)
 
 
 def _parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -201,13 +199,6 @@ def _parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
-
-
-def _parse_window(text: str) -> tuple[float, float]:
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)-(\d{1,3}(?:\.\d+)?)%", text)
-    if match is None or not float(match[1]) < float(match[2]) <= 100:
-        raise SigmaError(f"KV compression window {text!r} is not understood. Write one such as 20-80%.")
-    return float(match[1]) / 100, float(match[2]) / 100
 
 
 def _spell_layers(layers: tuple[int, ...]) -> str:

@@ -25,8 +25,10 @@ BASE = {
     "errors",
     "noise_schedule",
     "prompt_embeds",
+    "schedule_part",
     "setting_checks",
     "settings",
+    "speed",
     "table",
 }
 STAGES = {"sampling", "text", "transformer", "vae"}

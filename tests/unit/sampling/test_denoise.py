@@ -28,6 +28,7 @@ from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling import denoise as loop
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.noise import get_noise
+from pixart_sigma.sampling.predictions import predict_clean
 from pixart_sigma.sampling.schedulers import get_timesteps, make_scheduler
 from pixart_sigma.settings import SCHEDULERS, Settings
 from pixart_sigma.transformer import network as engine
@@ -448,7 +449,7 @@ def test_predicted_latents_of_other_predictions_are_the_schedulers_own(name, zer
         scaled = scheduler.scale_model_input(latents, timestep)
         step = scheduler.step(predicted, timestep, latents)
         torch.testing.assert_close(
-            loop.predict_clean(scheduler, scaled, predicted, timestep),
+            predict_clean(scheduler, scaled, predicted, timestep),
             step.pred_original_sample,
             rtol=1e-3,
             atol=1e-3,

@@ -1,0 +1,135 @@
+"""Steps that are forecast from those before: the model is asked at some calls of a run, and at the others its
+answer is continued from the last ones.
+
+What is forecast are clean latents, as the model predicts them, over the logarithm of the noise level. Unlike
+the predicted noise they change little where a sampler adds fresh noise, so one forecast serves every sampler.
+Related: TaylorSeer (arXiv 2503.06923) continues features in the same way.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..speed import ORDERS, Savings, acting
+
+Compute = Callable[[bool], Sequence[torch.Tensor]]
+# Noise levels beyond these are as good as pure noise and as none.
+LEAST_SIGMA, MOST_SIGMA = 1e-4, 1e3
+
+
+class History:
+    """The last computed values of something that changes smoothly with the noise level."""
+
+    def __init__(self):
+        self.points: list[tuple[float, torch.Tensor]] = []
+
+    def add(self, position: float, value: torch.Tensor) -> None:
+        """A computed value. A second one at the same position takes its place, and a run that has gone back
+        towards noise begins anew."""
+        if self.points and position < self.points[-1][0]:
+            self.points = []
+        self.points = [point for point in self.points if point[0] != position][1 - len(ORDERS) :]
+        self.points.append((position, value))
+
+    def reaches(self, order: int) -> bool:
+        """Whether there are enough values for a forecast of this order."""
+        return len(self.points) > order
+
+    def at(self, position: float, order: int) -> torch.Tensor:
+        """The value at a position of the polynomial through the last order + 1 ones (Lagrange's form)."""
+        points = self.points[-(order + 1) :]
+        total = torch.zeros_like(points[-1][1])
+        for index, (place, value) in enumerate(points):
+            others = (other for number, (other, _) in enumerate(points) if number != index)
+            total += math.prod((position - other) / (place - other) for other in others) * value
+        return total
+
+
+@dataclass
+class _Past:
+    """What one caller was answered: the first tensors, and by what the others differed from them."""
+
+    first: History
+    differences: list[History]
+
+
+class ForecastRun:
+    """What is computed and what is forecast in one run; make another for each. See `speed` for the rules.
+
+    computed: of each time that the model was asked, the timestep and how many prompts it was asked for.
+    """
+
+    def __init__(self, savings: Savings):
+        self.savings = savings
+        self.computed: list[tuple[float, int]] = []
+        self._pasts: dict[Hashable, _Past] = {}
+        self._timestep, self._position = 0.0, -math.inf
+        # How many times in a row the first caller's answer was a forecast, and its differences were.
+        self._forecasts = self._reuses = 0
+
+    def step(self, timestep: float, sigma: float) -> None:
+        """Call it before each step: its timestep (0 to 999) and its noise level, noise to signal."""
+        position = -math.log(min(max(sigma, LEAST_SIGMA), MOST_SIGMA))
+        if position < self._position:  # another run through the schedule begins
+            self._forecasts = self._reuses = 0
+        self._timestep, self._position = timestep, position
+
+    def ask(self, compute: Compute, count: int, caller: Hashable = 0) -> list[torch.Tensor]:
+        """The clean latents (B, 4, h, w) for `count` prompts, that to draw first, computed or forecast.
+
+        compute(alone): asks the model for all of them, or for the first alone. caller: who asks, where
+        several do in one step; each has its own past, and the first one counts the steps.
+        """
+        leads = next(iter(self._pasts), caller) == caller
+        past = self._pasts.setdefault(caller, _Past(History(), [History() for _ in range(count - 1)]))
+        values = self._forecast(past)
+        if leads:
+            self._forecasts = 0 if values is None else self._forecasts + 1
+        if values is not None:
+            return values
+        alone = self._is_alone(past)
+        if leads:
+            self._reuses = self._reuses + 1 if alone else 0
+        return self._compute(past, compute, alone)
+
+    def _forecast(self, past: _Past) -> list[torch.Tensor] | None:
+        """None where nothing is to be forecast, too little is known, or what comes of it is not finite."""
+        saving = acting(self.savings, "forecast", self._timestep)
+        if saving is None or self._forecasts >= saving.skipped or not past.first.reaches(saving.order):
+            return None
+        first = past.first.at(self._position, saving.order)
+        values = [first, *(first + self._difference(known, saving.order) for known in past.differences)]
+        return values if all(value.isfinite().all() for value in values) else None
+
+    def _is_alone(self, past: _Past) -> bool:
+        """Whether the model is asked for the first prompt alone."""
+        if not past.differences or self._unguided:
+            return bool(past.differences)
+        saving = acting(self.savings, "guidance", self._timestep)
+        if saving is None or self._reuses >= saving.skipped:
+            return False
+        return all(known.reaches(saving.order) for known in past.differences)
+
+    def _compute(self, past: _Past, compute: Compute, alone: bool) -> list[torch.Tensor]:
+        first, *others = compute(alone)
+        past.first.add(self._position, first)
+        self.computed.append((self._timestep, 1 + len(others)))
+        if alone:
+            saving = acting(self.savings, "guidance", self._timestep)
+            order = saving.order if saving else 0
+            return [first, *(first + self._difference(known, order) for known in past.differences)]
+        for known, other in zip(past.differences, others, strict=True):
+            known.add(self._position, other - first)
+        return [first, *others]
+
+    @property
+    def _unguided(self) -> bool:
+        return acting(self.savings, "unguided", self._timestep) is not None
+
+    def _difference(self, known: History, order: int) -> torch.Tensor | float:
+        """What another prompt adds to the first one's answer; nothing where it is not to act."""
+        if self._unguided or not known.points:
+            return 0.0
+        return known.at(self._position, min(order, len(known.points) - 1))
