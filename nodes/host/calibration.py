@@ -102,7 +102,7 @@ class HostRuns:
 
 def save(calibration, model) -> None:
     """Beside the checkpoint, where auto finds it. Raises SigmaError where that cannot be written."""
-    from ...pixart_sigma.transformer.kv_calibration import calibration_path
+    from ...pixart_sigma.transformer.calibration import calibration_path
 
     path = calibration_path(model.model.checkpoint_path)
     try:

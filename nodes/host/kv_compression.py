@@ -9,7 +9,6 @@ from comfy.patcher_extension import WrappersMP
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.attention import reduce_tokens
 from ...pixart_sigma.transformer.config import TransformerConfig
-from ...pixart_sigma.transformer.kv_calibration import find_calibrated
 from ...pixart_sigma.transformer.kv_rules import acting, resolve
 from .checks import check_conditioning, check_latents
 
@@ -65,8 +64,8 @@ def _rules(setting: str, config, network, height: int, width: int):
     """Asked at each call of the network: a calibration may be written after the node has run."""
     calibrated = None
     if setting.strip().lower() == "auto" and hasattr(network, "checkpoint_path"):
-        calibrated = find_calibrated(network.checkpoint_path, lambda: network.fingerprint)
-    return resolve(setting, config, height, width, calibrated)
+        calibrated = find_calibration(network.checkpoint_path, lambda: network.fingerprint)
+    return resolve(setting, config, height, width, calibrated.rules if calibrated else None)
 
 
 def _is_hosts_sigma(model) -> bool:

@@ -38,8 +38,8 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     "fp32", a torch dtype, or None for what the host picks. Raises CheckpointError for anything but a whole
     PixArt-Sigma transformer.
     """
+    from ...pixart_sigma.transformer.calibration import fingerprint_of
     from ...pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
-    from ...pixart_sigma.transformer.kv_calibration import fingerprint_of
     from .network import build_network
 
     checkpoint = inspect(path, variant)

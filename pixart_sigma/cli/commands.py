@@ -105,7 +105,7 @@ def _calibrate(arguments) -> int:
     from ..pipeline import SigmaPipeline
     from ..studies.calibration import DEMO_PROMPTS, PROMPTS, calibrate_pipeline
     from ..studies.calibration_picture import draw
-    from ..transformer.kv_calibration import calibration_path
+    from ..transformer.calibration import calibration_path
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
     tell_guess(pipeline.checkpoint)

@@ -3,7 +3,8 @@ answer is continued from the last ones.
 
 What is forecast are clean latents, as the model predicts them, over the logarithm of the noise level. Unlike
 the predicted noise they change little where a sampler adds fresh noise, so one forecast serves every sampler.
-Related: TaylorSeer (arXiv 2503.06923) continues features in the same way.
+What another prompt adds to them is the same for all fresh noise; it is forecast as noise, which goes
+straighter. Related: TaylorSeer (arXiv 2503.06923) continues features in the same way.
 """
 
 import math
@@ -49,7 +50,7 @@ class History:
 
 @dataclass
 class _Past:
-    """What one caller was answered: the first tensors, and by what the others differed from them."""
+    """What one caller was answered: the first clean latents, and by what noise the others differed."""
 
     first: History
     differences: list[History]
@@ -65,16 +66,17 @@ class ForecastRun:
         self.savings = savings
         self.computed: list[tuple[float, int]] = []
         self._pasts: dict[Hashable, _Past] = {}
-        self._timestep, self._position = 0.0, -math.inf
+        self._timestep, self._sigma, self._position = 0.0, 1.0, -math.inf
         # How many times in a row the first caller's answer was a forecast, and its differences were.
         self._forecasts = self._reuses = 0
 
     def step(self, timestep: float, sigma: float) -> None:
         """Call it before each step: its timestep (0 to 999) and its noise level, noise to signal."""
-        position = -math.log(min(max(sigma, LEAST_SIGMA), MOST_SIGMA))
+        sigma = min(max(sigma, LEAST_SIGMA), MOST_SIGMA)
+        position = -math.log(sigma)
         if position < self._position:  # another run through the schedule begins
             self._forecasts = self._reuses = 0
-        self._timestep, self._position = timestep, position
+        self._timestep, self._sigma, self._position = timestep, sigma, position
 
     def ask(self, compute: Compute, count: int, caller: Hashable = 0) -> list[torch.Tensor]:
         """The clean latents (B, 4, h, w) for `count` prompts, that to draw first, computed or forecast.
@@ -121,7 +123,7 @@ class ForecastRun:
             order = saving.order if saving else 0
             return [first, *(first + self._difference(known, order) for known in past.differences)]
         for known, other in zip(past.differences, others, strict=True):
-            known.add(self._position, other - first)
+            known.add(self._position, (first - other) / self._sigma)
         return [first, *others]
 
     @property
@@ -132,4 +134,4 @@ class ForecastRun:
         """What another prompt adds to the first one's answer; nothing where it is not to act."""
         if self._unguided or not known.points:
             return 0.0
-        return known.at(self._position, min(order, len(known.points) - 1))
+        return -self._sigma * known.at(self._position, min(order, len(known.points) - 1))

@@ -41,6 +41,21 @@ def guide(
     checkpoint's, and is read for that alone.
     Raises SigmaError for embeddings or masks that cannot work.
     """
+    ask = asking(transformer, prompts, settings, in_turn)
+    if settings.savings:
+        return _forecasting(ask, settings, noise_schedule)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        noise = ask(latents, timestep, settings.guided)
+        return combine(noise, settings.guidance) if settings.guided else noise
+
+    return predict
+
+
+def asking(
+    transformer: Callable[..., torch.Tensor], prompts: Prompts, settings: Settings, in_turn: bool = False
+) -> Ask:
+    """The transformer's answers for each prompt; the arguments and what it raises are those of `guide`."""
     check_settings(settings)
     if not isinstance(prompts, Prompts):
         raise SigmaError(
@@ -60,11 +75,7 @@ def guide(
             ]
         )
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        noise = ask(latents, timestep, settings.guided)
-        return combine(noise, settings.guidance) if settings.guided else noise
-
-    return _forecasting(ask, settings, noise_schedule) if settings.savings else predict
+    return ask
 
 
 def _forecasting(ask: Ask, settings: Settings, noise_schedule: NoiseSchedule) -> Predict:

@@ -1,34 +1,34 @@
-"""Calibration of KV compression: whole runs are watched, measured and chosen from, whoever makes them.
+"""Calibration of what a checkpoint bears to be saved: whole runs are watched, measured and chosen from,
+whoever makes them.
 
-`calibrate` is the driver. What makes the runs is a `Runs`: the engine's is here, the host's with the nodes.
+`calibrate` is the driver; first of KV compression alone, see `calibrator`, then of all savings together, see
+`speed`. What makes the runs is a `Runs`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from ..noise_schedule import PUBLISHED, NoiseSchedule
+from ..errors import SigmaError
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
-from ..sampling.denoise import denoise
-from ..sampling.guidance import Predict, guide
 from ..sampling.noise import get_noise
-from ..sampling.predictions import predict_clean
-from ..sampling.schedulers import scheduler_for
 from ..settings import Settings
-from ..transformer.config import TransformerConfig
-from ..transformer.kv_calibration import Calibration, fingerprint_of
-from ..transformer.kv_rules import KVCompression, spell
+from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
+from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass
-from .calibrator import Calibrator, Progress
+from .calibrator import SEARCHES, Calibrator, Progress
+from .runs import EngineRuns, Ran, Runs, Seen
+from .speed import FEWER, SEARCHES_ALONE, SEARCHES_ON_STEPS, SEARCHES_TOGETHER, SpeedSearch
 
-Rules = tuple[KVCompression, ...]
-# (timestep, the clean latents that a step predicted, the same by other rules), see `Calibrator.see`.
-See = Callable[[float, torch.Tensor, Callable[[Rules], torch.Tensor]], None]
+# Where the errors are counted from: the user's own run without savings, or one of so many steps.
+REFERENCES = ("own", "converged")
+CONVERGED_STEPS = 80
+# By what the cheapest choice is the cheapest.
+COSTS = ("multiply_adds", "seconds")
+KINDS = ("forecast", "guidance", "kv")
 
 # Different enough in content that no single picture decides.
 PROMPTS = (
@@ -46,47 +46,57 @@ DEMO_PROMPTS = (
 )
 
 
-class Runs(Protocol):
-    """Whole runs of one model at one size, one for each prompt.
-
-    config: the model's. fingerprint: some of its weights, see `fingerprint_of`.
-    """
-
-    config: TransformerConfig
-    fingerprint: tuple[float, ...]
-
-    def run(self, index: int, rules: Rules, see: See | None = None) -> torch.Tensor:
-        """The latents that the run of prompt `index` ends with, compressed by the rules; `see` is told its
-        steps."""
-        ...
-
-    def repeating(self):
-        """A context in which steps that were seen can be repeated."""
-        ...
-
-
 def calibrate(
     runs: Runs,
     prompts: tuple[str, ...],
     settings: Settings,
     budget: float,
     *,
+    reference: str = "own",
+    cost: str = "multiply_adds",
     on_step: Progress = lambda done, total: None,
     on_run: Progress = lambda done, total: None,
 ) -> Calibration:
-    """Measure how much KV compression a model bears at the settings' size, see `calibrator`.
+    """Measure what a model bears at the settings' size and steps.
 
-    Prompt k is drawn from the seed + k. budget: the error allowed, a share of 1. on_step(done, total) counts
-    the steps that were repeated, on_run goes on from there with whole runs.
+    Prompt k is drawn from the seed + k. budget: the error allowed, a share of 1, from `reference`, of
+    REFERENCES. cost: of COSTS. on_step(done, total) counts the steps that were repeated, on_run goes on from
+    there with whole runs.
+    Raises SigmaError for a budget that is no share, and for another word in place of those.
     """
+    for name, word, words in (("reference", reference, REFERENCES), ("cost", cost, COSTS)):
+        if word not in words:
+            raise SigmaError(f"{name} is {word!r}; choose one of {', '.join(words)}.")
     width, height = settings.asked_size(runs.config.sample_size * 8)
     calibrator = Calibrator(runs.config, height, width, budget)
+    base = Choice(as_trained(runs.config))
+    recorded: list[list[Seen]] = []
+    full: list[Ran] = []
     for index in range(len(prompts)):
-        calibrator.start()
-        calibrator.finish(runs.run(index, (), calibrator.see))
-    with torch.no_grad(), runs.repeating():
-        errors = calibrator.measure(on_step)
-    rules, error = calibrator.choose(errors, runs.run, on_run)
+        recorded.append([])
+        full.append(_watched(runs, index, base, calibrator, recorded[-1]))
+    count = _Count(on_run, calibrator.total, len(prompts) * _most_runs(reference))
+    errors: dict[int, list[list[float]]] = {}
+    rules, error = base.rules, 0.0
+    if not base.rules:
+        with torch.no_grad(), runs.repeating():
+            errors = calibrator.measure(lambda done, total: on_step(done, count.total))
+        rules, error = calibrator.choose(
+            errors, lambda index, rules: runs.run(index, Choice(rules)).latents, count.steps
+        )
+    search = SpeedSearch(
+        runs,
+        settings,
+        budget,
+        recorded,
+        full,
+        _references(runs, full, base, reference, count.run),
+        calibrator.at_the_end or None,
+        base,
+        count.run,
+    )
+    points = _search(search, cost)
+    count.done()
     return Calibration(
         rules=rules,
         error=error,
@@ -98,53 +108,82 @@ def calibrate(
         prompts=prompts,
         errors=errors,
         fingerprint=runs.fingerprint,
+        reference=reference,
+        speed=_cheapest(points, budget, cost),
+        speed_in_place=_cheapest([point for point in points if point.choice.keeps_steps], budget, cost),
+        points=tuple(points),
     )
 
 
-@dataclass
-class EngineRuns:
-    """Runs of a `SigmaTransformer`, from the noise (1, 4, h, w) and the prompts of each."""
+def _watched(runs: Runs, index: int, base: Choice, calibrator: Calibrator, steps: list[Seen]) -> Ran:
+    """A run at full cost, its steps remembered."""
 
-    transformer: SigmaTransformer
-    starts: list[tuple[torch.Tensor, Prompts]]
-    settings: Settings
-    in_turn: bool = False
-    noise_schedule: NoiseSchedule = PUBLISHED
+    def see(seen: Seen) -> None:
+        steps.append(seen)
+        calibrator.see(seen.timestep, seen.guided, seen.repeat)
 
-    def __post_init__(self):
-        self.config = self.transformer.sigma_config
-        self.fingerprint = fingerprint_of(self.transformer.state_dict())
+    calibrator.start()
+    ran = runs.run(index, base, see)
+    calibrator.finish(ran.latents)
+    return ran
 
-    def run(self, index: int, rules: Rules, see: See | None = None) -> torch.Tensor:
-        noise, _ = self.starts[index]
-        predict = self._predict(index, rules)
-        watched = self._watch(index, predict, see) if see else predict
-        return denoise(watched, noise, self.settings, noise_schedule=self.noise_schedule)
 
-    @contextmanager
-    def repeating(self) -> Iterator[None]:
-        yield
+def _references(
+    runs: Runs, full: list[Ran], base: Choice, reference: str, on_run: Callable[[], None]
+) -> list[torch.Tensor]:
+    """The latents (1, 4, h, w) of each prompt that errors are counted from."""
+    if reference == "own":
+        return [ran.latents.float() for ran in full]
+    converged = []
+    for index in range(len(full)):
+        converged.append(runs.run(index, replace(base, steps=CONVERGED_STEPS)).latents.float())
+        on_run()
+    return converged
 
-    def _predict(self, index: int, rules: Rules) -> Predict:
-        settings = replace(self.settings, kv_compression=spell(rules))
-        return guide(self.transformer, self.starts[index][1], settings, self.in_turn, self.noise_schedule)
 
-    def _watch(self, index: int, predict: Predict, see: See) -> Predict:
-        scheduler = scheduler_for(self.settings, self.noise_schedule)
+def _search(search: SpeedSearch, cost: str) -> list[Point]:
+    """All points that were measured."""
+    search.measure()
+    schedules = search.run_schedules()
+    search.search("forecast", ("forecast",), SEARCHES_ALONE)
+    search.search("guidance", ("guidance",), SEARCHES_ALONE)
+    if search.compressed is not None:
+        search.search("kv", ("kv",), SEARCHES_ALONE)
+    search.search("together", KINDS, SEARCHES_TOGETHER)
+    search.on_schedules(schedules, _cheapest(search.points, search.budget, cost), KINDS)
+    return search.points
 
-        def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            def clean(noise: torch.Tensor) -> torch.Tensor:
-                return predict_clean(scheduler, latents, noise, timestep)
 
-            noise = predict(latents, timestep)
-            see(
-                float(timestep),
-                clean(noise),
-                lambda rules: clean(self._predict(index, rules)(latents, timestep)),
-            )
-            return noise
+def _cheapest(points: list[Point], budget: float, cost: str) -> Point | None:
+    """The cheapest point within the budget that saves anything."""
+    within = [point for point in points if point.error <= budget and getattr(point, cost) < 1]
+    return min(within, key=lambda point: getattr(point, cost), default=None)
 
-        return watched
+
+def _most_runs(reference: str) -> int:
+    """How many whole runs of each prompt there are at most beside those of KV compression alone."""
+    spacings, converged = 6, 1 if reference == "converged" else 0
+    searches = 3 * SEARCHES_ALONE + SEARCHES_TOGETHER + SEARCHES_ON_STEPS
+    return converged + WINDOWS + spacings + 2 * len(FEWER) + searches
+
+
+class _Count:
+    """One count of repeated steps and whole runs."""
+
+    def __init__(self, on_progress: Progress, steps: int, runs: int):
+        self.on_progress, self.finished, self.each = on_progress, 0, steps // (SEARCHES + WINDOWS) or 1
+        self.total = steps + runs * self.each
+
+    def steps(self, done: int, total: int) -> None:
+        self.finished = done
+        self.on_progress(done, self.total)
+
+    def run(self) -> None:
+        self.finished += self.each
+        self.on_progress(min(self.finished, self.total), self.total)
+
+    def done(self) -> None:
+        self.on_progress(self.total, self.total)
 
 
 def calibrate_pipeline(
@@ -153,15 +192,16 @@ def calibrate_pipeline(
     settings: Settings,
     budget: float = 0.05,
     *,
+    reference: str = "own",
+    cost: str = "multiply_adds",
     on_progress: Progress = lambda done, total: None,
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Calibration:
     """Calibrate the pipeline's transformer at exactly the settings' size; see `calibrate`.
 
-    Raises SigmaError for a budget that is no share, and for a checkpoint that was trained with KV
-    compression.
+    What `settings.speed` says is left aside. Raises SigmaError as `calibrate`.
     """
-    settings = replace(settings.complete(pipeline.base_size), binning=False)
+    settings = replace(settings.complete(pipeline.base_size), binning=False, speed=None)
     width, height = settings.made_size(pipeline.base_size)
     settings = replace(settings, width=width, height=height)
     on_stage("text encoder")
@@ -180,7 +220,16 @@ def calibrate_pipeline(
             for index, prompt in enumerate(encoded)
         ]
         runs = EngineRuns(transformer, starts, settings, in_turn, pipeline.checkpoint.noise_schedule)
-        return calibrate(runs, prompts, settings, budget, on_step=on_progress, on_run=on_progress)
+        return calibrate(
+            runs,
+            prompts,
+            settings,
+            budget,
+            reference=reference,
+            cost=cost,
+            on_step=on_progress,
+            on_run=on_progress,
+        )
 
     work = Pass(height, width, guided=settings.guided)
     return pipeline.transformer.run(measure, work, pipeline.ways)[0]

@@ -5,7 +5,7 @@ import math
 from PIL import Image, ImageDraw, ImageFont
 
 from ..setting_checks import LAST_TIMESTEP
-from ..transformer.kv_calibration import WINDOWS, Calibration
+from ..transformer.calibration import WINDOWS, Calibration
 from ..transformer.kv_rules import acting
 
 LEFT, TOP, RIGHT = 120, 120, 30

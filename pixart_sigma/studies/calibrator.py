@@ -18,9 +18,9 @@ import torch
 
 from ..errors import SigmaError
 from ..setting_checks import LAST_TIMESTEP
+from ..transformer.calibration import RATIOS, WINDOWS
 from ..transformer.config import TransformerConfig
 from ..transformer.cost import multiply_adds
-from ..transformer.kv_calibration import RATIOS, WINDOWS
 from ..transformer.kv_rules import KVCompression
 
 Progress = Callable[[int, int], None]
@@ -41,10 +41,6 @@ class Calibrator:
         """height, width: of the pictures, in pixels. budget: the relative L2 error that is allowed."""
         if not 0 < budget < 1:
             raise SigmaError(f"The error budget is {budget}; give a share between 0 and 1, such as 0.05.")
-        if config.kv_compression is not None:
-            raise SigmaError(
-                "This checkpoint was trained with KV compression; there is nothing to calibrate."
-            )
         self.config, self.height, self.width = config, height, width
         self.budget = budget
         self.points: list[tuple[int, Callable, torch.Tensor]] = []
@@ -52,6 +48,9 @@ class Calibrator:
         self.nearest: dict[int, float] = {}  # of this run: the timestep in each window
         self.ended: list[torch.Tensor] = []
         self.steps = 0  # of all runs
+        self.at_the_end: list[
+            dict[int, list[float]]
+        ] = []  # of each window the errors[ratio][layer], once chosen
 
     def start(self) -> None:
         """Call it before each run."""
@@ -97,7 +96,7 @@ class Calibrator:
             nonlocal done
             found = []
             for _, predict, predicted in (point for point in self.points if point[0] == window):
-                found.append(_relative(predict(rules).float(), predicted))
+                found.append(relative(predict(rules).float(), predicted))
                 done += 1
                 on_progress(done, self.total)
             return sum(found) / len(found) if found else math.inf
@@ -125,9 +124,9 @@ class Calibrator:
 
         def error_of(chosen) -> float:
             nonlocal done
-            rules, found = self._join(chosen), []
+            rules, found = join(self.config.num_layers, chosen), []
             for index, latents in enumerate(self.ended):
-                found.append(_relative(run(index, rules).float(), latents))
+                found.append(relative(run(index, rules).float(), latents))
                 done += self.steps // len(self.ended)
                 on_progress(done, self.total)
             return max(found)
@@ -138,9 +137,10 @@ class Calibrator:
             )
             for window in range(WINDOWS)
         ]
+        self.at_the_end = windows
         chosen, error = self._search(windows, error_of)
         on_progress(self.total, self.total)
-        return self._join(chosen), error
+        return join(self.config.num_layers, chosen), error
 
     def _at_the_end(self, window: int, alone: dict[int, list[float]], error_of) -> dict[int, list[float]]:
         """The errors of the layers in a window, as large as they are at the end of a run.
@@ -231,21 +231,23 @@ class Calibrator:
         }
         return {layer: ratio for layer, ratio in best.items() if worth(layer, ratio) >= 0}
 
-    def _join(self, chosen: list[dict[int, int]]) -> tuple[KVCompression, ...]:
-        """The rules of the whole run, from the ratios chosen in each window."""
-        layers: dict[tuple[int, int, int], list[int]] = {}
-        for layer in range(self.config.num_layers):
-            window = 0
-            for ratio, stretch in itertools.groupby(ratios.get(layer) for ratios in chosen):
-                end = window + len(list(stretch))
-                if ratio is not None:
-                    layers.setdefault((ratio, window, end), []).append(layer)
-                window = end
-        return tuple(
-            KVCompression(OPERATOR, ratio, tuple(named), start / WINDOWS, end / WINDOWS)
-            for (ratio, start, end), named in sorted(layers.items())
-        )
+
+def join(num_layers: int, chosen: list[dict[int, int]]) -> tuple[KVCompression, ...]:
+    """The rules of the whole run, from the ratios of layers chosen in each window."""
+    layers: dict[tuple[int, int, int], list[int]] = {}
+    for layer in range(num_layers):
+        window = 0
+        for ratio, stretch in itertools.groupby(ratios.get(layer) for ratios in chosen):
+            end = window + len(list(stretch))
+            if ratio is not None:
+                layers.setdefault((ratio, window, end), []).append(layer)
+            window = end
+    return tuple(
+        KVCompression(OPERATOR, ratio, tuple(named), start / WINDOWS, end / WINDOWS)
+        for (ratio, start, end), named in sorted(layers.items())
+    )
 
 
-def _relative(latents: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """The relative L2 error."""
     return float((latents - reference).norm() / reference.norm())

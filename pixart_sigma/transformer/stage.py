@@ -13,11 +13,12 @@ import torch
 from ..errors import SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
-from ..settings import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES, Ways
+from ..settings import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES, Settings, Ways
+from .calibrated_speed import follow
+from .calibration import Calibration, find_calibration, fingerprint_of
 from .checkpoint import Checkpoint, load_transformer_state_dict
 from .config import TransformerConfig
 from .cost import activation_bytes
-from .kv_calibration import Calibration, find_calibrated, fingerprint_of
 from .kv_rules import KVCompression, resolve
 from .loading import load_transformer
 from .network import SigmaTransformer, build_transformer
@@ -108,20 +109,37 @@ class TransformerStage:
 
         Raises SigmaError where the setting does not fit the checkpoint.
         """
-        checkpoint = self.checkpoint
-
-        def fingerprint():
-            return fingerprint_of(load_transformer_state_dict(checkpoint))
-
+        config = self.checkpoint.config
         if setting is not None and setting.endswith(".json"):
-            calibration = Calibration.read(Path(setting))
-            if not calibration.fits(fingerprint()):
-                raise SigmaError(
-                    f"{setting} was measured on another checkpoint than {checkpoint.path}; calibrate it."
-                )
-            return resolve(calibration.rules, checkpoint.config, height, width)
-        calibrated = find_calibrated(checkpoint.path, fingerprint) if setting == "auto" else None
-        return resolve(setting, checkpoint.config, height, width, calibrated)
+            return resolve(self._read_calibration(setting).rules, config, height, width)
+        calibration = self._find_calibration() if setting == "auto" else None
+        return resolve(setting, config, height, width, calibration.rules if calibration else None)
+
+    def at_speed(self, settings: Settings) -> Settings:
+        """The settings with what their `speed` comes to for this checkpoint written out; with it may come KV
+        compression, where they leave it open, and other steps, where the run is as it was measured.
+
+        Raises SigmaError for a calibration of another checkpoint.
+        """
+        if not settings.speed_is_open:
+            return settings
+        asked = str(settings.speed)
+        calibration = self._find_calibration() if asked == "auto" else self._read_calibration(asked)
+        return follow(calibration, settings)
+
+    def _find_calibration(self) -> Calibration | None:
+        return find_calibration(self.checkpoint.path, self._fingerprint)
+
+    def _read_calibration(self, path: str) -> Calibration:
+        calibration = Calibration.read(Path(path))
+        if not calibration.fits(self._fingerprint()):
+            raise SigmaError(
+                f"{path} was measured on another checkpoint than {self.checkpoint.path}; calibrate it."
+            )
+        return calibration
+
+    def _fingerprint(self) -> tuple[float, ...]:
+        return fingerprint_of(load_transformer_state_dict(self.checkpoint))
 
     def _ways(self, work: Pass, ways: Ways) -> list[Way]:
         """As it is asked for, then in smaller ways. On a CPU nothing is smaller for being streamed."""

@@ -20,9 +20,7 @@ from pixart_sigma.settings import Settings
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, EngineRuns, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.studies.calibrator import SEARCHES, Calibrator
-from pixart_sigma.transformer.config import KVWeights, TransformerConfig
-from pixart_sigma.transformer.cost import multiply_adds
-from pixart_sigma.transformer.kv_calibration import (
+from pixart_sigma.transformer.calibration import (
     RATIOS,
     WINDOWS,
     Calibration,
@@ -30,6 +28,8 @@ from pixart_sigma.transformer.kv_calibration import (
     find_calibrated,
     fingerprint_of,
 )
+from pixart_sigma.transformer.config import KVWeights, TransformerConfig
+from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import KVCompression, acting, parse, spell
 from pixart_sigma.transformer.loading import load_transformer
 
