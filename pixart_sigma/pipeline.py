@@ -271,8 +271,8 @@ class SigmaPipeline:
         return ways
 
     def _check(self, settings: Settings, embeddings: PromptEmbeddings | None, start: Start) -> Settings:
-        """The settings with what speed and KV compression come to, once everything is known to fit
-        together.""" if start.image is None and settings.strength != 1:
+        """The settings with what speed and KV compression come to, once all is known to fit together."""
+        if start.image is None and settings.strength != 1:
             raise SettingError("strength", settings.strength, "there is no picture to start from")
         if embeddings is not None:
             _check_embeddings(embeddings, settings, self.checkpoint)
