@@ -8,6 +8,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.attention import reduce_tokens
+from ...pixart_sigma.transformer.calibration import find_calibration
 from ...pixart_sigma.transformer.config import TransformerConfig
 from ...pixart_sigma.transformer.kv_rules import acting, resolve
 from .checks import check_conditioning, check_latents
