@@ -84,6 +84,10 @@ SCHEDULERS = {
     "lcm": Scheduler(timesteps=True),
     "one_step": Scheduler(timesteps=True, guidance_scale=1.0),
 }
+# Where calibration counts errors from, the user's own run without savings or one of many steps; and by what
+# it takes the cheapest choice.
+CALIBRATION_REFERENCES = ("own", "converged")
+CALIBRATION_COSTS = ("multiply_adds", "seconds")
 MAX_STEPS = 999
 MAX_SEQUENCE_LENGTH = 300  # tokens that PixArt-Sigma was trained with, end token included
 

@@ -118,6 +118,8 @@ def _calibrate(arguments) -> int:
             prompts or (DEMO_PROMPTS if _is_demo(arguments) else PROMPTS),
             settings,
             budget,
+            reference=arguments.reference,
+            cost=arguments.cost,
             on_progress=bar.count,
             on_stage=bar.stage,
         )

@@ -6,6 +6,9 @@ import argparse
 from .. import __version__
 from ..errors import SigmaError
 from ..files.writing import say
+from ..noise_schedule import SPACINGS
+from ..settings import CALIBRATION_COSTS as COSTS
+from ..settings import CALIBRATION_REFERENCES as REFERENCES
 from ..settings import DECODES, DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from .option_groups import (
     add_binning,
@@ -86,6 +89,15 @@ def _add_generate(commands):
         help="such as mean:2:14-27, or a file of calibrate; default: as the checkpoint was trained",
     )
     generate.add_argument(
+        "--speed",
+        metavar="off|auto|SAVINGS|FILE",
+        help="forecast some steps from those before, such as forecast:1:1:10-95%%; auto is what calibrate "
+        "measured (default: off)",
+    )
+    generate.add_argument(
+        "--spacing", choices=SPACINGS, help="where the steps lie; default: as the checkpoint says"
+    )
+    generate.add_argument(
         "--decode",
         choices=DECODES,
         help="auto (default): whole where it fits, else in strips, which give the same picture; tiles "
@@ -151,13 +163,27 @@ def _add_plan(commands):
 
 def _add_calibrate(commands):
     calibrate = commands.add_parser(
-        "calibrate", help="measure how much KV compression a checkpoint bears, for --kv-compression auto"
+        "calibrate",
+        help="measure what a checkpoint bears to be saved, for --speed auto and --kv-compression auto",
     )
     calibrate.set_defaults(command="calibrate")
     add_model(calibrate)
     add_size(calibrate)
     calibrate.add_argument(
         "--budget", dest="error_budget", default="5%", help="the error that is allowed (default: 5%%)"
+    )
+    calibrate.add_argument(
+        "--reference",
+        choices=REFERENCES,
+        default=REFERENCES[0],
+        help="where the error is counted from: own (default), the same run without savings, or converged, a "
+        "run of 80 steps",
+    )
+    calibrate.add_argument(
+        "--cost",
+        choices=COSTS,
+        default=COSTS[0],
+        help="what is to be saved: multiply_adds (default), or seconds as they are measured on this device",
     )
     calibrate.add_argument(
         "--prompts", metavar="FILE", help="a text file, one prompt in a line; default: four of our own"

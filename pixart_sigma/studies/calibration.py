@@ -14,7 +14,7 @@ from ..errors import SigmaError
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.noise import get_noise
-from ..settings import Settings
+from ..settings import CALIBRATION_COSTS, CALIBRATION_REFERENCES, Settings
 from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
@@ -23,11 +23,7 @@ from .calibrator import SEARCHES, Calibrator, Progress
 from .runs import EngineRuns, Ran, Runs, Seen
 from .speed import FEWER, SEARCHES_ALONE, SEARCHES_ON_STEPS, SEARCHES_TOGETHER, SpeedSearch
 
-# Where the errors are counted from: the user's own run without savings, or one of so many steps.
-REFERENCES = ("own", "converged")
 CONVERGED_STEPS = 80
-# By what the cheapest choice is the cheapest.
-COSTS = ("multiply_adds", "seconds")
 KINDS = ("forecast", "guidance", "kv")
 
 # Different enough in content that no single picture decides.
@@ -60,11 +56,14 @@ def calibrate(
     """Measure what a model bears at the settings' size and steps.
 
     Prompt k is drawn from the seed + k. budget: the error allowed, a share of 1, from `reference`, of
-    REFERENCES. cost: of COSTS. on_step(done, total) counts the steps that were repeated, on_run goes on from
-    there with whole runs.
+    CALIBRATION_REFERENCES. cost: of CALIBRATION_COSTS. on_step(done, total) counts the steps that were
+    repeated, on_run goes on from there with whole runs.
     Raises SigmaError for a budget that is no share, and for another word in place of those.
     """
-    for name, word, words in (("reference", reference, REFERENCES), ("cost", cost, COSTS)):
+    for name, word, words in (
+        ("reference", reference, CALIBRATION_REFERENCES),
+        ("cost", cost, CALIBRATION_COSTS),
+    ):
         if word not in words:
             raise SigmaError(f"{name} is {word!r}; choose one of {', '.join(words)}.")
     width, height = settings.asked_size(runs.config.sample_size * 8)

@@ -1,4 +1,5 @@
-"""A calibration as a picture: the error of each layer in each part of the run, and what was chosen."""
+"""A calibration as a picture: all savings, and of KV compression the error of each layer in each part of the
+run."""
 
 import math
 
@@ -7,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..setting_checks import LAST_TIMESTEP
 from ..transformer.calibration import WINDOWS, Calibration
 from ..transformer.kv_rules import acting
+from .speed_picture import draw_speed
 
 LEFT, TOP, RIGHT = 120, 120, 30
 CELL, ROW, GAP = 30, 34, 66
@@ -15,6 +17,22 @@ LOW, HIGH = (255, 246, 224), (200, 40, 40)
 
 
 def draw(calibration: Calibration) -> Image.Image:
+    """All savings, where they were measured, above KV compression by itself, where it was."""
+    pictures = []
+    if calibration.points:
+        pictures.append(draw_speed(calibration))
+    if calibration.errors:
+        pictures.append(draw_compression(calibration))
+    width = max(picture.width for picture in pictures)
+    whole = Image.new("RGB", (width, sum(picture.height for picture in pictures)), BACKGROUND)
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
+def draw_compression(calibration: Calibration) -> Image.Image:
     """One grid per ratio: a column is a layer, a row a part of the run; the frames are the choice."""
     layers = len(next(iter(calibration.errors.values())))
     width = max(760, LEFT + layers * CELL + RIGHT)
