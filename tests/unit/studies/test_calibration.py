@@ -17,18 +17,19 @@ from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.schedulers import make_scheduler
 from pixart_sigma.setting_checks import LAST_TIMESTEP
 from pixart_sigma.settings import Settings
-from pixart_sigma.studies.calibration import DEMO_PROMPTS, EngineRuns, calibrate
+from pixart_sigma.studies.calibration import DEMO_PROMPTS, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.studies.calibrator import SEARCHES, Calibrator
+from pixart_sigma.studies.runs import EngineRuns
 from pixart_sigma.transformer.calibration import (
     RATIOS,
     WINDOWS,
     Calibration,
     calibration_path,
-    find_calibrated,
+    find_calibration,
     fingerprint_of,
 )
-from pixart_sigma.transformer.config import KVWeights, TransformerConfig
+from pixart_sigma.transformer.config import TransformerConfig
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import KVCompression, acting, parse, spell
 from pixart_sigma.transformer.loading import load_transformer
@@ -210,8 +211,6 @@ def test_nonsense_is_refused():
     for budget in (0, 1, -0.1, math.nan):
         with pytest.raises(SigmaError, match="budget"):
             Calibrator(CONFIG, SIZE, SIZE, budget)
-    with pytest.raises(SigmaError, match="trained with KV compression"):
-        Calibrator(replace(CONFIG, kv_compression=KVWeights(2, (1,))), SIZE, SIZE, 0.05)
     with pytest.raises(SigmaError, match="No step"):
         Calibrator(CONFIG, SIZE, SIZE, 0.05).measure()
 
@@ -309,10 +308,10 @@ def test_it_lies_with_its_checkpoint_and_serves_no_other(measured, tmp_path, cap
     folder, file = tmp_path, tmp_path / "sigma.safetensors"
     file.touch()
     assert calibration_path(folder).parent == folder and calibration_path(file).parent == folder
-    assert find_calibrated(file, lambda: measured.fingerprint) is None
+    assert find_calibration(file, lambda: measured.fingerprint) is None
     measured.save(calibration_path(file))
-    assert find_calibrated(file, lambda: measured.fingerprint) == measured.rules
-    assert find_calibrated(file, lambda: tuple(-weight for weight in measured.fingerprint)) is None
+    assert find_calibration(file, lambda: measured.fingerprint).rules == measured.rules
+    assert find_calibration(file, lambda: tuple(-weight for weight in measured.fingerprint)) is None
     assert "another checkpoint" in caplog.text
 
 
