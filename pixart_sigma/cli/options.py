@@ -9,6 +9,7 @@ from ..files.writing import say
 from ..noise_schedule import SPACINGS
 from ..settings import CALIBRATION_COSTS as COSTS
 from ..settings import CALIBRATION_REFERENCES as REFERENCES
+from ..recipes import RECIPES
 from ..settings import DECODES, DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from .option_groups import (
     add_binning,
@@ -82,6 +83,12 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     generate.add_argument("--scheduler", help="default: dpmpp_2m")
     generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
+    generate.add_argument(
+        "--recipe",
+        metavar="NAME|UPDATE:TIMESTEPS",
+        help=f"for weights that were distilled to few steps, instead of steps, scheduler and guidance: "
+        f"{', '.join(RECIPES)}, lcm-N, tcd-N, or spelled out, such as ddim:999,749,500,250 or x0:400:sigma",
+    )
     add_start(generate)
     generate.add_argument(
         "--kv-compression",
