@@ -173,6 +173,15 @@ def test_a_mask_keeps_what_is_not_painted(folders, models):
         assert difference(painted[..., 10:], GIVEN[..., 10:]) < 1e-4 < difference(painted, GIVEN)
 
 
+def test_the_advanced_sampler_with_its_unguided_guider(folders, models):
+    words, custom = folders["tiny"][1], nodes_custom_sampler
+    sigmas, sampler = FewStepRecipe.execute(models["tiny"], "lcm-4", 1.0).args
+    noise = custom.RandomNoise.execute(SEED).args[0]
+    guider = custom.BasicGuider.execute(models["tiny"], words).args[0]
+    run = custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, {"samples": EMPTY})
+    assert torch.equal(run.args[0]["samples"], sampler_custom(models["tiny"], words, "lcm-4"))
+
+
 def test_half_of_the_sigmas_in_another_sampler_is_that_half(folders, models):
     """Split: the first half with one node of the host, the second with another, is the whole."""
     words, custom = folders["tiny"][1], nodes_custom_sampler
