@@ -92,6 +92,24 @@ def parse_recipe(spelling: Any) -> FewStepRecipe:
     raise SettingError("recipe", repr(spelling), advice)
 
 
+def check_alone(settings: Any) -> str:
+    """The spelling of the recipe of `Settings`, if nothing else there contradicts it: the steps, the
+    scheduler and the guidance are its own. Raises SettingError."""
+    recipe = settings.recipe
+    parse_recipe(recipe)
+    for name in ("steps", "timesteps", "sigmas", "spacing", "scheduler", "eta"):
+        if (given := getattr(settings, name)) != getattr(type(settings), name):
+            raise SettingError(name, given, f"the recipe {recipe} decides the steps; give one of the two")
+    if settings.guided:
+        raise SettingError(
+            "guidance_scale",
+            settings.guidance_scale,
+            f"the recipe {recipe} is for weights that were distilled without guidance; leave it out, or "
+            "give 1",
+        )
+    return recipe.strip().lower()
+
+
 def check_recipe(spelling: str, noise_schedule: NoiseSchedule) -> FewStepRecipe:
     """The recipe, for a checkpoint with this noise schedule. Raises SettingError where it cannot run."""
     recipe = parse_recipe(spelling)

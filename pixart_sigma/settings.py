@@ -10,7 +10,7 @@ from typing import Any
 from .aspect_ratio import BINNING, check_side, nearest
 from .errors import SettingError, SigmaError
 from .noise_schedule import SPACINGS
-from .recipes import FewStepRecipe, parse_recipe
+from .recipes import FewStepRecipe, check_alone, parse_recipe
 from .setting_checks import (
     check_count,
     check_seed,
@@ -161,7 +161,7 @@ class Settings:
             )
         check_word(self, "scheduler", SCHEDULERS)
         if self.recipe is not None:
-            _check_recipe(self, self.recipe)
+            _set(self, "recipe", check_alone(self))
         _check_schedule(self)
         if not is_finite(self.strength) or not 0 < self.strength <= 1:
             raise SettingError("strength", self.strength, "give a number above 0, and at most 1")
@@ -173,9 +173,7 @@ class Settings:
         if self.kv_compression is not None:
             check_texts(self, "kv_compression")
         if self.speed is not None:
-            check_texts(self, "speed")
-            if not self.speed_is_open:
-                parse_speed(self.speed)
+            _check_speed(self, self.speed)
         if self.spacing is not None:
             check_word(self, "spacing", SPACINGS)
 
@@ -327,22 +325,14 @@ def check_ways(ways: Any) -> Ways:
     return ways
 
 
-def _check_recipe(settings: Settings, recipe: str) -> None:
-    """That it is one, and that nothing contradicts it: the steps, the scheduler and the guidance are its
-    own."""
-    parse_recipe(recipe)
-    _set(settings, "recipe", recipe.strip().lower())
-    for name in ("steps", "timesteps", "sigmas", "spacing", "scheduler", "eta"):
-        if getattr(settings, name) != getattr(Settings, name):
-            raise SettingError(
-                name, getattr(settings, name), f"the recipe {recipe} decides the steps; give one of the two"
-            )
-    if settings.guided:
+def _check_speed(settings: Settings, speed: str) -> None:
+    """That it is one, and that there are steps to forecast: a recipe has too few."""
+    check_texts(settings, "speed")
+    if (settings.speed_is_open or parse_speed(speed)) and settings.recipe is not None:
         raise SettingError(
-            "guidance_scale",
-            settings.guidance_scale,
-            f"the recipe {recipe} is for weights that were distilled without guidance; leave it out, or "
-            "give 1",
+            "speed",
+            speed,
+            f"the few steps of the recipe {settings.recipe} leave none to forecast; leave it out",
         )
 
 

@@ -14,7 +14,16 @@ from ..setting_checks import check_timesteps
 from ..settings import T5_PRECISIONS, Settings, Ways
 
 # What of a picture that another one shall be like a recipe takes the place of.
-RECIPE_DECIDES = ("steps", "timesteps", "sigmas", "scheduler", "eta", "guidance_scale")
+RECIPE_DECIDES = (
+    "steps",
+    "timesteps",
+    "sigmas",
+    "spacing",
+    "scheduler",
+    "eta",
+    "guidance_scale",
+    "speed",
+)
 MOST_TEXT = 2**20  # bytes of a file of prompts
 
 
@@ -29,7 +38,7 @@ def read_settings(arguments, base: Settings | None = None) -> Settings:
         given["width"], given["height"] = parse_size(size)
     if aspect:
         by_ratio(aspect, 1024)  # a wrong one is known at once
-    stepped = given.keys() & {"steps", "timesteps", "scheduler"}
+    stepped = given.keys() & {"steps", "timesteps", "spacing", "scheduler"}
     if "recipe" in given:
         if stepped:
             advice = f"it decides the steps, so leave --{min(stepped)} out"
