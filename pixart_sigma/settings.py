@@ -329,11 +329,8 @@ def _check_speed(settings: Settings, speed: str) -> None:
     """That it is one, and that there are steps to forecast: a recipe has too few."""
     check_texts(settings, "speed")
     if (settings.speed_is_open or parse_speed(speed)) and settings.recipe is not None:
-        raise SettingError(
-            "speed",
-            speed,
-            f"the few steps of the recipe {settings.recipe} leave none to forecast; leave it out",
-        )
+        advice = f"the recipe {settings.recipe} has too few steps to forecast any; leave it out"
+        raise SettingError("speed", speed, advice)
 
 
 def _check_schedule(settings: Settings) -> None:
