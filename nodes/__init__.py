@@ -16,6 +16,7 @@ class SigmaExtension(ComfyExtension):
         from . import (
             decode,
             embeddings,
+            few_step,
             kv_compression,
             loaders,
             memory,
@@ -35,6 +36,7 @@ class SigmaExtension(ComfyExtension):
             size,
             kv_compression,
             sampling,
+            few_step,
             decode,
             memory,
         )

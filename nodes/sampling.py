@@ -93,14 +93,16 @@ class Sampler(io.ComfyNode):
                     "sampler_name",
                     options=sampler_names(),
                     default="dpmpp_2m",
-                    tooltip="dpmpp_2m is the reference pipeline's.",
+                    tooltip="dpmpp_2m is the reference pipeline's. Not read where schedule is a few-step "
+                    "recipe, which has its own.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=schedule_names(),
                     default="reference",
-                    tooltip="reference is the checkpoint's own, as the reference pipeline has it; the others "
-                    "are ComfyUI's.",
+                    tooltip="reference is the checkpoint's own, as the reference pipeline has it. After "
+                    "ComfyUI's come recipes for weights that were distilled to few steps, one-step to tcd-8, "
+                    "which decide steps and sampler and run with cfg 1.",
                 ),
                 io.Float.Input(
                     "denoise",

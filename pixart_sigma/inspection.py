@@ -8,6 +8,7 @@ from .errors import CheckpointError
 from .files.locating import resolve
 from .files.parts import Choice, Kind, kind_of, models
 from .files.weight_files import read_header, read_metadata
+from .recipes import suggest_recipe
 from .transformer.checkpoint import find_components, inspect
 
 USES = {
@@ -28,6 +29,10 @@ SIGMA_LAYER = re.compile(
 LORA_DOWN = ("lora_A.weight", "lora_down.weight", "lora_A.default.weight")
 T5_EMBEDDING = {"t5xxl", "t5"}  # the tensors of a textual inversion
 EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Σ Prompt Embeddings
+
+
+# What metadata call a model; other entries may hold a whole workflow, with the names of many.
+TITLES = ("modelspec.title", "ss_output_name")
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,22 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     return _describe_several(path, known, variant)
 
 
+def find_recipe(path: Path) -> str:
+    """The recipe of few-step weights that are called as known ones are; "" for others. A hint, no more."""
+    components = find_components(path)
+    metadata = read_metadata(components.get("transformer", path))
+    titles = [metadata[title] for title in TITLES if title in metadata]
+    return suggest_recipe([*path.absolute().parts[-3:], *titles])
+
+
+def _recipe_line(path: Path) -> str:
+    recipe = find_recipe(path)
+    return f"few steps       called as weights for the recipe {recipe} (--recipe)\n" if recipe else ""
+
+
 def _describe_pipeline(path: Path, components: dict[str, Path], variant: str | None) -> str:
     if "transformer" in components:
-        return f"{inspect(path, variant).describe()}\nuse             {PIPELINE_USE}"
+        return f"{inspect(path, variant).describe()}\n{_recipe_line(path)}use             {PIPELINE_USE}"
     parts = [_describe_part(part, components[part], variant) for part in USES if part in components]
     named = ", ".join(components)
     return "\n".join([f"{path}: a pipeline folder without a transformer: {named}", *parts])
@@ -99,7 +117,7 @@ def _describe_several(path: Path, found: list[_Model], variant: str | None) -> s
 
 def _describe_part(part: str, path: Path, variant: str | None) -> str:
     if part == "transformer":
-        words = inspect(path, variant).describe()
+        words = f"{inspect(path, variant).describe()}\n{_recipe_line(path)}".rstrip()
     elif part == "text_encoder":
         words = _describe_t5(path)
     else:
@@ -152,7 +170,7 @@ def _describe_lora(path: Path, header: dict) -> str:
         [
             f"{path}: a LoRA of a PixArt transformer",
             f"weights         {len(header)} tensors{rank}",
-            "use             ComfyUI's Load LoRA with the MODEL of Load Σ Transformer",
+            f"{_recipe_line(path)}use             ComfyUI's Load LoRA with the MODEL of Load Σ Transformer",
         ]
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from .aspect_ratio import BINNING, check_side, nearest
 from .errors import SettingError, SigmaError
 from .noise_schedule import SPACINGS
+from .recipes import FewStepRecipe, check_alone, parse_recipe
 from .setting_checks import (
     check_count,
     check_seed,
@@ -103,6 +104,8 @@ class Settings:
     guidance_scale: 1 or less is none; None is the scheduler's own.
     timesteps, sigmas: in place of steps, where the scheduler takes them; highest first.
     eta: ddim's share of fresh noise, 0 to 1.
+    recipe: how weights that were distilled to few steps are run, by its name or spelling in `recipes`; it
+        decides the steps and the scheduler, and there is no guidance.
     strength: how much of a picture to start from is forgotten, above 0 and at most 1.
     kv_compression: as on the command line; None is as the checkpoint was trained.
     speed: which steps are forecast from those before, as on the command line; None is none.
@@ -133,6 +136,7 @@ class Settings:
     spacing: str | None = None
     clean_caption: bool = False
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    recipe: str | None = None
 
     def __post_init__(self):
         check_texts(self, "prompt", "negative")
@@ -156,28 +160,27 @@ class Settings:
                 "guidance_scale", self.guidance_scale, "give a finite number such as 4.5, or 1 for none"
             )
         check_word(self, "scheduler", SCHEDULERS)
+        if self.recipe is not None:
+            _set(self, "recipe", check_alone(self))
         _check_schedule(self)
         if not is_finite(self.strength) or not 0 < self.strength <= 1:
             raise SettingError("strength", self.strength, "give a number above 0, and at most 1")
         if int(self.schedule_length * self.strength) < 1:
+            steps = f"of {self.schedule_length} steps it leaves none, so raise "
             raise SettingError(
-                "strength",
-                self.strength,
-                f"of {self.schedule_length} steps it leaves none, so raise one of them",
+                "strength", self.strength, steps + ("one of them" if self.recipe is None else "it")
             )
         if self.kv_compression is not None:
             check_texts(self, "kv_compression")
         if self.speed is not None:
-            check_texts(self, "speed")
-            if not self.speed_is_open:
-                parse_speed(self.speed)
+            _check_speed(self, self.speed)
         if self.spacing is not None:
             check_word(self, "spacing", SPACINGS)
 
     @property
     def guidance(self) -> float:
-        """The guidance scale, the scheduler's own where none is given."""
-        own = SCHEDULERS[self.scheduler].guidance_scale
+        """The guidance scale, the scheduler's own where none is given; with a recipe there is none."""
+        own = SCHEDULERS[self.scheduler].guidance_scale if self.recipe is None else 1.0
         return own if self.guidance_scale is None else self.guidance_scale
 
     @property
@@ -196,8 +199,15 @@ class Settings:
         return () if self.speed is None else parse_speed(self.speed)
 
     @property
+    def few_step(self) -> FewStepRecipe | None:
+        """What `recipe` says."""
+        return None if self.recipe is None else parse_recipe(self.recipe)
+
+    @property
     def schedule_length(self) -> int:
         """The steps of a run from pure noise."""
+        if self.few_step is not None:
+            return len(self.few_step.timesteps)
         if self.timesteps is not None:
             return len(self.timesteps)
         if self.sigmas is not None:
@@ -313,6 +323,14 @@ def check_ways(ways: Any) -> Ways:
     if not isinstance(ways, Ways):
         raise SigmaError(f"ways is a {type(ways).__name__}; give Ways, such as Ways(device='cpu').")
     return ways
+
+
+def _check_speed(settings: Settings, speed: str) -> None:
+    """That it is one, and that there are steps to forecast: a recipe has too few."""
+    check_texts(settings, "speed")
+    if (settings.speed_is_open or parse_speed(speed)) and settings.recipe is not None:
+        advice = f"the recipe {settings.recipe} has too few steps to forecast any; leave it out"
+        raise SettingError("speed", speed, advice)
 
 
 def _check_schedule(settings: Settings) -> None:

@@ -28,7 +28,8 @@ PROGRESS_TEXT = 3  # the host's BinaryEventTypes.TEXT
 
 DEMO = "demo (built in)"
 MODELS = {"transformer", "text_encoder", "vae", "prompt_embeddings"}
-DEMO_SETTINGS = {"variant": "auto", "base": "256"}
+# It is not distilled, and draws something with the most steps of a recipe.
+DEMO_SETTINGS = {"variant": "auto", "base": "256", "recipe": "lcm-8"}
 
 
 class DidNotStart(Exception):

@@ -22,6 +22,7 @@ from server import Server, with_the_demo  # noqa: E402
 PROMPTS = {
     "sigma_1024_in_8_gb": "a blue star on a yellow background",
     "sigma_4_bit_t5": "a white square on a black background",
+    "sigma_few_step": "a large red circle on a white background",
     "sigma_2k": "a white star on a purple background",
     "sigma_4k_wallpaper": "a small yellow square in the top right on a blue background",
     "sigma_under_2_gb": "an orange triangle on a green background",

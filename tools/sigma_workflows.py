@@ -10,6 +10,7 @@ from workflow_parts import (
     encode,
     load_sigma_transformer,
     load_t5_and_vae,
+    load_transformer,
     report,
     sample,
     show,
@@ -64,6 +65,43 @@ def sigma_4k_kv_compression() -> Graph:
     return graph
 
 
+def sigma_few_step() -> Graph:
+    graph = Graph(
+        "One step, for weights that were distilled for it: pixart-sigma-nitro.safetensors of "
+        "amd/Nitro-1-PixArt on Hugging Face, in models/diffusion_models. Σ Few-Step Recipe gives the noise "
+        "levels and the sampler; cfg stays 1. For other distilled weights choose their recipe there. "
+        + T5_PARTS
+    )
+    load_transformer(graph, "pixart-sigma-nitro.safetensors", variant="1024")
+    load_t5_and_vae(graph, T5, SDXL_VAE, "int8")
+    encode(graph, "a hummingbird at a red flower, macro photograph")
+    bucket(graph, "1:1")
+    graph.column("Denoise")
+    graph.add(
+        "recipe",
+        "PixArtSigmaFewStepRecipe",
+        model=graph["transformer", 0],
+        recipe="one-step",
+        denoise=1.0,
+        custom_recipe="",
+    )
+    graph.add(
+        "sampler",
+        "SamplerCustom",
+        model=graph["transformer", 0],
+        add_noise=True,
+        noise_seed=0,
+        cfg=1.0,
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        sampler=graph["recipe", 1],
+        sigmas=graph["recipe", 0],
+        latent_image=graph["size", 0],
+    )
+    show(graph)
+    return graph
+
+
 def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str, base="auto") -> Graph:
     """Σ with every setting that memory depends on from the planner."""
     graph = Graph(
@@ -110,6 +148,7 @@ SIGMA_WORKFLOWS = (
     sigma_4_bit_t5,
     sigma_2k,
     sigma_4k_kv_compression,
+    sigma_few_step,
     sigma_under_4_gb,
     sigma_under_2_gb,
     sigma_4k_wallpaper,

@@ -11,12 +11,14 @@ import torch
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
+from ...pixart_sigma.recipes import RECIPE_NAMES
 from ...pixart_sigma.setting_checks import LAST_TIMESTEP
 from .base_size import base_size
 from .checks import check_conditioning, check_latents
+from .few_step import recipe_sampler, recipe_sigmas
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
-from .notice import show_notice
+from .notice import add_notice
 
 REFERENCE = "reference"
 
@@ -28,7 +30,7 @@ def sampler_names() -> list[str]:
 
 
 def schedule_names() -> list[str]:
-    return [REFERENCE, *comfy.samplers.KSampler.SCHEDULERS]
+    return [REFERENCE, *comfy.samplers.KSampler.SCHEDULERS, *RECIPE_NAMES]
 
 
 def reference_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
@@ -64,8 +66,8 @@ def _evenly(steps: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """A run in the host's words; those of the samplers and schedules are the host's own. kv_compression: as
-    on the command line."""
+    """A run in the host's words; those of the samplers and schedules are the host's own. schedule: also the
+    name of a recipe, which decides steps, cfg and sampler. kv_compression: as on the command line."""
 
     seed: int = 0
     steps: int = 20
@@ -90,17 +92,18 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
     model = _compress(model, chosen.kv_compression)
     noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
+    own = _own_schedule(model, chosen)
     settings = {
         "noise_mask": latent.get("noise_mask"),
         "callback": latent_preview.prepare_callback(model, chosen.steps),
         "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
         "seed": chosen.seed,
     }
-    if chosen.schedule == REFERENCE:
-        sampler = comfy.samplers.sampler_object(chosen.sampler_name)
-        sigmas = reference_sigmas(model, chosen.steps, chosen.denoise)
+    if own is not None:
+        cfg, sampler, sigmas = own
+        settings["callback"] = latent_preview.prepare_callback(model, len(sigmas) - 1)
         done = comfy.sample.sample_custom(
-            model, noise, chosen.cfg, sampler, sigmas, positive, negative, samples, **settings
+            model, noise, cfg, sampler, sigmas, positive, negative, samples, **settings
         )
     else:
         done = comfy.sample.sample(
@@ -125,6 +128,20 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
     return latent | {"samples": done}
 
 
+def _own_schedule(model, chosen: SamplerSettings):
+    """(cfg, SAMPLER, SIGMAS) of the schedules that are not the host's; None for those. A recipe has no
+    guidance, which is said on the node where cfg is another."""
+    if chosen.schedule == REFERENCE:
+        sampler = comfy.samplers.sampler_object(chosen.sampler_name)
+        return chosen.cfg, sampler, reference_sigmas(model, chosen.steps, chosen.denoise)
+    if chosen.schedule not in RECIPE_NAMES:
+        return None
+    recipe = chosen.schedule
+    if chosen.cfg != 1:
+        add_notice(f"{recipe} runs without guidance: cfg was 1, not {chosen.cfg:g}.")
+    return 1.0, recipe_sampler(recipe), recipe_sigmas(model, recipe, chosen.denoise)
+
+
 def _compress(model, setting: str):
     """The MODEL with the sampler's setting; auto leaves what Σ KV Compression has set."""
     named = setting.strip().lower()
@@ -136,17 +153,15 @@ def _compress(model, setting: str):
 def _check_size(model, height: int, width: int):
     """Warn of a picture, in pixels, that is far from those the model was trained on."""
     base = base_size(model)
-    if base is None:
-        return
-    if base**2 / 4 <= height * width <= base**2 * 4:
-        show_notice("")
+    if base is None or base**2 / 4 <= height * width <= base**2 * 4:
+        add_notice("")
         return
     warning = (
         f"The picture is {width}x{height}, but this model is made for about {base}x{base} pixels; it may "
         "repeat or lose things. Σ Aspect-Ratio Bucket picks a size for it."
     )
     logging.getLogger(__name__).warning(warning)
-    show_notice(warning)
+    add_notice(warning)
 
 
 def _check_prompts(model, *conditionings):

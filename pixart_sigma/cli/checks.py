@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..aspect_ratio import by_ratio, parse_size
-from ..errors import SigmaError
+from ..errors import SettingError, SigmaError
 from ..setting_checks import check_timesteps
 from ..settings import T5_PRECISIONS, Settings, Ways
 
+# What of a picture that another one shall be like a recipe takes the place of.
+RECIPE_DECIDES = (
+    "steps",
+    "timesteps",
+    "sigmas",
+    "spacing",
+    "scheduler",
+    "eta",
+    "guidance_scale",
+    "speed",
+)
 MOST_TEXT = 2**20  # bytes of a file of prompts
 
 
@@ -27,6 +38,14 @@ def read_settings(arguments, base: Settings | None = None) -> Settings:
         given["width"], given["height"] = parse_size(size)
     if aspect:
         by_ratio(aspect, 1024)  # a wrong one is known at once
+    stepped = given.keys() & {"steps", "timesteps", "spacing", "scheduler"}
+    if "recipe" in given:
+        if stepped:
+            advice = f"it decides the steps, so leave --{min(stepped)} out"
+            raise SettingError("recipe", given["recipe"], advice)
+        given = {name: getattr(Settings, name) for name in RECIPE_DECIDES} | given
+    elif stepped:
+        given = {"recipe": None} | given
     if given.keys() & {"steps", "timesteps"}:
         given = {"timesteps": None, "sigmas": None} | given  # of `base`, which they replace
     if isinstance(given.get("timesteps"), str):
@@ -155,6 +174,15 @@ def tell_guess(checkpoint) -> None:
     """That the transformer's variant is a guess, if it is one, and how to choose."""
     if checkpoint.variant_notice:
         tell(f"{checkpoint.variant_notice} If it was trained for another, say so with --variant.")
+
+
+def tell_recipe(checkpoint, settings: Settings) -> None:
+    """That the transformer is called as known few-step weights are, where nothing says how to run such."""
+    from ..inspection import find_recipe
+
+    recipe = find_recipe(checkpoint.path)
+    if recipe and settings.recipe is None and settings.scheduler not in ("lcm", "one_step"):
+        tell(f"{checkpoint.path.name} seems to be made for few steps: --recipe {recipe} runs it so.")
 
 
 def check_writable(path: Path) -> None:

@@ -17,6 +17,7 @@ from .checks import (
     take_prompt,
     tell,
     tell_guess,
+    tell_recipe,
     with_aspect,
 )
 from .like import check_given, check_models, own_transformer, taken_as, tell_differences
@@ -43,6 +44,7 @@ def generate(arguments) -> int:
     start = _read_start(arguments)
     pipeline = _open(arguments, like, ways, start)
     tell_guess(pipeline.checkpoint)
+    tell_recipe(pipeline.checkpoint, settings)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
     if plan:

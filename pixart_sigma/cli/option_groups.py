@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from ..noise_schedule import SPACINGS
+from ..recipes import RECIPES
 from ..settings import T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 
 
@@ -124,4 +126,19 @@ def add_start(command: argparse.ArgumentParser):
         "--strength",
         type=float,
         help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
+    )
+
+
+def add_schedule(command: argparse.ArgumentParser):
+    """Where the steps lie, and what takes them."""
+    command.add_argument("--scheduler", help="default: dpmpp_2m")
+    command.add_argument("--timesteps", help="comma-separated, instead of --steps")
+    command.add_argument(
+        "--spacing", choices=SPACINGS, help="where the steps lie; default: as the checkpoint says"
+    )
+    command.add_argument(
+        "--recipe",
+        metavar="NAME|UPDATE:TIMESTEPS",
+        help="for weights that were distilled to few steps, instead of steps, scheduler and guidance: "
+        f"{', '.join(RECIPES)}, lcm-N, tcd-N, or spelled out, such as ddim:999,749,500,250 or x0:400:sigma",
     )

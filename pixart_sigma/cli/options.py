@@ -6,7 +6,6 @@ import argparse
 from .. import __version__
 from ..errors import SigmaError
 from ..files.writing import say
-from ..noise_schedule import SPACINGS
 from ..settings import CALIBRATION_COSTS as COSTS
 from ..settings import CALIBRATION_REFERENCES as REFERENCES
 from ..settings import DECODES, DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
@@ -16,6 +15,7 @@ from .option_groups import (
     add_model,
     add_prompt_file,
     add_sampling,
+    add_schedule,
     add_size,
     add_start,
     add_text_encoder,
@@ -80,8 +80,7 @@ def _add_generate(commands):
     add_binning(generate)
     add_sampling(generate)
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
-    generate.add_argument("--scheduler", help="default: dpmpp_2m")
-    generate.add_argument("--timesteps", help="comma-separated, instead of --steps")
+    add_schedule(generate)
     add_start(generate)
     generate.add_argument(
         "--kv-compression",
@@ -93,9 +92,6 @@ def _add_generate(commands):
         metavar="off|auto|SAVINGS|FILE",
         help="forecast some steps from those before, such as forecast:1:1:10-95%%; auto is what calibrate "
         "measured (default: off)",
-    )
-    generate.add_argument(
-        "--spacing", choices=SPACINGS, help="where the steps lie; default: as the checkpoint says"
     )
     generate.add_argument(
         "--decode",

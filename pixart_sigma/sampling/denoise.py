@@ -44,7 +44,7 @@ def denoise(
     """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
 
     predict: what the model predicts, see `guide`. settings: read are scheduler, steps, timesteps,
-    sigmas, eta and strength; what is drawn and how large it is is decided by the other arguments.
+    sigmas, eta, recipe and strength; what is drawn and how large it is is decided by the other arguments.
     noise_schedule: the checkpoint's. scheduler: a diffusers scheduler in place of the one that those two
     make. image_latents (B or 1, 4, h, w), clean and scaled: start from them, noised to the first timestep,
     and not from noise alone. mask (B or 1, 1, h, w) in [0, 1], beside image_latents: where it is 0 those are

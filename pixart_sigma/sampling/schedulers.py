@@ -20,8 +20,10 @@ from diffusers import (
 
 from ..errors import SettingError, SigmaError
 from ..noise_schedule import PREDICTION_TYPES, PUBLISHED, SIGMA_SPACINGS, NoiseSchedule
+from ..recipes import check_recipe
 from ..setting_checks import check_sigmas, check_timesteps
 from ..settings import SCHEDULERS, Settings
+from .few_step import RecipeScheduler
 
 ONE_STEP_TIMESTEP = 400
 # Each name's class, and what makes it that solver. sa_solver is set as in the authors' app_pixart_sigma.py
@@ -72,7 +74,11 @@ def make_scheduler(name: str, noise_schedule: NoiseSchedule = PUBLISHED):
 
 def scheduler_for(settings: Settings, noise_schedule: NoiseSchedule = PUBLISHED):
     """The scheduler of a run; its spacing, or timesteps or sigmas of one's own, take the place of the
-    checkpoint's spacing. Raises SigmaError as `make_scheduler`, and for a flow schedule, which takes none."""
+    checkpoint's spacing, and a recipe that of the scheduler.
+    Raises SigmaError as `make_scheduler`, and for a flow schedule, which takes none of the three."""
+    if settings.recipe is not None:
+        recipe = check_recipe(settings.recipe, noise_schedule)
+        return RecipeScheduler(recipe, make_scheduler("dpmpp_2m", noise_schedule.evenly()))
     if settings.spacing is not None:
         noise_schedule = noise_schedule.spaced(settings.spacing)
     for name in ("timesteps", "sigmas"):
@@ -109,10 +115,16 @@ def _cannot_run(name: str, noise_schedule: NoiseSchedule) -> str:
 def get_timesteps(scheduler, settings: Settings, device: str | torch.device = "cpu") -> torch.Tensor:
     """Set the scheduler's timesteps by the settings and return those to run, highest first.
 
-    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them. With strength < 1
-    only the last int(steps * strength) are run, as in diffusers' img2img pipelines.
+    `timesteps` or `sigmas` of one's own replace `steps`, where the scheduler takes them, and a recipe brings
+    its own. With strength < 1 only the last int(steps * strength) are run, as in diffusers' img2img
+    pipelines.
     Raises SigmaError with the value seen.
     """
+    if settings.recipe is not None:
+        if not isinstance(scheduler, RecipeScheduler):
+            raise SettingError("recipe", settings.recipe, "a scheduler is given too; give one of them")
+        scheduler.set_timesteps(device)
+        return scheduler.timesteps[-len(scheduler.recipe.last(settings.strength)) :]
     timesteps = settings.timesteps
     if settings.scheduler == "one_step" and timesteps is None and settings.sigmas is None:
         timesteps = (ONE_STEP_TIMESTEP,)

@@ -78,3 +78,22 @@ def test_what_is_not_read_of_a_prompt_is_said_on_the_node(server):
     assert [text.strip() for shown_on, text in texts if shown_on == here] == [""], "the notice stayed"
     (shown,) = [text for shown_on, text in texts if shown_on == "theirs"]
     assert "no embedding 'Nothing'" in shown and "blue square end" in shown
+
+
+def test_a_recipe_says_on_the_sampler_that_it_does_not_guide(server):
+    workflow = PACK / "example_workflows" / "demo_text_to_image.json"
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    sampler = node(prompt, "PixArtSigmaSampler")
+    sampler.update(schedule="one-step", seed=2)
+    size = {"width": 64, "height": 96, "batch_size": 1}
+    bucket = prompt[sampler["latent_image"][0]]
+    prompt["size"] = {"class_type": "EmptyLatentImage", "inputs": size}
+    sampler["latent_image"] = ["size", 0]
+    *_, (shown_on, text) = server.texts(prompt)
+    assert shown_on == number(prompt, "PixArtSigmaSampler")
+    assert "64x96" in text and "one-step runs without guidance: cfg was 1, not 4.5" in text
+
+    prompt["size"] = bucket
+    sampler["cfg"] = 1
+    ((shown_on, text),) = server.texts(prompt)
+    assert shown_on == number(prompt, "PixArtSigmaSampler") and not text.strip(), "the notice stayed"

@@ -62,6 +62,21 @@ def test_each_part_of_a_pipeline(pipeline_folder):
         assert words in text.splitlines()[0] and use in text.splitlines()[-1], name
 
 
+def test_what_is_called_as_few_step_weights_says_their_recipe(tmp_path, pipeline_folder):
+    weights = weights_of(pipeline_folder / "transformer")
+    save_file(weights, tmp_path / "nitro-512.safetensors")
+    save_file(weights, tmp_path / "mine-512.safetensors", {"modelspec.title": "Sigma LCM", "prompt": "nitro"})
+    save_file(weights, tmp_path / "plain-512.safetensors", {"prompt": '{"sampler_name": "lcm"}'})
+    lora = write(tmp_path / "sigma-inkwash-2step.safetensors", LORA)
+    for path, recipe in (
+        (tmp_path / "nitro-512.safetensors", "one-step"),
+        (tmp_path / "mine-512.safetensors", "lcm-4"),
+        (lora, "phased-2"),
+    ):
+        assert f"for the recipe {recipe} (--recipe)" in describe(path)
+    assert "recipe" not in describe(tmp_path / "plain-512.safetensors")
+
+
 def test_a_checkpoint_of_several_models(tmp_path, pipeline_folder):
     weights = prefixed("model.diffusion_model.", weights_of(pipeline_folder / "transformer"))
     weights |= prefixed("vae.", weights_of(pipeline_folder / "vae"))

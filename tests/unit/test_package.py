@@ -25,6 +25,7 @@ BASE = {
     "errors",
     "noise_schedule",
     "prompt_embeds",
+    "recipes",
     "schedule_part",
     "setting_checks",
     "settings",

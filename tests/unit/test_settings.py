@@ -37,6 +37,18 @@ NAN = float("nan")
         ({"strength": 0}, "strength is 0"),
         ({"strength": 0.4, "steps": 2}, "strength is 0.4; of 2 steps it leaves none"),
         ({"kv_compression": 2}, "kv_compression is 2"),
+        ({"recipe": "fast"}, "recipe is 'fast'; choose one-step"),
+        ({"recipe": "lcm-4", "steps": 4}, "steps is 4; the recipe lcm-4 decides the steps"),
+        ({"recipe": "lcm-4", "scheduler": "lcm"}, "scheduler is lcm; the recipe lcm-4 decides"),
+        ({"recipe": "lcm-4", "timesteps": (999, 5)}, "timesteps is .* the recipe lcm-4 decides"),
+        (
+            {"recipe": "lcm-4", "guidance_scale": 4.5},
+            "guidance_scale is 4.5; the recipe lcm-4 is",
+        ),
+        ({"recipe": "lcm-4", "spacing": "trailing"}, "spacing is trailing; the recipe lcm-4 decides"),
+        ({"recipe": "lcm-4", "speed": "auto"}, "speed is auto; the recipe lcm-4 has too few"),
+        ({"recipe": "lcm-4", "speed": "forecast:1:1"}, "the recipe lcm-4 has too few steps to forecast"),
+        ({"recipe": "lcm-4", "strength": 0.2}, "strength is 0.2; of 4 steps it leaves none, so raise it"),
         ({"clean_caption": "yes"}, "clean_caption is 'yes'"),
         ({"max_sequence_length": 0}, "max_sequence_length is 0; give a whole number of tokens"),
     ],
@@ -80,6 +92,9 @@ def test_settings_travel_as_json():
     )
     again = Settings.from_dict(json.loads(json.dumps(settings.as_dict())))
     assert again == settings and again.sigmas == (9.0, 1.0, 0.0)
+    few = Settings(recipe=" X0:400:sigma").complete(512)
+    assert Settings.from_dict(json.loads(json.dumps(few.as_dict()))) == few and few.recipe == "x0:400:sigma"
+    assert (few.guidance_scale, few.schedule_length) == (1.0, 1)
     ways = Ways(t5_precision="nf4", decode="strips", decode_budget=2e9)
     assert Ways.from_dict(json.loads(json.dumps(ways.as_dict())) | {"of_a_later_version": 1}) == ways
     with pytest.raises(dataclasses.FrozenInstanceError):

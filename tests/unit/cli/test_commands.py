@@ -94,6 +94,7 @@ def test_memory_report_as_a_table_and_as_json(generate, tmp_path):
         (("--timesteps", "a,b"), ["'a,b'"]),
         (("--aspect", "16:9"), ["--size", "--aspect"]),
         (("--scheduler", "magic"), ["magic"]),
+        (("--recipe", "lcm-2"), ["--recipe is lcm-2", "leave --steps out"]),
         (("--kv-compression", "mean:0:all"), ["0"]),
         (("--device", "toaster"), ["toaster"]),
         (("--image", "nowhere.png", "--steps", "2"), ["nowhere.png"]),
@@ -287,6 +288,14 @@ def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):
     assert "Nothing says" not in generate()[2]
     plan = ["plan", "--model", str(diffusers_file.parent), "--budget", "2GB", "--variant", "512", "--json"]
     assert make_parser().parse_args(plan).variant == "512"
+
+
+def test_a_transformer_that_is_called_as_few_step_weights_is_told_on_stderr(generate, diffusers_file):
+    named = diffusers_file.rename(diffusers_file.with_name("nitro-512.safetensors"))
+    status, _, err = generate("--transformer", named)
+    assert status == 0 and "nitro-512.safetensors seems to be made for few steps: --recipe one-step" in err
+    assert "--recipe" not in generate("--transformer", named, "--scheduler", "one_step")[2]
+    assert "--recipe" not in generate()[2]
 
 
 def test_inspect_says_what_it_is(pipeline_folder, capsys):

@@ -42,6 +42,7 @@ FAST = ("--steps", 2, "--size", "64x64", "--no-binning")
         ("a red circle", "--steps", 2, "--budget", "100MB"),
         ("a red circle", *FAST, "--t5-precision", "bf16", "--decode", "tiles", "--clean-caption"),
         ("a red circle on a blue square", *FAST, "--max-sequence-length", 3),
+        ("a red circle", "--size", "64x64", "--recipe", "tcd-2", "--seed", 7),
     ],
     ids=lambda options: " ".join(map(str, options[1:])),
 )
@@ -70,6 +71,21 @@ def test_each_option_beside_it_changes_that_one_thing(generate, tmp_path):
         assert after == before | {field: value}
     status, _, _ = generate("--like", kept, "--decode", "strips", "--seed", 7)
     assert status == 0 and Metadata.read(tmp_path / "picture.png").ways.decode == "strips"
+
+
+def test_a_recipe_and_steps_take_each_others_place(generate, tmp_path):
+    _, first, _ = generate("a red circle", *FAST, "--scheduler", "ddim", "--guidance", 3)
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(first)
+    status, _, err = generate("--like", kept, "--recipe", "x0:400:sigma")
+    made = Metadata.read(tmp_path / "picture.png").settings
+    assert status == 0 and (made.recipe, made.guidance_scale) == ("x0:400:sigma", 1), err
+    (tmp_path / "picture.png").rename(kept)
+    status, _, err = generate("--like", kept, "--steps", 2)
+    made = Metadata.read(tmp_path / "picture.png").settings
+    assert status == 0 and (made.recipe, made.steps) == (None, 2), err
+    status, made, err = generate("--like", kept, "--guidance", 3)
+    assert status == 2 and made is None and "--guidance is 3.0; the recipe x0:400:sigma is for" in err
 
 
 def test_steps_take_the_place_of_a_pictures_own_timesteps(generate, tmp_path):

@@ -26,6 +26,7 @@ from pixart_sigma.noise_schedule import (
 )
 from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling import denoise as loop
+from pixart_sigma.sampling.few_step import GAMMA
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.noise import get_noise
 from pixart_sigma.sampling.predictions import predict_clean
@@ -277,6 +278,35 @@ def test_own_timesteps_and_sigmas_equal_the_pipeline(pair, name, schedule):
         generator=seeded(),
         **schedule,
     )
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "recipe, kind, schedule",
+    [
+        ("one-step", partial(diffusers.DDPMScheduler, clip_sample=False), {"timesteps": [400]}),
+        ("x0:599", partial(diffusers.DDPMScheduler, clip_sample=False), {"timesteps": [599]}),
+        (
+            "ddim:999,749,499,249",
+            partial(diffusers.DDIMScheduler, clip_sample=False),
+            {"num_inference_steps": 4},
+        ),
+        ("lcm-4", diffusers.LCMScheduler, {"num_inference_steps": 4}),
+        ("lcm:899,500", diffusers.LCMScheduler, {"timesteps": [899, 500]}),
+        ("tcd-4", diffusers.TCDScheduler, {"num_inference_steps": 4}),
+        ("tcd-1", diffusers.TCDScheduler, {"num_inference_steps": 1}),
+    ],
+    ids=str,
+)
+def test_a_recipe_equals_the_pipeline_with_its_scheduler(pair, recipe, kind, schedule):
+    ours, reference = pair
+    noise, positive = torch.randn(2, 4, 8, 12, generator=seeded()), embeddings(7, 1, 2)
+    betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    scheduler = kind(**betas, timestep_spacing="trailing")
+    eta = {"eta": GAMMA} if recipe.startswith("tcd") else {}
+    beside = {"guidance_scale": 1, "generator": seeded()}
+    expected = run_reference(reference, scheduler, noise, positive, **beside, **schedule, **eta)
+    actual = denoise(ours, noise, positive, recipe=recipe, generator=seeded())
     assert_equal(actual, expected)
 
 
@@ -858,6 +888,7 @@ def test_scheduler_settings_are_those_of_the_published_noise_schedule(name):
         ({"generator": 7}, r"generator is 7; give a torch.Generator"),
         ({"generator": [seeded(), 7]}, "generator is 7"),
         ({"scheduler": "dpm"}, "scheduler is 'dpm'"),
+        ({"scheduler": diffusers.LCMScheduler(), "recipe": "lcm-4"}, "lcm-4; a scheduler is given too"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler"),
         ({"scheduler": diffusers.EDMEulerScheduler()}, "EDMEulerScheduler"),
         ({"scheduler": "ddim", "timesteps": [999, 500]}, "the scheduler ddim takes none"),
