@@ -59,7 +59,8 @@ class KnownRuns:
     def step(self, timestep):
         progress = 1 - timestep / 999
         positive = torch.tensor([1.0, self.curve * progress**2])
-        return math.exp(5 - 8 * progress), [positive, positive - torch.tensor([0.0, 0.1 * progress])]
+        sigma = math.exp(5 - 8 * progress)
+        return sigma, [positive, positive - torch.tensor([0.0, 0.003 * sigma * (1 - progress**3)])]
 
     def guided(self, values):
         positive, negative = values
