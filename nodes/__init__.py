@@ -23,6 +23,7 @@ class SigmaExtension(ComfyExtension):
             precision_comparison,
             sampling,
             size,
+            speed,
             text,
         )
 
@@ -34,6 +35,7 @@ class SigmaExtension(ComfyExtension):
             precision_comparison,
             size,
             kv_compression,
+            speed,
             sampling,
             decode,
             memory,

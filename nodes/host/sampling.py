@@ -17,6 +17,8 @@ from .checks import check_conditioning, check_latents
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import show_notice
+from .speed import is_set as speed_is_set
+from .speed import set_speed
 
 REFERENCE = "reference"
 
@@ -64,8 +66,8 @@ def _evenly(steps: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """A run in the host's words; those of the samplers and schedules are the host's own. kv_compression: as
-    on the command line."""
+    """A run in the host's words; those of the samplers and schedules are the host's own. kv_compression and
+    speed: as on the command line, but for files."""
 
     seed: int = 0
     steps: int = 20
@@ -74,6 +76,7 @@ class SamplerSettings:
     schedule: str = REFERENCE
     denoise: float = 1.0
     kv_compression: str = "auto"
+    speed: str = "off"
 
 
 def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> dict:
@@ -88,7 +91,7 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
         )
     _check_prompts(model, positive, negative)
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
-    model = _compress(model, chosen.kv_compression)
+    model = _speed_up(_compress(model, chosen.kv_compression), chosen.speed)
     noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
     settings = {
         "noise_mask": latent.get("noise_mask"),
@@ -131,6 +134,14 @@ def _compress(model, setting: str):
     if named == "auto" and is_set(model) or named in ("auto", "off") and not can_compress(model):
         return model
     return set_kv_compression(model, setting)
+
+
+def _speed_up(model, setting: str):
+    """The MODEL with the sampler's setting; off and auto leave what Σ Speed has set."""
+    named = setting.strip().lower()
+    if named == "off" or named == "auto" and (speed_is_set(model) or not can_compress(model)):
+        return model
+    return set_speed(model, setting)
 
 
 def _check_size(model, height: int, width: int):

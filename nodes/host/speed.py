@@ -4,7 +4,6 @@ The setting travels with a MODEL. What was computed is of one run: it is put int
 gone with them.
 """
 
-import functools
 import logging
 import math
 from collections import Counter
@@ -16,7 +15,9 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
-from ...pixart_sigma.speed import CAUTIOUS, Savings, parse, spell
+from ...pixart_sigma.speed import Savings, parse, spell
+from ...pixart_sigma.transformer.calibrated_speed import choose
+from ...pixart_sigma.transformer.calibration import find_calibration
 from .kv_compression import can_compress
 
 SPEED = "pixart_sigma_speed"  # in transformer_options: the setting; of our wrappers: the key
@@ -43,13 +44,13 @@ def set_speed(model, setting: str):
             "Transformer, or ComfyUI's own loader with a PixArt-Sigma file."
         )
     setting = setting.strip().lower()
-    savings = _resolve(setting) if setting != "auto" else None
+    off = setting != "auto" and not parse(setting)  # which is known to be understood from here on
     model = model.clone()
     options = model.model_options["transformer_options"]
     options.pop(SPEED, None)
     for kind in WRAPPERS:
         model.remove_wrappers_with_key(kind, SPEED)
-    if savings == ():
+    if off:
         return model
     _refuse_step_cache(options)
     options[SPEED] = setting
@@ -58,17 +59,15 @@ def set_speed(model, setting: str):
     return model
 
 
-def _resolve(setting: str) -> Savings:
-    """What a setting says. Asked at each run: a calibration may be written after the node has run."""
+def _resolve(setting: str, network, steps: int) -> Savings:
+    """What a setting comes to in a run of so many steps; `network` is the host's. Asked at each run: a
+    calibration may be written after the node has run."""
     if setting != "auto":
         return parse(setting)
-    _say_not_measured(spell(CAUTIOUS))
-    return CAUTIOUS
-
-
-@functools.cache
-def _say_not_measured(spelling: str) -> None:
-    logging.getLogger(__name__).warning(f"Speed is {spelling}, which was not measured on this checkpoint.")
+    calibration = None
+    if hasattr(network, "checkpoint_path"):
+        calibration = find_calibration(network.checkpoint_path, lambda: network.fingerprint)
+    return choose(calibration, steps).savings
 
 
 def _refuse_step_cache(options: dict) -> None:
@@ -166,7 +165,12 @@ def _sample(executor, noise, latent_image, sampler, sigmas, *arguments, **named)
     model_options = guider.model_options
     setting = model_options["transformer_options"][SPEED]
     _refuse_step_cache(model_options["transformer_options"])
-    savings = _of_a_run(setting, sigmas, latent_image)
+    steps = len(sigmas) - 1
+    if steps > FEW_STEPS:
+        savings = _resolve(setting, guider.model_patcher.model, steps)
+    else:
+        savings = ()
+        _refuse_few_steps(setting, sigmas, latent_image)
     forecasts = Forecasts(savings)
     guider.model_options = create_model_options_clone(model_options)
     guider.model_options["transformer_options"][FORECASTS] = forecasts
@@ -180,20 +184,13 @@ def _sample(executor, noise, latent_image, sampler, sigmas, *arguments, **named)
         )
 
 
-def _of_a_run(setting: str, sigmas: torch.Tensor, latent_image: torch.Tensor) -> Savings:
-    """What a run through `sigmas` (steps + 1,) can follow of a setting: nothing in a few steps.
-
-    Raises SigmaError where those make a whole picture from noise, and the setting is not auto.
-    """
-    steps = len(sigmas) - 1
-    if steps > FEW_STEPS:
-        return _resolve(setting)
+def _refuse_few_steps(setting: str, sigmas: torch.Tensor, latent_image: torch.Tensor) -> None:
+    """SigmaError where few steps make a whole picture from noise, and the setting is not auto."""
     if setting != "auto" and not latent_image.any() and not sigmas[-1] > 0:
         raise SigmaError(
-            f"Speed is {setting}, and in a run of {steps} steps there is nothing to forecast from. Take Σ "
-            "Speed out, or set it to off or auto."
+            f"Speed is {setting}, and in a run of {len(sigmas) - 1} steps there is nothing to forecast from. "
+            "Take Σ Speed out, or set it to off or auto."
         )
-    return ()
 
 
 def _step(executor, x, sigma, *arguments, **named):

@@ -50,11 +50,7 @@ class History:
 
 @dataclass
 class _Past:
-<<<<<<< HEAD
-    """What one caller was answered: the first clean latents, and by what noise the others differed."""
-=======
-    """What one caller was answered: the first tensors, and by what the others differed from them.
->>>>>>> 19f1b5a (Forecast steps of the host's samplers)
+    """What one caller was answered: the first clean latents, and by what noise the others differed.
 
     about: of what the answers were, that these can be told from answers of something else.
     """
