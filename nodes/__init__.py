@@ -24,6 +24,7 @@ class SigmaExtension(ComfyExtension):
             precision_comparison,
             sampling,
             size,
+            speed,
             text,
         )
 
@@ -35,6 +36,7 @@ class SigmaExtension(ComfyExtension):
             precision_comparison,
             size,
             kv_compression,
+            speed,
             sampling,
             few_step,
             decode,

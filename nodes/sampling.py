@@ -5,6 +5,9 @@ from ..pixart_sigma.settings import MAX_STEPS, RELEASES
 from .host.api import io
 from .host.sampling import SamplerSettings, reference_sigmas, sample, sampler_names, schedule_names
 from .kv_compression import choice_input, custom_input, spelled
+from .speed import PRESETS as SPEEDS
+from .speed import speed_input
+from .speed import spelled as spelled_speed
 
 
 class ReferenceSchedule(io.ComfyNode):
@@ -121,6 +124,13 @@ class Sampler(io.ComfyNode):
                     "moves it out of the GPU, free also lets the system drop it from RAM.",
                 ),
                 custom_input(),
+                speed_input(
+                    list(SPEEDS),
+                    "off",
+                    "Which steps are forecast from those before, in place of being computed. off and auto "
+                    "leave what Σ Speed has set, whose help says what each choice does.",
+                    optional=True,
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latents, for Σ VAE Decode or VAE Decode.")],
         )
@@ -135,12 +145,17 @@ class Sampler(io.ComfyNode):
         kv_compression,
         after_use,
         custom_kv_compression="",
+        speed="off",
         **chosen,
     ):
         from .host.memory import record
         from .host.release import release
 
-        settings = SamplerSettings(**chosen, kv_compression=spelled(kv_compression, custom_kv_compression))
+        settings = SamplerSettings(
+            **chosen,
+            kv_compression=spelled(kv_compression, custom_kv_compression),
+            speed=spelled_speed(speed),
+        )
         with record("Sample"):
             try:
                 latent = sample(model, positive, negative, latent_image, settings)

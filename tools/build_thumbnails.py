@@ -20,6 +20,7 @@ from server import Server, with_the_demo  # noqa: E402
 
 # What the demo understands, in place of the prompts that were written for Sigma.
 PROMPTS = {
+    "fast_1024": "a yellow triangle on a blue background",
     "sigma_1024_in_8_gb": "a blue star on a yellow background",
     "sigma_4_bit_t5": "a white square on a black background",
     "sigma_few_step": "a large red circle on a white background",

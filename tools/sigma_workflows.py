@@ -42,12 +42,41 @@ def sigma_4_bit_t5() -> Graph:
     return graph
 
 
+def fast_1024() -> Graph:
+    graph = Graph(
+        "Σ at 1024 px in little more than half the time: Σ Speed has every other step forecast from those "
+        "before, or what was measured for the checkpoint. It acts on KSampler and any other sampler. "
+        + T5_PARTS
+    )
+    sigma_loaders(graph, "1024-MS")
+    graph.add("speed", "PixArtSigmaSpeed", model=graph["transformer", 0], speed="auto")
+    encode(graph, "a paper boat on a calm lake at sunrise")
+    bucket(graph, "1:1")
+    graph.column("Denoise")
+    graph.add(
+        "sampler",
+        "KSampler",
+        model=graph["speed", 0],
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        latent_image=graph["size", 0],
+        seed=0,
+        steps=20,
+        cfg=4.5,
+        sampler_name="dpmpp_2m",
+        scheduler="normal",
+        denoise=1.0,
+    )
+    show(graph)
+    return graph
+
+
 def sigma_2k() -> Graph:
-    graph = Graph("Σ's 2K transformer, with its own sizes. " + T5_PARTS)
+    graph = Graph("Σ's 2K transformer, with its own sizes, and steps that are forecast. " + T5_PARTS)
     sigma_loaders(graph, "2K-MS")
     encode(graph, "a street in an old town after rain, evening light")
     bucket(graph, "16:9")
-    sample(graph)
+    sample(graph, speed="auto")
     show(graph)
     return graph
 
@@ -55,12 +84,13 @@ def sigma_2k() -> Graph:
 def sigma_4k_kv_compression() -> Graph:
     graph = Graph(
         "4K with the 2K transformer. Keys and values of the deeper half of the layers are averaged over 2x2 "
-        "tokens (deep half): an approximation that public weights were not trained for. " + T5_PARTS
+        "tokens (deep half): an approximation that public weights were not trained for. Steps are forecast "
+        "(speed auto). " + T5_PARTS
     )
     sigma_loaders(graph, "2K-MS")
     encode(graph, "a valley with a river seen from a mountain, morning mist")
     bucket(graph, "16:9", base="4096")
-    sample(graph, kv_compression="deep half")
+    sample(graph, kv_compression="deep half", speed="auto")
     show(graph)
     return graph
 
@@ -102,7 +132,9 @@ def sigma_few_step() -> Graph:
     return graph
 
 
-def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str, base="auto") -> Graph:
+def within_a_budget(
+    note: str, budget: float, size: str, prompt: str, ratio: str, base="auto", speed="off"
+) -> Graph:
     """Σ with every setting that memory depends on from the planner."""
     graph = Graph(
         f"{note} Σ VRAM Planner sets what memory depends on, its table says what for, and Σ Memory "
@@ -122,7 +154,7 @@ def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str
     graph.add("table", "PreviewAny", source=graph["plan", 5])
     load_t5_and_vae(graph, T5, SDXL_VAE, graph["plan", 0], graph["plan", 1], column="Prompt")
     encode(graph, prompt, column="Prompt")
-    sample(graph, kv_compression=graph["plan", 2])
+    sample(graph, kv_compression=graph["plan", 2], speed=speed)
     show(graph, tiling=graph["plan", 3], budget=graph["plan", 4])
     report(graph, budget)
     return graph
@@ -130,7 +162,7 @@ def within_a_budget(note: str, budget: float, size: str, prompt: str, ratio: str
 
 def sigma_under_4_gb() -> Graph:
     note, prompt = "Σ at 2048 px in 4 GB of graphics memory.", "a harbour at dawn, fishing boats, light fog"
-    return within_a_budget(note, 4.0, "2K-MS", prompt, "3:2")
+    return within_a_budget(note, 4.0, "2K-MS", prompt, "3:2", speed="auto")
 
 
 def sigma_under_2_gb() -> Graph:
@@ -140,12 +172,14 @@ def sigma_under_2_gb() -> Graph:
 
 def sigma_4k_wallpaper() -> Graph:
     note = "A wallpaper of 4096 px class in 4 GB of graphics memory. It parks up to 9 GB in RAM."
-    return within_a_budget(note, 4.0, "2K-MS", "dunes under a starry sky, long exposure", "16:9", "4096")
+    prompt = "dunes under a starry sky, long exposure"
+    return within_a_budget(note, 4.0, "2K-MS", prompt, "16:9", "4096", speed="auto")
 
 
 SIGMA_WORKFLOWS = (
     sigma_1024_in_8_gb,
     sigma_4_bit_t5,
+    fast_1024,
     sigma_2k,
     sigma_4k_kv_compression,
     sigma_few_step,

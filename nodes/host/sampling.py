@@ -1,7 +1,7 @@
 """Our sampler on the host's own: its noise, masks, previews and progress."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.sample
 import comfy.samplers
@@ -13,12 +13,16 @@ from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.recipes import RECIPE_NAMES
 from ...pixart_sigma.setting_checks import LAST_TIMESTEP
+from ...pixart_sigma.speed import spell
+from ...pixart_sigma.transformer.kv_rules import spell as spell_rules
 from .base_size import base_size
 from .checks import check_conditioning, check_latents
 from .few_step import recipe_sampler, recipe_sigmas
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import add_notice
+from .speed import is_set as speed_is_set
+from .speed import measured, set_speed
 
 REFERENCE = "reference"
 
@@ -33,19 +37,21 @@ def schedule_names() -> list[str]:
     return [REFERENCE, *comfy.samplers.KSampler.SCHEDULERS, *RECIPE_NAMES]
 
 
-def reference_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
+def reference_sigmas(model, steps: int, denoise: float = 1.0, spacing: str | None = None) -> torch.Tensor:
     """Noise levels (steps + 1,) of the reference pipeline with the checkpoint's scheduler_config.json; the
     last is 0, or what that says.
 
     As published they are those of timesteps that are evenly spaced from 999 and rounded, as by diffusers'
     "linspace". With denoise < 1 they are the last ones of a longer schedule, as the host's schedulers do it;
     with 0 there are none. A `model_sampling` that a node has put in place of the checkpoint's has the noise
-    levels of the same timesteps.
+    levels of the same timesteps. spacing: in place of the checkpoint's own.
     """
     if denoise <= 0:
         return torch.zeros(0)
     total = steps if denoise > 0.9999 else max(steps, min(int(steps / denoise), LAST_TIMESTEP))
     noise_schedule = getattr(model.model, "noise_schedule", PUBLISHED)
+    if spacing is not None:
+        noise_schedule = noise_schedule.spaced(spacing)
     if noise_schedule.is_flow:
         timesteps, last = _evenly(total), 0.0
     elif noise_schedule.spacing == PUBLISHED.spacing:
@@ -67,7 +73,8 @@ def _evenly(steps: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class SamplerSettings:
     """A run in the host's words; those of the samplers and schedules are the host's own. schedule: also the
-    name of a recipe, which decides steps, cfg and sampler. kv_compression: as on the command line."""
+    name of a recipe, which decides steps, cfg and sampler. kv_compression and speed: as on the command line,
+    but for files. spacing: of the reference schedule, in place of the checkpoint's own."""
 
     seed: int = 0
     steps: int = 20
@@ -76,6 +83,8 @@ class SamplerSettings:
     schedule: str = REFERENCE
     denoise: float = 1.0
     kv_compression: str = "auto"
+    speed: str = "off"
+    spacing: str | None = None
 
 
 def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> dict:
@@ -90,7 +99,8 @@ def sample(model, positive, negative, latent: dict, chosen: SamplerSettings) -> 
         )
     _check_prompts(model, positive, negative)
     _check_size(model, samples.shape[-2] * 8, samples.shape[-1] * 8)
-    model = _compress(model, chosen.kv_compression)
+    chosen = _as_measured(model, chosen)
+    model = _speed_up(_compress(model, chosen.kv_compression), chosen)
     noise = comfy.sample.prepare_noise(samples, chosen.seed, latent.get("batch_index"))
     own = _own_schedule(model, chosen)
     settings = {
@@ -133,7 +143,7 @@ def _own_schedule(model, chosen: SamplerSettings):
     guidance, which is said on the node where cfg is another."""
     if chosen.schedule == REFERENCE:
         sampler = comfy.samplers.sampler_object(chosen.sampler_name)
-        return chosen.cfg, sampler, reference_sigmas(model, chosen.steps, chosen.denoise)
+        return chosen.cfg, sampler, reference_sigmas(model, chosen.steps, chosen.denoise, chosen.spacing)
     if chosen.schedule not in RECIPE_NAMES:
         return None
     recipe = chosen.schedule
@@ -148,6 +158,42 @@ def _compress(model, setting: str):
     if named == "auto" and is_set(model) or named in ("auto", "off") and not can_compress(model):
         return model
     return set_kv_compression(model, setting)
+
+
+def _as_measured(model, chosen: SamplerSettings) -> SamplerSettings:
+    """The settings with what speed auto was measured to be, where the run is as it was measured: then it may
+    have other steps, which no setting of a MODEL can say."""
+    whole = chosen.schedule == REFERENCE and chosen.denoise > 0.9999
+    if chosen.speed != "auto" or not whole or speed_is_set(model) or not can_compress(model):
+        return chosen
+    choice = measured(model.model, chosen.steps, as_measured=True)
+    if choice.keeps_steps:
+        return chosen
+    logging.getLogger(__name__).info(f"Speed auto, as it was measured: {choice.describe()}.")
+    compression = chosen.kv_compression
+    if compression == "auto" and choice.rules and not is_set(model):
+        compression = spell_rules(choice.rules)
+    return replace(
+        chosen,
+        steps=choice.steps or chosen.steps,
+        spacing=choice.spacing,
+        speed=spell(choice.savings),
+        kv_compression=compression,
+    )
+
+
+def _speed_up(model, chosen: SamplerSettings):
+    """The MODEL with the sampler's setting; off and auto leave what Σ Speed has set."""
+    named = chosen.speed.strip().lower()
+    kept = named == "off" or named == "auto" and (speed_is_set(model) or not can_compress(model))
+    if chosen.schedule in RECIPE_NAMES and (speed_is_set(model) or named not in ("off", "auto")):
+        raise SigmaError(
+            f"The schedule is {chosen.schedule}, of few steps, between which nothing can be forecast. Set speed "
+            "to off, and take Σ Speed out."
+        )
+    if kept or chosen.schedule in RECIPE_NAMES:
+        return model
+    return set_speed(model, chosen.speed)
 
 
 def _check_size(model, height: int, width: int):

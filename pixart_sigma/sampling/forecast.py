@@ -50,8 +50,12 @@ class History:
 
 @dataclass
 class _Past:
-    """What one caller was answered: the first clean latents, and by what noise the others differed."""
+    """What one caller was answered: the first clean latents, and by what noise the others differed.
 
+    about: of what the answers were, that these can be told from answers of something else.
+    """
+
+    about: Hashable
     first: History
     differences: list[History]
 
@@ -67,8 +71,10 @@ class ForecastRun:
         self.computed: list[tuple[float, int]] = []
         self._pasts: dict[Hashable, _Past] = {}
         self._timestep, self._sigma, self._position = 0.0, 1.0, -math.inf
-        # How many times in a row the first caller's answer was a forecast, and its differences were.
+        # How many steps in a row were forecasts, and had the first prompt alone. The first caller of a step
+        # decides for all of them.
         self._forecasts = self._reuses = 0
+        self._decided = False
 
     def step(self, timestep: float, sigma: float) -> None:
         """Call it before each step: its timestep (0 to 999) and its noise level, noise to signal."""
@@ -77,40 +83,50 @@ class ForecastRun:
         if position < self._position:  # another run through the schedule begins
             self._forecasts = self._reuses = 0
         self._timestep, self._sigma, self._position = timestep, sigma, position
+        self._decided = False
 
-    def ask(self, compute: Compute, count: int, caller: Hashable = 0) -> list[torch.Tensor]:
+    def ask(
+        self, compute: Compute, count: int, caller: Hashable = 0, about: Hashable = None
+    ) -> list[torch.Tensor]:
         """The clean latents (B, 4, h, w) for `count` prompts, that to draw first, computed or forecast.
 
         compute(alone): asks the model for all of them, or for the first alone. caller: who asks, where
-        several do in one step; each has its own past, and the first one counts the steps.
+        several do in one step; each has its own past, and those after the first do as it does where they
+        can. about: what is asked; where it is not what this caller asked before, or the count is another,
+        the past is forgotten.
         """
-        leads = next(iter(self._pasts), caller) == caller
-        past = self._pasts.setdefault(caller, _Past(History(), [History() for _ in range(count - 1)]))
-        values = self._forecast(past)
+        past = self._pasts.get(caller)
+        if past is None or past.about != (count, about):
+            differences = [History() for _ in range(count - 1)]
+            past = self._pasts[caller] = _Past((count, about), History(), differences)
+        leads, self._decided = not self._decided, True
+        values = self._forecast(past, leads)
         if leads:
             self._forecasts = 0 if values is None else self._forecasts + 1
         if values is not None:
             return values
-        alone = self._is_alone(past)
+        alone = self._is_alone(past, leads)
         if leads:
             self._reuses = self._reuses + 1 if alone else 0
         return self._compute(past, compute, alone)
 
-    def _forecast(self, past: _Past) -> list[torch.Tensor] | None:
+    def _forecast(self, past: _Past, leads: bool) -> list[torch.Tensor] | None:
         """None where nothing is to be forecast, too little is known, or what comes of it is not finite."""
         saving = acting(self.savings, "forecast", self._timestep)
-        if saving is None or self._forecasts >= saving.skipped or not past.first.reaches(saving.order):
+        if saving is None or not past.first.reaches(saving.order):
+            return None
+        if self._forecasts >= saving.skipped if leads else self._forecasts == 0:
             return None
         first = past.first.at(self._position, saving.order)
         values = [first, *(first + self._difference(known, saving.order) for known in past.differences)]
         return values if all(value.isfinite().all() for value in values) else None
 
-    def _is_alone(self, past: _Past) -> bool:
+    def _is_alone(self, past: _Past, leads: bool) -> bool:
         """Whether the model is asked for the first prompt alone."""
         if not past.differences or self._unguided:
             return bool(past.differences)
         saving = acting(self.savings, "guidance", self._timestep)
-        if saving is None or self._reuses >= saving.skipped:
+        if saving is None or (self._reuses >= saving.skipped if leads else self._reuses == 0):
             return False
         return all(known.reaches(saving.order) for known in past.differences)
 
