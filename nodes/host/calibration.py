@@ -1,5 +1,6 @@
-"""Calibration of KV compression on a MODEL of ours, in the host's own sampling."""
+"""Calibration of what a MODEL of ours bears to be saved, in the host's own sampling."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,15 +11,27 @@ from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.settings import Settings
+from ...pixart_sigma.speed import spell as spell_speed
 from .kv_compression import KV_COMPRESSION, is_ours
 from .sampling import SamplerSettings, sample
+from .speed import noise_to_signal, set_speed
+
+CALIBRATION = "pixart_sigma_calibration"  # the key of our wrappers
 
 
 def calibrate(
-    model, conditionings: list, negative, latent: dict, prompts: list[str], settings: Settings, budget
+    model,
+    conditionings: list,
+    negative,
+    latent: dict,
+    prompts: list[str],
+    settings: Settings,
+    budget: float,
+    reference: str = "own",
+    cost: str = "multiply_adds",
 ):
     """The `Calibration` of a MODEL at the latent's size; conditioning k, that of prompt k, is sampled with
-    seed + k.
+    seed + k. The other arguments are those of the engine's `calibrate`.
 
     Raises SigmaError for a MODEL that is not from our loader.
     """
@@ -31,14 +44,22 @@ def calibrate(
         )
     bar = comfy.utils.ProgressBar(1)
 
-    def on_step(done, total):
+    def on_progress(done, total):
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
 
     single = latent | {"samples": latent["samples"][:1]}
-    runs = HostRuns(model, conditionings, negative, single, settings)
-    # Of whole runs the sampler shows itself how far each is.
-    return drive(runs, tuple(prompts), settings, budget, on_step=on_step)
+    runs = HostRuns(set_speed(model, "off"), conditionings, negative, single, settings)
+    return drive(
+        runs,
+        tuple(prompts),
+        settings,
+        budget,
+        reference=reference,
+        cost=cost,
+        on_step=on_progress,
+        on_run=on_progress,
+    )
 
 
 @dataclass
@@ -54,19 +75,32 @@ class HostRuns:
     def __post_init__(self):
         self.config = self.model.model.diffusion_model.sigma_config
         self.fingerprint = self.model.model.fingerprint
+        self.noise_schedule = self.model.model.noise_schedule
 
-    def run(self, index: int, rules, see=None):
-        """The latents that the run of prompt `index` ends with; `see` is told its steps."""
+    def run(self, index: int, choice, see=None):
+        """The run of prompt `index`; `see` is told the steps of one without forecasts."""
+        from ...pixart_sigma.studies.runs import Ran
         from ...pixart_sigma.transformer.kv_rules import spell
 
-        model = self._watched(see) if see else self.model
+        asked = []
+
+        def count(executor, x, sigma, *arguments, **named):
+            asked.append((float(executor.class_obj.model_sampling.timestep(sigma).flatten()[0]), len(x)))
+            return executor(x, sigma, *arguments, **named)
+
+        model = self._watched(see, choice.rules) if see else self.model.clone()
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALIBRATION, count)
         chosen = SamplerSettings(
             seed=self.settings.seed + index,
-            steps=self.settings.steps,
+            steps=choice.steps or self.settings.steps,
             cfg=self.settings.guidance,
-            kv_compression=spell(rules),
+            kv_compression=spell(choice.rules),
+            speed=spell_speed(choice.savings),
+            spacing=choice.spacing,
         )
-        return sample(model, self.conditionings[index], self.negative, self.latent, chosen)["samples"]
+        started = time.perf_counter()
+        sampled = sample(model, self.conditionings[index], self.negative, self.latent, chosen)["samples"]
+        return Ran(sampled, time.perf_counter() - started, asked)
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -78,25 +112,35 @@ class HostRuns:
         finally:
             self.model.cleanup()
 
-    def _watched(self, see):
+    def _watched(self, see, rules):
+        from ...pixart_sigma.studies.runs import Seen
+
         cfg = self.settings.guidance
 
         def watch(executor, network, conds, x, sigma, model_options):
-            def both(rules):
-                options = model_options["transformer_options"] | {KV_COMPRESSION: lambda *size: rules}
+            def ask(others):
+                options = model_options["transformer_options"] | {KV_COMPRESSION: lambda *size: others}
                 return executor(network, conds, x, sigma, model_options | {"transformer_options": options})
 
             def guided(predicted):
                 positive, unwanted = predicted
                 return positive if conds[1] is None else unwanted + cfg * (positive - unwanted)
 
-            uncompressed = both(())
-            timestep = float(network.model_sampling.timestep(sigma)[0])
-            see(timestep, guided(uncompressed), lambda rules: guided(both(rules)))
-            return uncompressed
+            predicted = ask(rules)
+            sampling = network.model_sampling
+            see(
+                Seen(
+                    float(sampling.timestep(sigma)[0]),
+                    noise_to_signal(float(sigma[0]), sampling),
+                    predicted[: 1 if conds[1] is None else 2],
+                    guided(predicted),
+                    lambda others: guided(ask(others)),
+                )
+            )
+            return predicted
 
         watched = self.model.clone()
-        watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pixart_sigma_calibration", watch)
+        watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, CALIBRATION, watch)
         return watched
 
 

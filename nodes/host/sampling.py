@@ -21,8 +21,8 @@ from .few_step import recipe_sampler, recipe_sigmas
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import add_notice
+from .speed import FEW_STEPS, measured, set_speed
 from .speed import is_set as speed_is_set
-from .speed import measured, set_speed
 
 REFERENCE = "reference"
 
@@ -161,15 +161,14 @@ def _compress(model, setting: str):
 
 
 def _as_measured(model, chosen: SamplerSettings) -> SamplerSettings:
-    """The settings with what speed auto was measured to be, where the run is as it was measured: then it may
-    have other steps, which no setting of a MODEL can say."""
+    """The settings with what speed auto was measured to be: with KV compression, where that is auto too, and
+    with other steps, where the run is as it was measured."""
+    left_alone = chosen.speed != "auto" or chosen.schedule in RECIPE_NAMES or chosen.steps <= FEW_STEPS
+    if left_alone or speed_is_set(model) or not can_compress(model):
+        return chosen
     whole = chosen.schedule == REFERENCE and chosen.denoise > 0.9999
-    if chosen.speed != "auto" or not whole or speed_is_set(model) or not can_compress(model):
-        return chosen
-    choice = measured(model.model, chosen.steps, as_measured=True)
-    if choice.keeps_steps:
-        return chosen
-    logging.getLogger(__name__).info(f"Speed auto, as it was measured: {choice.describe()}.")
+    choice = measured(model.model, chosen.steps, whole)
+    logging.getLogger(__name__).info(f"Speed auto is {choice.describe()}.")
     compression = chosen.kv_compression
     if compression == "auto" and choice.rules and not is_set(model):
         compression = spell_rules(choice.rules)
@@ -188,8 +187,8 @@ def _speed_up(model, chosen: SamplerSettings):
     kept = named == "off" or named == "auto" and (speed_is_set(model) or not can_compress(model))
     if chosen.schedule in RECIPE_NAMES and (speed_is_set(model) or named not in ("off", "auto")):
         raise SigmaError(
-            f"The schedule is {chosen.schedule}, of few steps, between which nothing can be forecast. Set speed "
-            "to off, and take Σ Speed out."
+            f"The schedule is {chosen.schedule}, of few steps, between which nothing can be forecast. Set "
+            "speed to off, and take Σ Speed out."
         )
     if kept or chosen.schedule in RECIPE_NAMES:
         return model

@@ -93,10 +93,8 @@ class Forecasts:
         """Another call by the sampler, at noise level sigma (B,)."""
         self.sigma = float(sigma.flatten()[0])
         self.asked.clear()
-        noise_to_signal = self.sigma
-        if isinstance(model_sampling, comfy.model_sampling.CONST):  # a flow: (1 - sigma) x0 + sigma noise
-            noise_to_signal = self.sigma / (1 - self.sigma) if self.sigma < 1 else math.inf
-        self.run.step(float(model_sampling.timestep(sigma.flatten()[0])), noise_to_signal)
+        timestep = float(model_sampling.timestep(sigma.flatten()[0]))
+        self.run.step(timestep, noise_to_signal(self.sigma, model_sampling))
 
     def predict(self, executor, network, conds, x, sigma, model_options) -> list[torch.Tensor]:
         """The clean latents (B, 4, h, w) for each of `conds`, zeros for those that are None; the arguments
@@ -124,6 +122,14 @@ class Forecasts:
         (forecast,) = self.run.ask(together, 1, caller, about)
         values = dict(zip(present, forecast, strict=True))
         return [values.get(index, torch.zeros_like(x)) for index in range(len(conds))]
+
+
+def noise_to_signal(sigma: float, model_sampling) -> float:
+    """What the host calls sigma, for the engine: of a flow it is the share of noise, (1 - sigma) x0 + sigma
+    noise."""
+    if not isinstance(model_sampling, comfy.model_sampling.CONST):
+        return sigma
+    return sigma / (1 - sigma) if sigma < 1 else math.inf
 
 
 def _kind(options: dict) -> tuple:
@@ -183,8 +189,8 @@ def _sample(executor, noise, latent_image, sampler, sigmas, *arguments, **named)
     finally:
         guider.model_options = model_options
         logging.getLogger(__name__).info(
-            f"Speed {spell(choice.savings)}: {len(forecasts.run.computed)} of {forecasts.total} predictions were "
-            "computed."
+            f"Speed {spell(choice.savings)}: {len(forecasts.run.computed)} of {forecasts.total} predictions "
+            "were computed."
         )
 
 

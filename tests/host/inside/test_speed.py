@@ -1,4 +1,4 @@
-"""Steps that are forecast, in every sampler of the real host, on our MODEL and on the host's own. On the CPU."""
+"""Steps that are forecast, in every sampler of the real host, on our MODEL and on the host's own."""
 
 import comfy.model_management as management
 import comfy.sample
