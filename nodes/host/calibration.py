@@ -100,7 +100,8 @@ class HostRuns:
         )
         started = time.perf_counter()
         sampled = sample(model, self.conditionings[index], self.negative, self.latent, chosen)["samples"]
-        return Ran(sampled, time.perf_counter() - started, asked)
+        # Steps that are repeated later count no more.
+        return Ran(sampled, time.perf_counter() - started, asked.copy())
 
     @contextmanager
     def repeating(self) -> Iterator[None]:

@@ -101,7 +101,8 @@ class EngineRuns:
             predict = self._watched(counted, index, choice.rules, see)
         started = time.perf_counter()
         latents = denoise(predict, noise, settings, noise_schedule=self.noise_schedule)
-        return Ran(latents, time.perf_counter() - started, asked)
+        # Steps that are repeated later count no more.
+        return Ran(latents, time.perf_counter() - started, asked.copy())
 
     @contextmanager
     def repeating(self) -> Iterator[None]:

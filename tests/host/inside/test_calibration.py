@@ -15,8 +15,8 @@ from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
 from pack.pixart_sigma.prompt_embeds import Prompts
 from pack.pixart_sigma.settings import Settings
-from pack.pixart_sigma.studies.calibration import EngineRuns
 from pack.pixart_sigma.studies.calibration import calibrate as calibrate_by_the_engine
+from pack.pixart_sigma.studies.runs import EngineRuns
 from pack.pixart_sigma.transformer.calibration import Calibration, calibration_path
 from pack.pixart_sigma.transformer.kv_rules import parse, spell
 from pack.pixart_sigma.transformer.loading import load_transformer
