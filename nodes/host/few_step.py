@@ -45,7 +45,17 @@ class RecipeSampler(comfy.samplers.KSAMPLER):
         super().__init__(sample_few_step, {"update": recipe.update})
         self.recipe = recipe
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *others):
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
         """As KSAMPLER.sample; model_wrap is the guider. Raises SigmaError where that guides."""
         cfg = getattr(model_wrap, "cfg", 1.0)
         if cfg != 1:
@@ -55,7 +65,12 @@ class RecipeSampler(comfy.samplers.KSAMPLER):
             )
         if latent_image is None or not latent_image.any():
             noise = noise * self._start(float(sigmas[0]), self.max_denoise(model_wrap, sigmas))
-        return super().sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, *others)
+        given = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+        samples = super().sample(model_wrap, *given)
+        if denoise_mask is None or sigmas[-1] > 0:
+            return samples
+        # What tcd ends at still has a little noise.
+        return torch.where(denoise_mask == 0, latent_image.to(samples), samples)
 
     def _start(self, sigma: float, max_denoise: bool) -> float:
         """What to scale noise by: the host makes it sigma, or at its highest level sqrt(1 + sigma^2), times

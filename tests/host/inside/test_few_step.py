@@ -168,7 +168,7 @@ def test_a_mask_keeps_what_is_not_painted(folders, models):
     mask = torch.zeros(1, 8 * SIZE[0], 8 * SIZE[1])
     mask[..., :64] = 1
     latent = {"samples": GIVEN, "noise_mask": mask}
-    for recipe in ("one-step", "phased-4", "lcm-4"):
+    for recipe in ("one-step", "phased-4", "lcm-4", "tcd-4"):
         painted = sigma_sampler(models["tiny"], folders["tiny"][1], recipe, latent)
         assert difference(painted[..., 10:], GIVEN[..., 10:]) < 1e-4 < difference(painted, GIVEN)
 

@@ -10,7 +10,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_management import load_models_gpu
+from comfy_extras.nodes_custom_sampler import SamplerCustom
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
+from pack.nodes.few_step import FewStepRecipe
 from pack.nodes.host.transformer import load_model
 from pack.pixart_sigma.errors import SigmaError
 from random_models import conditioning, difference, ksampler, normal, transformer
@@ -107,6 +109,16 @@ def test_loading_reads_no_weights_into_ram(file):
 
 def test_it_samples_as_the_hosts_own(ours, native):
     assert difference(sample(ours), sample(native)) < 1e-4
+
+
+def test_a_few_step_recipe_runs_on_both(ours, native):
+    made = []
+    for model in (ours, native):
+        sigmas, sampler = FewStepRecipe.execute(model, "lcm-2", 1.0).args
+        latent = {"samples": torch.zeros(1, 4, *SIZE)}
+        run = SamplerCustom.execute(model, True, 0, 1.0, *CONDITIONING, sampler, sigmas, latent)
+        made.append(run.args[0]["samples"])
+    assert difference(*made) < 1e-4
 
 
 def test_loras_do_what_they_do_to_the_hosts_own(ours, native):
