@@ -14,6 +14,7 @@ class SigmaExtension(ComfyExtension):
                 "Update ComfyUI."
             )
         from . import (
+            calibration,
             decode,
             embeddings,
             few_step,
@@ -37,6 +38,7 @@ class SigmaExtension(ComfyExtension):
             size,
             kv_compression,
             speed,
+            calibration,
             sampling,
             few_step,
             decode,

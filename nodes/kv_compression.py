@@ -1,9 +1,7 @@
-"""KV compression of any sampler's model, and its calibration."""
+"""KV compression of any sampler's model."""
 
 from ..pixart_sigma.errors import SigmaError
-from ..pixart_sigma.settings import MAX_STEPS, Settings
 from .host.api import io
-from .text import encode
 
 # What the list offers -> its spelling on the command line.
 PRESETS = {"off": "off", "auto": "auto", "deep half": "mean:2:deep", "all": "mean:2:all"}
@@ -82,114 +80,4 @@ class KVCompression(io.ComfyNode):
         return io.NodeOutput(set_kv_compression(model, spelled(kv_compression, custom_kv_compression)))
 
 
-class CalibrateKVCompression(io.ComfyNode):
-    # Long because a node's inputs stand in one place, each with its tooltip.
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="PixArtSigmaCalibrateKVCompression",
-            display_name="Calibrate Σ KV Compression",
-            category="PixArt Sigma",
-            description="Measures on your own checkpoint how much KV compression each layer bears, and picks "
-            "layers, ratios and steps for the error that you allow. Done once; auto then uses it.",
-            search_aliases=["kv compression", "calibration", "measure", "error budget", "2k", "4k"],
-            inputs=[
-                io.Model.Input("model", tooltip="The transformer, from Load Σ Transformer."),
-                io.Clip.Input("clip", tooltip="The text encoder for the prompts."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="Empty latents from Σ Aspect-Ratio Bucket, of the size that you mean to make.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="a portrait of an old fisherman with a grey beard, soft window light\n"
-                    "a busy street market at night, neon signs, many small details",
-                    tooltip="What to measure with, one prompt in each line. Two to four of the kind that you "
-                    "mean to make are enough; more take longer.",
-                ),
-                io.Float.Input(
-                    "error_percent",
-                    default=5.0,
-                    min=0.1,
-                    max=50.0,
-                    step=0.1,
-                    tooltip="How far the finished latents may be from the uncompressed ones, in percent. "
-                    "More is faster, and pictures change more.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    # If this is left out, the frontend changes a seed after each run.
-                    control_after_generate=False,
-                    tooltip="Of the first prompt's noise; the next prompt has the next seed.",
-                ),
-                io.Int.Input(
-                    "steps", default=20, min=4, max=MAX_STEPS, tooltip="As many as you mean to sample with."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="As you mean to sample with.",
-                ),
-                io.Boolean.Input(
-                    "save",
-                    default=True,
-                    tooltip="Write the result beside the model, where auto finds it from now on.",
-                ),
-            ],
-            outputs=[
-                io.String.Output(
-                    display_name="kv_compression",
-                    tooltip="What was chosen, for kv_compression of Σ Sampler or Σ KV Compression.",
-                ),
-                io.Image.Output(display_name="plot", tooltip="The error of each layer, and what was chosen."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, clip, latent_image, prompts, error_percent, save, **chosen):
-        import numpy
-        import torch
-
-        from ..pixart_sigma.errors import SigmaError
-        from ..pixart_sigma.studies.calibration_picture import draw
-        from ..pixart_sigma.transformer.kv_rules import spell
-        from .host import calibration as host
-        from .host.memory import record
-
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if not lines:
-            raise SigmaError("There is no prompt to calibrate with; write one in each line.")
-        conditionings = [encode(clip, line, False) for line in lines]
-        height, width = (8 * side for side in latent_image["samples"].shape[-2:])
-        settings = Settings(
-            width=width,
-            height=height,
-            seed=chosen["seed"],
-            steps=chosen["steps"],
-            guidance_scale=chosen["cfg"],
-        )
-        with record("Calibrate KV compression"):
-            calibration = host.calibrate(
-                model,
-                conditionings,
-                encode(clip, "", False),
-                latent_image,
-                lines,
-                settings,
-                error_percent / 100,
-            )
-        if save:
-            host.save(calibration, model)
-        plot = torch.from_numpy(numpy.asarray(draw(calibration)).astype("float32") / 255)
-        return io.NodeOutput(spell(calibration.rules), plot[None])
-
-
-NODES = [KVCompression, CalibrateKVCompression]
+NODES = [KVCompression]

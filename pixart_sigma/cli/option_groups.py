@@ -5,7 +5,7 @@ import math
 
 from ..noise_schedule import SPACINGS
 from ..recipes import RECIPES
-from ..settings import T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
+from ..settings import DECODES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 
 
 def add_prompt_file(command: argparse.ArgumentParser):
@@ -141,4 +141,41 @@ def add_schedule(command: argparse.ArgumentParser):
         metavar="NAME|UPDATE:TIMESTEPS",
         help="for weights that were distilled to few steps, instead of steps, scheduler and guidance: "
         f"{', '.join(RECIPES)}, lcm-N, tcd-N, or spelled out, such as ddim:999,749,500,250 or x0:400:sigma",
+    )
+
+
+def add_savings(command: argparse.ArgumentParser):
+    """What is not computed in full."""
+    command.add_argument(
+        "--kv-compression",
+        metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
+        help="such as mean:2:14-27, or a file of calibrate; default: as the checkpoint was trained",
+    )
+    command.add_argument(
+        "--speed",
+        metavar="off|auto|SAVINGS|FILE",
+        help="forecast some steps from those before, such as forecast:1:1:10-95%%; auto is what calibrate "
+        "measured (default: off)",
+    )
+
+
+def add_decode(command: argparse.ArgumentParser):
+    """How latents become pictures, and in what memory."""
+    command.add_argument(
+        "--decode",
+        choices=DECODES,
+        help="auto (default): whole where it fits, else in strips, which give the same picture; tiles "
+        "differ in tone",
+    )
+    command.add_argument(
+        "--decode-budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="such as 2GB; default: the memory that is free",
+    )
+    command.add_argument(
+        "--budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="plan all stages for this much memory on the device, such as 2GB; see the command plan",
     )

@@ -8,13 +8,15 @@ from ..errors import SigmaError
 from ..files.writing import say
 from ..settings import CALIBRATION_COSTS as COSTS
 from ..settings import CALIBRATION_REFERENCES as REFERENCES
-from ..settings import DECODES, DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
+from ..settings import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from .option_groups import (
     add_binning,
+    add_decode,
     add_encoding,
     add_model,
     add_prompt_file,
     add_sampling,
+    add_savings,
     add_schedule,
     add_size,
     add_start,
@@ -82,35 +84,8 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     add_schedule(generate)
     add_start(generate)
-    generate.add_argument(
-        "--kv-compression",
-        metavar="off|auto|OPERATOR:RATIO:LAYERS|FILE",
-        help="such as mean:2:14-27, or a file of calibrate; default: as the checkpoint was trained",
-    )
-    generate.add_argument(
-        "--speed",
-        metavar="off|auto|SAVINGS|FILE",
-        help="forecast some steps from those before, such as forecast:1:1:10-95%%; auto is what calibrate "
-        "measured (default: off)",
-    )
-    generate.add_argument(
-        "--decode",
-        choices=DECODES,
-        help="auto (default): whole where it fits, else in strips, which give the same picture; tiles "
-        "differ in tone",
-    )
-    generate.add_argument(
-        "--decode-budget",
-        type=byte_count,
-        metavar="SIZE",
-        help="such as 2GB; default: the memory that is free",
-    )
-    generate.add_argument(
-        "--budget",
-        type=byte_count,
-        metavar="SIZE",
-        help="plan all stages for this much memory on the device, such as 2GB; see the command plan",
-    )
+    add_savings(generate)
+    add_decode(generate)
     generate.add_argument("--release", choices=RELEASES, help="each model after its stage (default: free)")
     generate.add_argument(
         "--memory-report",

@@ -60,40 +60,23 @@ def calibrate(
     repeated, on_run goes on from there with whole runs.
     Raises SigmaError for a budget that is no share, and for another word in place of those.
     """
-    for name, word, words in (
-        ("reference", reference, CALIBRATION_REFERENCES),
-        ("cost", cost, CALIBRATION_COSTS),
-    ):
-        if word not in words:
-            raise SigmaError(f"{name} is {word!r}; choose one of {', '.join(words)}.")
+    _check_words(reference, cost)
     width, height = settings.asked_size(runs.config.sample_size * 8)
     calibrator = Calibrator(runs.config, height, width, budget)
     base = Choice(as_trained(runs.config))
-    recorded: list[list[Seen]] = []
-    full: list[Ran] = []
-    for index in range(len(prompts)):
-        recorded.append([])
-        full.append(_watched(runs, index, base, calibrator, recorded[-1]))
+    recorded: list[list[Seen]] = [[] for _ in prompts]
+    full = [_watched(runs, index, base, calibrator, steps) for index, steps in enumerate(recorded)]
     count = _Count(on_run, calibrator.total, len(prompts) * _most_runs(reference))
-    errors: dict[int, list[list[float]]] = {}
-    rules, error = base.rules, 0.0
+    rules, error, errors = base.rules, 0.0, {}
     if not base.rules:
         with torch.no_grad(), runs.repeating():
             errors = calibrator.measure(lambda done, total: on_step(done, count.total))
         rules, error = calibrator.choose(
             errors, lambda index, rules: runs.run(index, Choice(rules)).latents, count.steps
         )
-    search = SpeedSearch(
-        runs,
-        settings,
-        budget,
-        recorded,
-        full,
-        _references(runs, full, base, reference, count.run),
-        calibrator.at_the_end or None,
-        base,
-        count.run,
-    )
+    references = _references(runs, full, base, reference, count.run)
+    compressed = calibrator.at_the_end or None
+    search = SpeedSearch(runs, settings, budget, recorded, full, references, compressed, base, count.run)
     points = _search(search, cost)
     count.done()
     return Calibration(
@@ -112,6 +95,16 @@ def calibrate(
         speed_in_place=_cheapest([point for point in points if point.choice.keeps_steps], budget, cost),
         points=tuple(points),
     )
+
+
+def _check_words(reference: str, cost: str) -> None:
+    named = {
+        "reference": (reference, CALIBRATION_REFERENCES),
+        "cost": (cost, CALIBRATION_COSTS),
+    }
+    for name, (word, words) in named.items():
+        if word not in words:
+            raise SigmaError(f"{name} is {word!r}; choose one of {', '.join(words)}.")
 
 
 def _watched(runs: Runs, index: int, base: Choice, calibrator: Calibrator, steps: list[Seen]) -> Ran:

@@ -6,10 +6,10 @@ import comfy.model_management as management
 import comfy.sample
 import pytest
 import torch
+from pack.nodes.calibration import Calibrate
 from pack.nodes.host.kv_compression import KV_COMPRESSION, set_kv_compression
 from pack.nodes.host.text_encoder import load_clip
 from pack.nodes.host.transformer import load_model
-from pack.nodes.kv_compression import CalibrateKVCompression
 from pack.nodes.text import encode
 from pack.pixart_sigma import DEMO
 from pack.pixart_sigma.errors import SigmaError
@@ -45,7 +45,7 @@ def clip(folder):
 def calibrate(model, clip, prompts=PROMPTS, save=True):
     latent = {"samples": LATENTS}
     text = "\n\n".join(prompts)
-    return CalibrateKVCompression.execute(model, clip, latent, text, save=save, **SETTINGS).args
+    return Calibrate.execute(model, clip, latent, text, save=save, **SETTINGS).args
 
 
 def rules(model, *size):
@@ -63,7 +63,7 @@ def test_calibration_finds_a_setting_that_auto_uses(model, clip, folder):
     layers = model.model.diffusion_model.sigma_config.num_layers
     assert rules(before, 2048, 2048) == auto_rules(model, 2048, 2048) == parse("mean:2:deep", layers)
 
-    setting, plot = calibrate(model, clip, save=False)
+    setting, plot, speed = calibrate(model, clip, save=False)
     assert folder in path.parents and not path.exists()
     assert plot.ndim == 4 and plot.shape[-1] == 3 and plot.std() > 0.05
 
