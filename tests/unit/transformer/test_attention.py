@@ -116,3 +116,21 @@ def test_a_grid_smaller_than_one_window_still_attends(operator, tokens):
     attn.processor.attention = attention
     out = attn(torch.randn(1, 3, WIDTH), call=call_of((1, 3), KVCompression(operator, 4, (0,))))
     assert seen == [tokens] and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("operator", [None, "mean", "conv", "uniform"])
+def test_a_cpu_reads_keys_and_values_one_head_after_the_other(operator):
+    """Which is faster there, and the same bit for bit."""
+    attn, _ = attention_module(2)
+    strides, results = [], []
+
+    def attention(q, k, v, attn_mask=None):
+        strides.append(k.is_contiguous() and v.is_contiguous())
+        strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        results.append(torch.equal(*(F.scaled_dot_product_attention(q, *x) for x in ((k, v), strided))))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    attn.processor.attention = attention
+    rule = KVCompression(operator, 2, (0,)) if operator else None
+    attn(torch.randn(2, 24, WIDTH, generator=torch.Generator().manual_seed(1)), call=call_of((4, 6), rule))
+    assert strides == results == [True]
