@@ -15,7 +15,7 @@ from ...pixart_sigma.transformer.hooks import Hooks
 
 # What nodes replace: a whole block, self-attention, attention to the prompt.
 REPLACEABLE = ("dit", "attn1", "attn2")
-# Patches of the host that act on parts of other networks.
+# What the host's nodes set for parts of other networks.
 NOT_FOR_SIGMA = (
     "input_block_patch",
     "input_block_patch_after_skip",
@@ -28,7 +28,11 @@ NOT_FOR_SIGMA = (
     "post_input",
     "noise_refiner",
     "mlp_patch",
+    "rope_options",
+    "a2v_cross_attn",
 )
+# In transformer_options: blocks whose self-attention a node wants to pass its values on.
+PASS_VALUES = "stg_self_attn_blocks"
 
 
 def attention(query, key, value, attn_mask=None, transformer_options=None):
@@ -75,13 +79,18 @@ def replaced_block(kind: str, place: tuple, blocks: int) -> int | None:
     )
 
 
-def check_patch(name: str) -> None:
-    """Raises SigmaError for a patch that PixArt-Sigma never calls."""
+def check_set(name: str) -> None:
+    """Raises SigmaError for a patch or an option that PixArt-Sigma never looks at."""
     if name in NOT_FOR_SIGMA:
         raise SigmaError(
             f"A node sets {name} of this MODEL, which PixArt-Sigma has not: the node is for other models, as "
-            "Deep Shrink is for U-Nets. Take it out of the graph."
+            "Deep Shrink is for U-Nets and ScaleROPE for rotary positions. Take it out of the graph."
         )
+
+
+def _pass_values(query, key, value, extra_options):
+    """In place of an attention: each token attends to itself alone."""
+    return value
 
 
 class HostHooks(Hooks):
@@ -89,6 +98,8 @@ class HostHooks(Hooks):
     have a token for each latent where they tell of it, and its patches find their tokens by that."""
 
     def __init__(self, transformer_options: dict, latents, config: TransformerConfig):
+        for name in transformer_options:
+            check_set(name)
         blocks, patch = config.num_layers, config.patch_size
         self.replacements = {
             kind: {
@@ -97,6 +108,10 @@ class HostHooks(Hooks):
             }
             for kind in REPLACEABLE
         }
+        for index in transformer_options.get(PASS_VALUES, ()):
+            self.replacements["attn1"][replaced_block("attn1", ("double_block", index), blocks)] = (
+                _pass_values
+            )
         self.patches = transformer_options.get("patches", {})
         rows, columns = (-(-side // patch) for side in latents.shape[-2:])
         self.options = transformer_options | {

@@ -7,10 +7,9 @@ import comfy.model_patcher
 import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
-from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.keys import TABLE
 from .bypass import one_after_the_other
-from .hooks import REPLACEABLE, check_patch, replaced_block
+from .hooks import REPLACEABLE, check_set, replaced_block
 from .lora import PREFIX, add_translated, authors_names
 from .merging import check_merge, in_authors_names
 
@@ -56,7 +55,7 @@ class SigmaPatcher(ModelPatcher):
         return in_authors_names(patches, authors_names(patches)) if filter_prefix == PREFIX else patches
 
     def set_model_patch(self, patch, name):
-        check_patch(name)
+        check_set(name)
         super().set_model_patch(patch, name)
 
     def set_model_patch_replace(self, patch, name, block_name, number, transformer_index=None):
@@ -68,10 +67,8 @@ class SigmaPatcher(ModelPatcher):
         super().set_model_patch_replace(patch, name, block_name, number, transformer_index)
 
     def set_model_rope_options(self, *options, **named_options):
-        raise SigmaError(
-            "A node scales the rotary positions of this MODEL, and PixArt-Sigma has none: its positions are "
-            "added, and fit every size. Take it out of the graph."
-        )
+        check_set("rope_options")
+        super().set_model_rope_options(*options, **named_options)
 
     def _width(self) -> int:
         return self.model.diffusion_model.inner_dim

@@ -49,13 +49,20 @@ class SigmaAttnProcessor:
         if trained:
             key, value = _convolve(attn, key, call.grid), _convolve(attn, value, call.grid)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        if key.device.type == "cpu":
-            # There attention reads them many times, a head's tokens one after the other: 2 to 19 % of a step.
-            key = key.contiguous()
-            value = value.contiguous()
+        key = head_by_head(key)
+        value = head_by_head(value)
         attended = call.hooks.attend(name, self.attention, query, key, value, attention_mask)
         del query, key, value  # the most tensors of tokens are alive here
         return call.hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+def head_by_head(tokens: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, heads, tokens, head_dim), on a CPU with each head's tokens next to each other.
+
+    Attention reads them once for each run of queries; see `benchmarks/attention_layout.py`. On other devices
+    that was not measured.
+    """
+    return tokens.contiguous() if tokens.device.type == "cpu" else tokens
 
 
 def reduce_tokens(tokens: torch.Tensor, grid: tuple[int, int], kv_compression: KVCompression) -> torch.Tensor:

@@ -17,6 +17,7 @@ from comfy_extras import (
     nodes_fresca,
     nodes_hypertile,
     nodes_latent,
+    nodes_lt,
     nodes_lumina2,
     nodes_mahiro,
     nodes_model_advanced,
@@ -122,8 +123,22 @@ def painting(model):
     return sample(changed, noise_mask=gradient)
 
 
+def with_two_models(model):
+    """The negative prompt by a MODEL of other weights."""
+    again = load_model(model.model.checkpoint_path)
+    other = nodes_attention_multiply.UNetSelfAttentionMultiply.execute(again, **MULTIPLIED).args[0]
+    return guided(
+        nodes_custom_sampler.DualModelGuider,
+        positive=POSITIVE,
+        cfg=4.5,
+        model_negative=other,
+        negative=NEGATIVE,
+    )(model)
+
+
 MULTIPLIED = {"q": 1.0, "k": 1.0, "v": 1.0, "out": 1.2}
 TEMPORAL = dict.fromkeys(("self_structural", "self_temporal", "cross_structural", "cross_temporal"), 1.2)
+STG = {"scale": 3.0, "blocks": str(LAYERS // 2), "start_percent": 0.0, "end_percent": 1.0}
 ACT = {
     "APG": patched(nodes_apg.APG, eta=1.0, norm_threshold=5.0, momentum=0.0),
     "CFGNorm": patched(nodes_cfg.CFGNorm, strength=1.0),
@@ -139,9 +154,11 @@ ACT = {
         cfg_cond2_negative=2.0,
         style="regular",
     ),
+    "DualModelGuider": with_two_models,
     "Epsilon Scaling": patched(nodes_eps.EpsilonScaling, scaling_factor=1.05),
     "FreSca": patched(nodes_fresca.FreSca, scale_low=1.0, scale_high=1.25, freq_cutoff=4),
     "LatentApplyOperationCFG": sharpening,
+    "LTXVSpatioTemporalGuidance": patched(nodes_lt.LTXVSpatioTemporalGuidance, **STG),
     "Mahiro": patched(nodes_mahiro.Mahiro),
     "NAGuidance": patched(nodes_nag.NAGuidance, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),
     "PerpNeg": patched(nodes_perpneg.PerpNeg, empty_conditioning=EMPTY, neg_scale=1.0),
@@ -206,6 +223,10 @@ REFUSED = {
         patched(nodes_hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=0, scale_depth=False),
         "queries into 6 tiles and leaves the keys whole, as HyperTile does",
     ),
+    "LTXVModalityGuidance": (
+        patched(nodes_lt.LTXVModalityGuidance, modality_scale=3.0, start_percent=0.0, end_percent=1.0),
+        "a2v_cross_attn of this MODEL, which PixArt-Sigma has not",
+    ),
     "PatchModelAddDownscale": (
         patched(
             nodes_model_downscale.PatchModelAddDownscale,
@@ -221,7 +242,7 @@ REFUSED = {
     ),
     "ScaleROPE": (
         patched(nodes_rope.ScaleROPE, scale_x=1.5, shift_x=0, scale_y=1.5, shift_y=0, scale_t=1, shift_t=0),
-        "rotary positions",
+        "rope_options of this MODEL, which PixArt-Sigma has not",
     ),
     "SelfAttentionGuidance": (
         patched(nodes_sag.SelfAttentionGuidance, scale=0.5, blur_sigma=2.0),
@@ -276,6 +297,13 @@ def test_perturbed_attention_is_that_of_diffusers(theirs, model, size, cfg):
     made = sample(perturbed, size, cfg, steps=10) * 0.13025
     assert difference(made, expected) < 1e-4
     assert difference(sample(model, size, cfg, steps=10) * 0.13025, expected) > 1e-2
+
+
+def test_spatio_temporal_guidance_is_perturbed_attention_in_blocks_of_ones_choice(model):
+    (middle,) = nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0).args
+    assert difference(ACT["LTXVSpatioTemporalGuidance"](model), sample(middle)) < 1e-5
+    (deeper,) = nodes_lt.LTXVSpatioTemporalGuidance.execute(model, **(STG | {"blocks": "1, 4"})).args
+    assert difference(sample(deeper), sample(middle)) > 1e-3
 
 
 def test_perturbed_attention_acts_beside_kv_compression(model):
