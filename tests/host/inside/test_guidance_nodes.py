@@ -1,6 +1,9 @@
 """Each of the host's guidance nodes acts on our MODEL or says why not, and perturbed attention is that of
 diffusers' pipeline. On the CPU."""
 
+import re
+from pathlib import Path
+
 import comfy.sample
 import comfy.samplers
 import comfy_extras.nodes_post_processing  # noqa: F401 - nodes_latent cannot be imported before it
@@ -267,6 +270,14 @@ def test_a_guidance_node_that_cannot_act_says_why(model, name):
     run, why = REFUSED[name]
     with pytest.raises(SigmaError, match=why):
         run(model)
+
+
+def test_the_page_about_them_lists_each_of_them():
+    page = (Path(__file__).parents[3] / "docs" / "comfyui_nodes.md").read_text(encoding="utf-8")
+    lists = re.split(r"^## ", page, flags=re.MULTILINE)[1:3]
+    for text, nodes in zip(lists, (ACT, REFUSED), strict=True):
+        rows = re.findall(r"^\| ([A-Z].*?) \|", text, re.MULTILINE)
+        assert sorted(", ".join(rows).split(", ")) == sorted(name for name in nodes if " of " not in name)
 
 
 @pytest.mark.parametrize("cfg", [4.5, 1.0])
