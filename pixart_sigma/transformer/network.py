@@ -16,7 +16,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 from ..errors import SigmaError
-from .attention import SigmaAttnProcessor
+from .attention import SigmaAttnProcessor, torch_attention
 from .attention_guidance import NormalizedAttentionGuidance
 from .config import TransformerConfig
 from .cost import MLP_BYTES
@@ -63,7 +63,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["SigmaBlock", "PatchEmbed"]
 
-    def __init__(self, config: TransformerConfig, attention=F.scaled_dot_product_attention):
+    def __init__(self, config: TransformerConfig, attention=torch_attention):
         super().__init__(**config.to_diffusers())
         self.sigma_config = config
         self._positions: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -257,7 +257,7 @@ def layer_classes(operations):
 
 
 def build_transformer(
-    config: TransformerConfig, operations=torch.nn, attention=F.scaled_dot_product_attention
+    config: TransformerConfig, operations=torch.nn, attention=torch_attention
 ) -> SigmaTransformer:
     """The transformer without weights (on the meta device), of the layer classes of `operations`.
 
