@@ -287,7 +287,7 @@ class SigmaPipeline:
         return settings
 
     def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
-        texts = (settings.prompt, settings.negative) if settings.guided else (settings.prompt,)
+        texts = (settings.prompt, settings.negative) if settings.uses_negative else (settings.prompt,)
         encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
         unwanted = negative[0] if negative else None
@@ -334,7 +334,7 @@ def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tupl
     unknown = "" if embeddings.fingerprint else digest(embeddings.positive, embeddings.negative)
     prompted = _Prompted(
         Encoded(embeddings.positive, embeddings.positive_truncated),
-        Encoded(embeddings.negative, embeddings.negative_truncated) if settings.guided else None,
+        Encoded(embeddings.negative, embeddings.negative_truncated) if settings.uses_negative else None,
         embeddings.fingerprint,
         digest=unknown,
     )

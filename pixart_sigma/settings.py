@@ -110,6 +110,8 @@ class Settings:
     kv_compression: as on the command line; None is as the checkpoint was trained.
     speed: which steps are forecast from those before, as on the command line; None is none.
     spacing: where the steps lie in the noise schedule; None is the checkpoint's own.
+    nag_scale: without guidance, how far attention goes away from the negative prompt (normalised attention
+        guidance), above 1; None leaves the negative prompt out.
     clean_caption: clean the prompts as the training captions were.
     max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
         300.
@@ -137,6 +139,7 @@ class Settings:
     clean_caption: bool = False
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
     recipe: str | None = None
+    nag_scale: float | None = None
 
     def __post_init__(self):
         check_texts(self, "prompt", "negative")
@@ -176,6 +179,7 @@ class Settings:
             _check_speed(self, self.speed)
         if self.spacing is not None:
             check_word(self, "spacing", SPACINGS)
+        _check_nag_scale(self)
 
     @property
     def guidance(self) -> float:
@@ -185,7 +189,7 @@ class Settings:
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt is used."""
+        """Whether there is classifier-free guidance."""
         return self.guidance > 1
 
     @property
@@ -202,6 +206,11 @@ class Settings:
     def few_step(self) -> FewStepRecipe | None:
         """What `recipe` says."""
         return None if self.recipe is None else parse_recipe(self.recipe)
+
+    @property
+    def uses_negative(self) -> bool:
+        """Whether the negative prompt is used."""
+        return self.guided or self.nag_scale is not None
 
     @property
     def schedule_length(self) -> int:
@@ -353,6 +362,21 @@ def _check_schedule(settings: Settings) -> None:
     if settings.eta and not scheduler.eta:
         raise SettingError(
             "eta", settings.eta, f"the scheduler {settings.scheduler} has none; use the scheduler ddim"
+        )
+
+
+def _check_nag_scale(settings: Settings) -> None:
+    """Normalised attention guidance, which takes the place of guidance."""
+    scale = settings.nag_scale
+    if scale is None:
+        return
+    if not is_finite(scale) or scale <= 1:
+        raise SettingError("nag_scale", scale, "give a number above 1, such as 5, or none")
+    if settings.guided:
+        raise SettingError(
+            "nag_scale",
+            scale,
+            f"it takes the place of guidance, which is {settings.guidance:g}; set guidance to 1",
         )
 
 

@@ -56,14 +56,7 @@ class SigmaNetwork(SigmaTransformer):
         return executor.execute(x, timesteps, context, context_mask, control, options, **kwargs)
 
     def _forward(self, x, timesteps, context, context_mask, control, transformer_options, **kwargs):
-        config = self.sigma_config
-        hooks = HostHooks(
-            transformer_options,
-            x,
-            config.num_layers,
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        hooks = HostHooks(transformer_options, x, self.sigma_config)
         rules_for = transformer_options.get(KV_COMPRESSION)
         rules = None if rules_for is None else rules_for(8 * x.shape[-2], 8 * x.shape[-1])
         return super().forward(x, timesteps, context, context_mask, rules, hooks)

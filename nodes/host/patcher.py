@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...pixart_sigma.transformer.keys import TABLE
 from .bypass import one_after_the_other
+from .hooks import REPLACEABLE, check_set, replaced_block
 from .lora import PREFIX, add_translated, authors_names
 from .merging import check_merge, in_authors_names
 
@@ -52,6 +53,22 @@ class SigmaPatcher(ModelPatcher):
         a MODEL from any loader takes them; its hooks give none, and look for their weights by ours."""
         patches = super().get_key_patches(filter_prefix)
         return in_authors_names(patches, authors_names(patches)) if filter_prefix == PREFIX else patches
+
+    def set_model_patch(self, patch, name):
+        check_set(name)
+        super().set_model_patch(patch, name)
+
+    def set_model_patch_replace(self, patch, name, block_name, number, transformer_index=None):
+        if name in REPLACEABLE:
+            part = () if transformer_index is None else (transformer_index,)
+            replaced_block(
+                name, (block_name, number, *part), self.model.diffusion_model.sigma_config.num_layers
+            )
+        super().set_model_patch_replace(patch, name, block_name, number, transformer_index)
+
+    def set_model_rope_options(self, *options, **named_options):
+        check_set("rope_options")
+        super().set_model_rope_options(*options, **named_options)
 
     def _width(self) -> int:
         return self.model.diffusion_model.inner_dim

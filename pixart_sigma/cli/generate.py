@@ -37,6 +37,8 @@ def generate(arguments) -> int:
     check_prompt(arguments)
     like = Metadata.read(arguments.like) if arguments.like else None
     settings, ways = read_run(arguments, like)
+    if arguments.negative and not settings.uses_negative:
+        tell("Without guidance the negative prompt is not used; --nag 5 lets it act there.")
 
     from ..text.embeddings import PromptEmbeddings
 

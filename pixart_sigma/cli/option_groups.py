@@ -40,6 +40,17 @@ def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to sta
     command.add_argument("--seed", type=int, help=f"{seed} (default: 0)")
 
 
+def add_attention_guidance(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--nag",
+        type=float,
+        dest="nag_scale",
+        metavar="SCALE",
+        help="with --guidance 1: let the negative prompt act in the attention, above 1, such as 5 "
+        "(normalised attention guidance)",
+    )
+
+
 def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     """What says which models run, and where."""
     add_text_encoder(command, t5_precision)

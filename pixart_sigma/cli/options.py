@@ -10,6 +10,7 @@ from ..settings import CALIBRATION_COSTS as COSTS
 from ..settings import CALIBRATION_REFERENCES as REFERENCES
 from ..settings import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from .option_groups import (
+    add_attention_guidance,
     add_binning,
     add_decode,
     add_encoding,
@@ -28,6 +29,7 @@ from .option_groups import (
 # Fields of Settings and Ways that an option sets under another name.
 OPTIONS = {
     "guidance_scale": "--guidance",
+    "nag_scale": "--nag",
 }
 
 
@@ -81,6 +83,7 @@ def _add_generate(commands):
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
     add_binning(generate)
     add_sampling(generate)
+    add_attention_guidance(generate)
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     add_schedule(generate)
     add_start(generate)

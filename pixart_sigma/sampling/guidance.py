@@ -6,6 +6,7 @@ returns one.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,12 +34,14 @@ def guide(
 ) -> Predict:
     """The guided noise, `negative + guidance_scale * (prompt - negative)`.
 
-    transformer: called as `transformer(latents, timestep, prompt_embeds, prompt_mask)`, with
-    `kv_compression=settings.kv_compression` where that is not None; returns the noise in the latents. Both
+    transformer: called as `transformer(latents, timestep, prompt_embeds, prompt_mask)`, with those of
+    kv_compression and nag_scale that the settings have; returns the noise in the latents. Both
     prompts go through it in one batch, negative first, or `in_turn` one after the other, in half the memory.
-    A guidance_scale of 1 or less runs the prompt alone. The transformer sees latents in the embeddings'
-    dtype. Where `settings.speed` has steps forecast, a Predict is for one run; noise_schedule is the
-    checkpoint's, and is read for that alone.
+    A guidance_scale of 1 or less runs the prompt alone, or with a nag_scale gives the transformer the
+    embeddings of both prompts for each picture. The transformer sees latents in the embeddings' dtype. One
+    that has a `project_prompt` projects each batch of embeddings once, not in each step, and is then called
+    with `prompt_projected=True`. Where `settings.speed` has steps forecast, a Predict is for one run;
+    noise_schedule is the checkpoint's, and is read for that alone.
     Raises SigmaError for embeddings or masks that cannot work.
     """
     ask = asking(transformer, prompts, settings, in_turn)
@@ -61,11 +64,19 @@ def asking(
         raise SigmaError(
             f"prompts is a {type(prompts).__name__}; give Prompts, of PromptEmbeddings embeddings.prompts()."
         )
-    named = {} if settings.kv_compression is None else {"kv_compression": settings.kv_compression}
-    batch_of = functools.cache(functools.partial(batch_prompts, prompts))
+    given = {"kv_compression": settings.kv_compression, "nag_scale": settings.nag_scale}
+    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    project = getattr(transformer, "project_prompt", None)
+    if project is not None:
+        named["prompt_projected"] = True
+
+    @functools.cache
+    def batch_of(both: bool, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        embeds, mask = batch_prompts(prompts, both, count)
+        return embeds if project is None else project(embeds), mask
 
     def ask(latents: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
-        embeds, mask = batch_of(guided, len(latents))
+        embeds, mask = batch_of(guided or settings.nag_scale is not None, len(latents))
         batch = torch.cat([latents] * 2) if guided else latents
         passes = 2 if guided and in_turn else 1
         return torch.cat(
@@ -110,15 +121,15 @@ def combine(noise: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     return negative + guidance_scale * (positive - negative)
 
 
-def batch_prompts(prompts: Prompts, guided: bool, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def batch_prompts(prompts: Prompts, both: bool, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings (rows, L, C) and mask (rows, L) or None of the transformer's batch for `count` latents:
-    count rows, or with guidance twice as many, negative first.
+    count rows, or with both prompts twice as many, negative first.
     Raises SigmaError for what does not fit together."""
     embeds, mask = _check_embeds("prompt_embeds", count, prompts.prompt_embeds, prompts.prompt_mask)
-    if guided:
+    if both:
         if prompts.negative_embeds is None:
             raise SigmaError(
-                "Guidance above 1 needs negative_embeds: encode an empty prompt, or set it to 1."
+                "Guidance above 1 and nag_scale need negative_embeds: encode an empty prompt, or leave both."
             )
         unwanted, unwanted_mask = _check_embeds(
             "negative_embeds", count, prompts.negative_embeds, prompts.negative_mask

@@ -7,13 +7,27 @@ from .hooks import BlockCall
 from .kv_rules import KVCompression
 
 
+def torch_attention(query, key, value, attn_mask=None):
+    """Torch's own attention, on (B, heads, tokens, head_dim)."""
+    return F.scaled_dot_product_attention(query, head_by_head(key), head_by_head(value), attn_mask=attn_mask)
+
+
+def head_by_head(tokens: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, heads, tokens, head_dim), on a CPU with each head's tokens next to each other.
+
+    Torch reads them once for each run of queries; see `benchmarks/attention_layout.py`. On other devices that
+    was not measured.
+    """
+    return tokens.contiguous() if tokens.device.type == "cpu" else tokens
+
+
 class SigmaAttnProcessor:
     """Attention of one diffusers `Attention` module, with KV compression of self-attention.
 
     `attention(q, k, v, attn_mask=None)` works on (B, heads, tokens, head_dim) and returns that shape.
     """
 
-    def __init__(self, attention=F.scaled_dot_product_attention):
+    def __init__(self, attention=torch_attention):
         self.attention = attention
 
     def __call__(
@@ -49,7 +63,7 @@ class SigmaAttnProcessor:
         if trained:
             key, value = _convolve(attn, key, call.grid), _convolve(attn, value, call.grid)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = call.hooks.attend(self.attention, query, key, value, attention_mask)
+        attended = call.hooks.attend(name, self.attention, query, key, value, attention_mask)
         del query, key, value  # the most tensors of tokens are alive here
         return call.hooks.after_attention(name, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 

@@ -35,14 +35,15 @@ def multiply_adds(
 ) -> int:
     """Multiply-adds of one forward pass of one picture of height x width pixels, attention included.
 
-    Matrix products and convolutions only; norms, activations and sums of tensors are left out.
+    Matrix products and convolutions only; norms, activations and sums of tensors are left out, and so is the
+    prompt's projection, which is made once for all passes of a run.
     """
     patch, channels = config.patch_size, config.cross_attention_dim
     rows, columns = -(-height // (8 * patch)), -(-width // (8 * patch))
     tokens = rows * columns
     square = channels**2
     total = tokens * channels * patch**2 * (config.in_channels + config.out_channels)
-    total += prompt_tokens * (config.caption_channels * channels + square) + 7 * square + 256 * channels
+    total += 7 * square + 256 * channels
     for layer in range(config.num_layers):
         rule = acting(rules, layer, timestep)
         kept = tokens if rule is None else count_tokens(rule, (rows, columns))

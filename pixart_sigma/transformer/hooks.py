@@ -29,7 +29,7 @@ class Hooks:
         """
         return queries, keys, values
 
-    def attend(self, attention, query, key, value, attn_mask):
+    def attend(self, name: str, attention, query, key, value, attn_mask):
         """`attention` is the transformer's own; all are (B, heads, tokens, head_dim)."""
         return attention(query, key, value, attn_mask=attn_mask)
 

@@ -16,7 +16,8 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 
 from ..errors import SigmaError
-from .attention import SigmaAttnProcessor
+from .attention import SigmaAttnProcessor, torch_attention
+from .attention_guidance import NormalizedAttentionGuidance
 from .config import TransformerConfig
 from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, BlockCall, Hooks
@@ -62,7 +63,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["SigmaBlock", "PatchEmbed"]
 
-    def __init__(self, config: TransformerConfig, attention=F.scaled_dot_product_attention):
+    def __init__(self, config: TransformerConfig, attention=torch_attention):
         super().__init__(**config.to_diffusers())
         self.sigma_config = config
         self._positions: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -87,6 +88,9 @@ class SigmaTransformer(PixArtTransformer2DModel):
         prompt_mask: torch.Tensor | None = None,
         kv_compression: str | tuple[KVCompression, ...] | None = None,
         hooks: Hooks = NO_HOOKS,
+        *,
+        prompt_projected: bool = False,
+        nag_scale: float | None = None,
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
 
@@ -95,12 +99,20 @@ class SigmaTransformer(PixArtTransformer2DModel):
         (B, L, channels) of any L from 1. prompt_mask (B, L), True or 1 for real tokens; None when all are,
         which is the fast path. kv_compression: rules or their spelling, none of them for no compression; None
         is as the checkpoint was trained (not at all, for all public ones). hooks: what to change on the way.
-        Settings hold for this call alone. Returns the predicted noise (B, 4, h, w); the learned-variance
-        channels are dropped.
+        prompt_projected: prompt_embeds are what `project_prompt` made of them. nag_scale: prompt_embeds and
+        prompt_mask have 2 B rows, negative prompts first, and attention to the prompt is guided, see
+        `NormalizedAttentionGuidance`. Settings hold for this call alone. Returns the predicted noise
+        (B, 4, h, w); the learned-variance channels are dropped.
         Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
-        self._check(latents, timestep, prompt_embeds, prompt_mask)
+        prompts = len(latents)
+        if nag_scale is not None:
+            prompts, hooks = 2 * prompts, NormalizedAttentionGuidance(hooks, nag_scale)
+        self._check_latents(latents, timestep)
+        if not prompt_projected:
+            prompt_embeds = self.project_prompt(prompt_embeds)
+        self._check_prompt(prompts, prompt_embeds, prompt_mask)
         rules = resolve(kv_compression, self.sigma_config, 8 * latents.shape[-2], 8 * latents.shape[-1])
         # Reading the timestep waits for the device.
         now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
@@ -111,8 +123,6 @@ class SigmaTransformer(PixArtTransformer2DModel):
         grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         hidden_states = self.embed_positions(self.pos_embed(latents), grid)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
-        if self.caption_projection is not None:
-            prompt_embeds = self.caption_projection(prompt_embeds)
         prompt_bias = None
         if prompt_mask is not None:
             prompt_bias = ((1 - prompt_mask.to(hidden_states)) * -10000.0)[:, None, None]
@@ -120,6 +130,20 @@ class SigmaTransformer(PixArtTransformer2DModel):
             call = BlockCall(index, grid, modulation, prompt_bias, acting(rules, index, now), hooks)
             hidden_states, prompt_embeds = hooks.run_block(block, hidden_states, prompt_embeds, call)
         return self._predict_noise(hidden_states, embedded_timestep, grid)[..., :height, :width]
+
+    def project_prompt(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """prompt_embeds (B, L, channels) -> the tokens (B, L, C) that every block reads.
+
+        They depend on the prompt alone: whoever calls for many steps makes them once, and says so by
+        `prompt_projected`. Raises SigmaError for embeddings of another width.
+        """
+        channels = self.config.caption_channels or self.config.cross_attention_dim
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != channels or 0 in prompt_embeds.shape:
+            raise SigmaError(
+                f"Prompt embeddings must be (B, tokens, {channels}) for this transformer, not "
+                f"{tuple(prompt_embeds.shape)}. Encode the prompt with the text encoder that belongs to it."
+            )
+        return prompt_embeds if self.caption_projection is None else self.caption_projection(prompt_embeds)
 
     def _predict_noise(self, hidden_states, embedded_timestep, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, N, C) after the last block -> the noise in the padded latents (B, 4, h, w)."""
@@ -158,24 +182,25 @@ class SigmaTransformer(PixArtTransformer2DModel):
         placed = [(by_column + columns).to(tokens.dtype), (by_row + rows[:, None]).to(tokens.dtype)]
         return torch.cat(placed, dim=-1).flatten(1, 2)
 
-    def _check(self, latents, timestep, prompt_embeds, prompt_mask):
+    def _check_latents(self, latents, timestep):
         if latents.ndim != 4 or latents.shape[1] != self.config.in_channels or 0 in latents.shape:
             raise SigmaError(
                 f"Latents must be (B, {self.config.in_channels}, height, width), not {tuple(latents.shape)}."
             )
         if len(timestep) not in (1, len(latents)):
             raise SigmaError(f"There are {len(latents)} latents but {len(timestep)} timesteps.")
-        channels = self.config.caption_channels or self.config.cross_attention_dim
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != channels or 0 in prompt_embeds.shape:
+
+    def _check_prompt(self, count, tokens, prompt_mask):
+        if tokens.ndim != 3 or tokens.shape[-1] != self.inner_dim:
             raise SigmaError(
-                f"Prompt embeddings must be (B, tokens, {channels}) for this transformer, not "
-                f"{tuple(prompt_embeds.shape)}. Encode the prompt with the text encoder that belongs to it."
+                f"A projected prompt must be (B, tokens, {self.inner_dim}) for this transformer, as "
+                f"project_prompt makes it, not {tuple(tokens.shape)}."
             )
-        if len(prompt_embeds) != len(latents):
-            raise SigmaError(f"There are {len(latents)} latents but {len(prompt_embeds)} prompt embeddings.")
-        if prompt_mask is not None and prompt_mask.shape != prompt_embeds.shape[:2]:
+        if len(tokens) != count:
+            raise SigmaError(f"These latents need {count} prompt embeddings, and there are {len(tokens)}.")
+        if prompt_mask is not None and prompt_mask.shape != tokens.shape[:2]:
             raise SigmaError(
-                f"The prompt mask must be {tuple(prompt_embeds.shape[:2])} as the embeddings are, "
+                f"The prompt mask must be {tuple(tokens.shape[:2])} as the embeddings are, "
                 f"not {tuple(prompt_mask.shape)}."
             )
 
@@ -232,7 +257,7 @@ def layer_classes(operations):
 
 
 def build_transformer(
-    config: TransformerConfig, operations=torch.nn, attention=F.scaled_dot_product_attention
+    config: TransformerConfig, operations=torch.nn, attention=torch_attention
 ) -> SigmaTransformer:
     """The transformer without weights (on the meta device), of the layer classes of `operations`.
 

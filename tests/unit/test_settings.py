@@ -50,6 +50,12 @@ NAN = float("nan")
         ({"recipe": "lcm-4", "speed": "forecast:1:1"}, "the recipe lcm-4 has too few steps to forecast"),
         ({"recipe": "lcm-4", "strength": 0.2}, "strength is 0.2; of 4 steps it leaves none, so raise it"),
         ({"clean_caption": "yes"}, "clean_caption is 'yes'"),
+        (
+            {"nag_scale": 5.0},
+            "nag_scale is 5.0; it takes the place of guidance, which is 4.5; set guidance to 1",
+        ),
+        ({"nag_scale": 1, "guidance_scale": 1}, "nag_scale is 1; give a number above 1"),
+        ({"nag_scale": NAN, "guidance_scale": 1}, "nag_scale is nan"),
         ({"max_sequence_length": 0}, "max_sequence_length is 0; give a whole number of tokens"),
     ],
     ids=str,

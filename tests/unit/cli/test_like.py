@@ -43,6 +43,7 @@ FAST = ("--steps", 2, "--size", "64x64", "--no-binning")
         ("a red circle", *FAST, "--t5-precision", "bf16", "--decode", "tiles", "--clean-caption"),
         ("a red circle on a blue square", *FAST, "--max-sequence-length", 3),
         ("a red circle", "--size", "64x64", "--recipe", "tcd-2", "--seed", 7),
+        ("a red circle", *FAST, "--negative", "a small circle", "--guidance", 1, "--nag", 5),
     ],
     ids=lambda options: " ".join(map(str, options[1:])),
 )
@@ -97,6 +98,21 @@ def test_steps_take_the_place_of_a_pictures_own_timesteps(generate, tmp_path):
     made = Metadata.read(tmp_path / "picture.png").settings
     assert made.steps == 3 and made.timesteps is None
     assert generate("--like", kept, "--timesteps", "999,500")[1] == first
+
+
+def test_guidance_takes_the_place_of_a_pictures_attention_guidance(generate, tmp_path):
+    unguided = ("a red circle", *FAST, "--negative", "a small circle", "--guidance", 1)
+    status, plain, err = generate(*unguided)
+    assert status == 0 and "the negative prompt is not used; --nag 5 lets it act" in err.lower()
+    status, first, err = generate(*unguided, "--nag", 5)
+    assert status == 0 and first != plain and "negative prompt" not in err
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(first)
+    assert Metadata.read(kept).settings.nag_scale == 5
+    status, _, err = generate("--like", kept, "--guidance", 3)
+    assert status == 0 and Metadata.read(tmp_path / "picture.png").settings.nag_scale is None, err
+    status, _, err = generate("a red circle", *FAST, "--nag", 5)
+    assert status == 2 and "--nag is 5.0; it takes the place of guidance" in err
 
 
 def test_a_picture_from_a_picture_needs_that_picture(generate, tmp_path):

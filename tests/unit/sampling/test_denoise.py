@@ -1012,6 +1012,23 @@ def test_positions_are_computed_once_in_a_run(pair, monkeypatch):
     assert len(computed) == 1
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_prompts_are_projected_once_in_a_run(pair, in_turn):
+    projected = []
+    transformer = pair[0]
+    counting = transformer.caption_projection.register_forward_hook(lambda *call: projected.append(call[2]))
+    settings = Settings(steps=3, guidance_scale=4.5)
+    prompts = Prompts(EMBEDS, None, EMBEDS[:, :1])
+    noise = torch.randn(2, 4, 8, 8, generator=seeded())
+    made = loop.denoise(guide(transformer, prompts, settings, in_turn), noise, settings)
+    counting.remove()
+    assert [tokens.shape for tokens in projected] == [(4, EMBEDS.shape[1], 32)]
+    in_each_step = loop.denoise(
+        guide(lambda *call: transformer(*call), prompts, settings, in_turn), noise, settings
+    )
+    assert torch.allclose(made, in_each_step, rtol=1e-5, atol=1e-5)
+
+
 def test_multiply_adds_of_a_step():
     """At the real width, 4 layers, 512 px: on the meta device, where nothing is computed, only counted.
 

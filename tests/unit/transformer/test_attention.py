@@ -116,3 +116,22 @@ def test_a_grid_smaller_than_one_window_still_attends(operator, tokens):
     attn.processor.attention = attention
     out = attn(torch.randn(1, 3, WIDTH), call=call_of((1, 3), KVCompression(operator, 4, (0,))))
     assert seen == [tokens] and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("operator", [None, "mean", "conv", "uniform"])
+def test_a_cpu_reads_keys_and_values_one_head_after_the_other(operator, monkeypatch):
+    """Which is faster there, and the same bit for bit."""
+    attn, _ = attention_module(2)
+    original, together = F.scaled_dot_product_attention, []
+
+    def attention(query, key, value, **named):
+        together.append(key.is_contiguous() and value.is_contiguous())
+        return original(query, key, value, **named)
+
+    rule = KVCompression(operator, 2, (0,)) if operator else None
+    x = torch.randn(2, 24, WIDTH, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    made = attn(x, call=call_of((4, 6), rule))
+    attn.processor.attention = attention  # as the projections leave them
+    assert torch.equal(attn(x, call=call_of((4, 6), rule)), made)
+    assert together == [True, False]

@@ -36,8 +36,9 @@ def test_multiply_adds_are_those_that_are_run(size, setting):
         transformer(
             torch.empty(1, 4, size[0] // 8, size[1] // 8, **meta),
             torch.empty(1, **meta),
-            torch.empty(1, 300, 4096, **meta),
+            torch.empty(1, 300, 1152, **meta),
             kv_compression=rules,
+            prompt_projected=True,
         )
     expected = multiply_adds(config, *size, 300, rules)
     assert abs(counter.get_total_flops() / 2 / expected - 1) < 1e-3

@@ -437,3 +437,15 @@ def test_loading_casts_and_reports_what_is_missing(tmp_path):
     torch.save(missing, path)
     with pytest.raises(CheckpointError, match="attn"):
         load_transformer(path)
+
+
+def test_a_prompt_may_be_projected_before():
+    ours, _ = make_pair()
+    generator = torch.Generator().manual_seed(0)
+    latents, embeds = (torch.randn(shape, generator=generator) for shape in ((2, 4, 6, 8), (2, 5, CAPTION)))
+    tokens = ours.project_prompt(embeds)
+    assert torch.equal(ours(latents, 9, tokens, prompt_projected=True), ours(latents, 9, embeds))
+    with pytest.raises(SigmaError, match=r"projected prompt must be \(B, tokens, 16\)"):
+        ours(latents, 9, embeds, prompt_projected=True)
+    with pytest.raises(SigmaError, match=r"must be \(B, tokens, 12\) for this transformer"):
+        ours.project_prompt(tokens)
