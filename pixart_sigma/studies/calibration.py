@@ -19,7 +19,7 @@ from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass
-from .calibrator import SEARCHES, Calibrator, Progress
+from .calibrator import Calibrator, Progress
 from .runs import EngineRuns, Ran, Runs, Seen
 from .speed import FEWER, SEARCHES_ALONE, SEARCHES_ON_STEPS, SEARCHES_TOGETHER, SpeedSearch
 
@@ -66,7 +66,7 @@ def calibrate(
     base = Choice(as_trained(runs.config))
     recorded: list[list[Seen]] = [[] for _ in prompts]
     full = [_watched(runs, index, base, calibrator, steps) for index, steps in enumerate(recorded)]
-    count = _Count(on_run, calibrator.total, len(prompts) * _most_runs(reference))
+    count = _Count(on_run, calibrator.total, len(prompts) * _most_runs(reference), settings.steps)
     rules, error, errors = base.rules, 0.0, {}
     if not base.rules:
         with torch.no_grad(), runs.repeating():
@@ -162,9 +162,10 @@ def _most_runs(reference: str) -> int:
 class _Count:
     """One count of repeated steps and whole runs."""
 
-    def __init__(self, on_progress: Progress, steps: int, runs: int):
-        self.on_progress, self.finished, self.each = on_progress, 0, steps // (SEARCHES + WINDOWS) or 1
-        self.total = steps + runs * self.each
+    def __init__(self, on_progress: Progress, steps: int, runs: int, each: int):
+        """steps: to be repeated at most, runs: whole ones at most, of `each` so many steps."""
+        self.on_progress, self.finished, self.each = on_progress, 0, each
+        self.total = steps + runs * each
 
     def steps(self, done: int, total: int) -> None:
         self.finished = done
