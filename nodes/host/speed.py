@@ -18,6 +18,7 @@ from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.speed import Savings, parse, spell
 from ...pixart_sigma.transformer.calibrated_speed import choose
 from ...pixart_sigma.transformer.calibration import Choice, find_calibration
+from .few_step import RecipeSampler
 from .kv_compression import KV_COMPRESSION, can_compress
 
 SPEED = "pixart_sigma_speed"  # in transformer_options: the setting; of our wrappers: the key
@@ -170,6 +171,11 @@ def _sample(executor, noise, latent_image, sampler, sigmas, *arguments, **named)
     model_options = guider.model_options
     setting = model_options["transformer_options"][SPEED]
     _refuse_step_cache(model_options["transformer_options"])
+    if isinstance(sampler, RecipeSampler):
+        raise SigmaError(
+            "The sampler is that of Σ Few-Step Recipe, between whose steps nothing can be forecast. Take Σ "
+            "Speed out."
+        )
     steps = len(sigmas) - 1
     choice = Choice()
     if steps <= FEW_STEPS:
