@@ -22,7 +22,7 @@ from .setting_checks import (
     check_word,
     is_finite,
 )
-from .speed import Savings
+from .speed import FEW_STEPS, Savings
 from .speed import parse as parse_speed
 
 
@@ -337,8 +337,13 @@ def check_ways(ways: Any) -> Ways:
 def _check_speed(settings: Settings, speed: str) -> None:
     """That it is one, and that there are steps to forecast: a recipe has too few."""
     check_texts(settings, "speed")
-    if (settings.speed_is_open or parse_speed(speed)) and settings.recipe is not None:
+    if not settings.speed_is_open and not parse_speed(speed):
+        return
+    if settings.recipe is not None:
         advice = f"the recipe {settings.recipe} has too few steps to forecast any; leave it out"
+        raise SettingError("speed", speed, advice)
+    if not settings.speed_is_open and settings.schedule_length <= FEW_STEPS:
+        advice = f"a run of {settings.schedule_length} steps has nothing to forecast from; leave it out"
         raise SettingError("speed", speed, advice)
 
 

@@ -19,6 +19,7 @@ from .schedule_part import SchedulePart
 KINDS = ("forecast", "guidance", "unguided")
 ORDERS = (0, 1, 2)
 MOST_SKIPPED = 20
+FEW_STEPS = 4  # of so many none is near enough to its neighbours
 SPELLING = (
     "off, auto, a file of calibrate, or parts joined by +: forecast:ORDER:SKIPPED, guidance:ORDER:SKIPPED or "
     "unguided, each with :START-END% if it is for a part of the run, such as forecast:1:1:10-95%"
@@ -74,7 +75,9 @@ def acting(savings: Savings, kind: str, timestep: float) -> Saving | None:
 
 def for_steps(savings: Savings, measured: int, steps: int) -> Savings:
     """What was measured with so many steps, for a run of others: forecasts reach as far in the schedule as
-    they did, and what comes to less than one step is computed."""
+    they did, and what comes to less than one step is computed, as all is in a run of FEW_STEPS."""
+    if steps <= FEW_STEPS:
+        return ()
     scaled = (
         (one, one.skipped if one.kind == "unguided" else one.skipped * steps // measured) for one in savings
     )

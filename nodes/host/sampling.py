@@ -13,7 +13,7 @@ from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.recipes import RECIPE_NAMES
 from ...pixart_sigma.setting_checks import LAST_TIMESTEP
-from ...pixart_sigma.speed import spell
+from ...pixart_sigma.speed import FEW_STEPS, spell
 from ...pixart_sigma.transformer.kv_rules import spell as spell_rules
 from .base_size import base_size
 from .checks import check_conditioning, check_latents
@@ -21,8 +21,8 @@ from .few_step import recipe_sampler, recipe_sigmas
 from .kv_compression import can_compress, is_set, prompt_width, set_kv_compression
 from .noise_schedule import reference_timesteps
 from .notice import add_notice
-from .speed import FEW_STEPS, measured, set_speed
 from .speed import is_set as speed_is_set
+from .speed import measured, set_speed
 
 REFERENCE = "reference"
 

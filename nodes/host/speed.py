@@ -15,15 +15,15 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.errors import SigmaError
-from ...pixart_sigma.speed import Savings, parse, spell
+from ...pixart_sigma.speed import FEW_STEPS, Savings, parse, spell
 from ...pixart_sigma.transformer.calibrated_speed import choose
 from ...pixart_sigma.transformer.calibration import Choice, find_calibration
+from .few_step import RecipeSampler
 from .kv_compression import KV_COMPRESSION, can_compress
 
 SPEED = "pixart_sigma_speed"  # in transformer_options: the setting; of our wrappers: the key
 FORECASTS = "pixart_sigma_forecasts"  # in those of one run: its `Forecasts`
 STEP_CACHE = "easycache"  # the host's, in transformer_options: of EasyCache and of LazyCache
-FEW_STEPS = 4  # of so many none is near enough to its neighbours
 
 
 def is_set(model) -> bool:
@@ -170,6 +170,11 @@ def _sample(executor, noise, latent_image, sampler, sigmas, *arguments, **named)
     model_options = guider.model_options
     setting = model_options["transformer_options"][SPEED]
     _refuse_step_cache(model_options["transformer_options"])
+    if isinstance(sampler, RecipeSampler):
+        raise SigmaError(
+            "The sampler is that of Σ Few-Step Recipe, between whose steps nothing can be forecast. Take Σ "
+            "Speed out."
+        )
     steps = len(sigmas) - 1
     choice = Choice()
     if steps <= FEW_STEPS:

@@ -10,6 +10,7 @@ straighter. Related: TaylorSeer (arXiv 2503.06923) continues features in the sam
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -18,6 +19,8 @@ from ..speed import ORDERS, Savings, acting
 Compute = Callable[[bool], Sequence[torch.Tensor]]
 # Noise levels beyond these are as good as pure noise and as none.
 LEAST_SIGMA, MOST_SIGMA = 1e-4, 1e3
+# Logarithms of noise levels that are nearer are one: some samplers come to a level on two ways.
+NEAR = 1e-3
 
 
 class History:
@@ -29,14 +32,21 @@ class History:
     def add(self, position: float, value: torch.Tensor) -> None:
         """A computed value. A second one at the same position takes its place, and a run that has gone back
         towards noise begins anew."""
-        if self.points and position < self.points[-1][0]:
+        if self.points and position < self.points[-1][0] - NEAR:
             self.points = []
-        self.points = [point for point in self.points if point[0] != position][1 - len(ORDERS) :]
-        self.points.append((position, value))
+        apart = [point for point in self.points if abs(point[0] - position) > NEAR]
+        self.points = [*apart[1 - len(ORDERS) :], (position, value)]
 
     def reaches(self, order: int) -> bool:
         """Whether there are enough values for a forecast of this order."""
         return len(self.points) > order
+
+    def is_near(self, position: float, order: int, skipped: int) -> bool:
+        """Whether a forecast for `position` goes at most twice as far as `skipped` steps that are as long as
+        the shortest one between its values. Beyond, it is mostly by what those are wrong."""
+        places = [place for place, _ in self.points[-(order + 1) :]]
+        shortest = min((after - before for before, after in pairwise(places)), default=math.inf)
+        return position - places[-1] <= 2 * skipped * shortest
 
     def at(self, position: float, order: int) -> torch.Tensor:
         """The value at a position of the polynomial through the last order + 1 ones (Lagrange's form)."""
@@ -80,7 +90,8 @@ class ForecastRun:
         """Call it before each step: its timestep (0 to 999) and its noise level, noise to signal."""
         sigma = min(max(sigma, LEAST_SIGMA), MOST_SIGMA)
         position = -math.log(sigma)
-        if position < self._position:  # another run through the schedule begins
+        if position < self._position - NEAR:  # another run through the schedule begins
+            self._pasts.clear()
             self._forecasts = self._reuses = 0
         self._timestep, self._sigma, self._position = timestep, sigma, position
         self._decided = False
@@ -116,6 +127,8 @@ class ForecastRun:
         if saving is None or not past.first.reaches(saving.order):
             return None
         if self._forecasts >= saving.skipped if leads else self._forecasts == 0:
+            return None
+        if not past.first.is_near(self._position, saving.order, saving.skipped):
             return None
         first = past.first.at(self._position, saving.order)
         values = [first, *(first + self._difference(known, saving.order) for known in past.differences)]

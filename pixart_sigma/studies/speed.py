@@ -9,6 +9,7 @@ last word has the run. Fewer steps and other spacings are measured beside it, al
 savings on top.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ..noise_schedule import SPACINGS
 from ..sampling.forecast import ForecastRun
 from ..schedule_part import SchedulePart
 from ..settings import Settings
-from ..speed import Saving, Savings, for_steps
+from ..speed import FEW_STEPS, Saving, Savings, for_steps
 from ..transformer.calibration import RATIOS, WINDOWS, Choice, Point
 from ..transformer.cost import multiply_adds
 from ..transformer.kv_rules import KVCompression
@@ -96,10 +97,10 @@ class SpeedSearch:
     def measure(self) -> None:
         """What each part's savings leave at the end."""
         for part in PARTS:
-            alone = [self._option(part, savings) for savings in _combinations(part)]
+            alone = [self._option(part, savings) for savings in self._combinations(part)]
             mild = self._option(part, (replace(MILD, part=part),))
             left = 1.0
-            if mild.error > 0:
+            if mild.error > 0 and len(alone) > 1:
                 ended = self.run("part", replace(self.base, savings=mild.savings))
                 left = math.sqrt(max(ended.error**2 - self._base_error**2, 0)) / mild.error
             self.windows.append([replace(one, error=left * one.error) for one in alone])
@@ -196,6 +197,17 @@ class SpeedSearch:
             for ratio in RATIOS
         }
 
+    def _combinations(self, part: SchedulePart) -> Iterator[Savings]:
+        """What a part may save, nothing first."""
+        forecasts: list[Savings] = [()]
+        guidance: list[Savings] = [()]
+        if self.settings.steps > FEW_STEPS:
+            forecasts += [(Saving("forecast", *how, part),) for how in FORECASTS]
+            guidance += [(Saving("guidance", *how, part),) for how in GUIDANCE]
+            guidance.append((Saving("unguided", part=part),))
+        for forecast, other in itertools.product(forecasts, guidance if self.settings.guided else [()]):
+            yield (*forecast, *other)
+
     def _option(self, part: SchedulePart, savings: Savings) -> Option:
         """These savings in this part: the error in what its steps predict, the roots of their squares' sum;
         of the prompt with the largest."""
@@ -282,16 +294,6 @@ class SpeedSearch:
 
 def _answer(values: list[torch.Tensor], alone: bool) -> list[torch.Tensor]:
     return values[:1] if alone else values
-
-
-def _combinations(part: SchedulePart) -> Iterator[Savings]:
-    """What a part may save, nothing first."""
-    forecasts = [(), *((Saving("forecast", order, skipped, part),) for order, skipped in FORECASTS)]
-    guidance = [(), *((Saving("guidance", order, skipped, part),) for order, skipped in GUIDANCE)]
-    guidance.append((Saving("unguided", part=part),))
-    for forecast in forecasts:
-        for other in guidance:
-            yield (*forecast, *other)
 
 
 def _is_of(option: Option, kinds: tuple[str, ...]) -> bool:

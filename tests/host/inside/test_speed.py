@@ -9,6 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustom, SamplerCustomAdvanced
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNegGuider
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from pack.nodes.host.sampling import reference_sigmas
@@ -105,7 +106,7 @@ def test_runs_are_those_of_the_engine(demo, words):
     network = load_transformer(DEMO)
     noise = comfy.sample.prepare_noise(torch.zeros(1, 4, *SIZE), 0)
     prompts = Prompts(words[0][0][0], negative_embeds=words[1][0][0])
-    plain = sample(demo, words)
+    plain, sigmas = sample(demo, words), reference_sigmas(demo, STEPS)
     for spelling in (
         EVERY_OTHER,
         "forecast:2:2:20-90%",
@@ -120,19 +121,12 @@ def test_runs_are_those_of_the_engine(demo, words):
             expected = denoise(guide(network, prompts, settings), noise, settings) / 0.13025
             counted, calls = count_calls(demo)
             made = sample(counted, words, spelling, cfg=cfg)
-            assert difference(made, expected) < 1e-4, (spelling, cfg)
+            assert far(made, expected) < 1e-4, (spelling, cfg)
             assert sum(calls) < 2 * STEPS if cfg > 1 else len(calls) <= STEPS
             if cfg > 1:
                 assert far(made, plain) > 1e-3, spelling
-            assert (
-                difference(
-                    custom(
-                        set_speed(demo, spelling), words, reference_sigmas(demo, STEPS), "dpmpp_2m", cfg=cfg
-                    ),
-                    made,
-                )
-                == 0
-            )
+            theirs = custom(set_speed(demo, spelling), words, sigmas, "dpmpp_2m", cfg=cfg)
+            assert difference(theirs, made) == 0
 
 
 def test_it_is_exactly_off(demo, words):
@@ -141,9 +135,8 @@ def test_it_is_exactly_off(demo, words):
     off = Speed.execute(on, "off").args[0]
     assert is_set(on) and not is_set(off) and not is_set(demo)
     assert off.model_options == demo.model_options
-    assert {kind for kind, wrapped in off.wrappers.items() if wrapped} == {
-        kind for kind, wrapped in demo.wrappers.items() if wrapped
-    }
+    wrapped = [{kind for kind, kept in model.wrappers.items() if kept} for model in (off, demo)]
+    assert wrapped[0] == wrapped[1]
     for model in (demo, off):
         assert difference(sample(model, words), plain) == 0
     assert far(sample(on, words), plain) > 1e-3
@@ -249,7 +242,7 @@ def test_the_hosts_own_model_forecasts_alike(tmp_path):
         counted, calls = count_calls(model)
         latent = {"samples": torch.zeros(1, 4, 180, 12)}
         made.append(sample(counted, prompts, "forecast:1:1", latent_image=latent, steps=5))
-        assert len(calls) == 4
+        assert len(calls) == 3
         node = Speed.execute(counted, "forecast:1:1").args[0]
         assert difference(sample(node, prompts, latent_image=latent, steps=5), made[-1]) == 0
     assert difference(*made) < 1e-4
@@ -328,24 +321,19 @@ def test_nothing_is_forecast_across_a_change_of_the_prompt(tiny):
 
 
 def test_guidance_that_asks_again_in_a_step_has_a_past_of_its_own(demo, words):
-    """Skipping layers up to half of the run: what comes after is not told from what was skipped."""
-    late = reference_sigmas(demo, STEPS)
-    for node, layers in ((SkipLayerGuidanceDiT, ("2", "", 3.0, 0.0, 0.5)),):
-        guided = node.execute(demo, layers[2], layers[3], layers[4], layers[0], layers[1]).args[0]
-        counted, calls = count_calls(guided)
-        plain = custom(counted, words, late)
-        assert sum(calls) == 2 * STEPS + STEPS // 2
-        calls.clear()
-        made = custom(set_speed(counted, "forecast:1:1"), words, late)
-        assert sum(calls) < 0.7 * (2 * STEPS + STEPS // 2)
-        near = far(custom(set_speed(demo, "forecast:1:1"), words, late), custom(demo, words, late))
-        assert far(made, plain) < 2 * near
+    """A weak one, which ends in the middle of the run, changes nothing of what comes after it in a step."""
+    sigmas, setting = reference_sigmas(demo, STEPS), "forecast:1:1"
+    perturbed = PerturbedAttentionGuidance.execute(demo, 3.0).args[0]
+    weak = SkipLayerGuidanceDiT.execute(demo, 1e-6, 0.0, 0.5, "2", "").args[0]
+    both = PerturbedAttentionGuidance.execute(weak, 3.0).args[0]
+    expected = custom(set_speed(perturbed, setting), words, sigmas)
+    counted, calls = count_calls(set_speed(both, setting))
+    assert difference(custom(counted, words, sigmas), expected) < 1e-3
+    assert sum(calls) < 0.7 * (3 * STEPS + STEPS // 2)
+    # this one asks for the prompts in turn, up to the middle of the run
     simple = SkipLayerGuidanceDiTSimple.execute(demo, 0.0, 0.5, "2", "").args[0]
-    assert (
-        0
-        < far(custom(set_speed(simple, "forecast:1:1"), words, late), custom(simple, words, late))
-        < 2 * near
-    )
+    made = custom(set_speed(simple, setting), words, sigmas)
+    assert 0 < far(made, custom(simple, words, sigmas)) < 0.3
 
 
 def test_guiders_of_three_prompts_forecast_each(demo, words):
@@ -383,7 +371,7 @@ def test_what_is_not_finite_is_not_forecast(demo, words):
     broken.add_wrapper(WrappersMP.APPLY_MODEL, break_once)
     with pytest.raises(SigmaError, match="are not finite"):
         sample(broken, words)
-    assert len(calls) > STEPS * 0.8, "from the broken step on each one is computed"
+    assert len(calls) == 5 + 4, "from the broken step on each one is computed"
 
 
 def test_auto_does_what_was_measured(tmp_path, words, caplog):

@@ -77,3 +77,17 @@ def test_a_prompt_that_comes_or_goes_is_a_change():
     run = Run("guidance:1:3")
     steps = [run.step(guided=about) for about in ("a", "a+", "a+", "a+", "a", "a+")]
     assert steps == [["guided"]] * 3 + [["guided alone"]] + [["guided"]] * 2
+
+
+def test_what_is_too_near_to_the_last_is_not_continued_far():
+    """As with samplers of two calls a step, of which the second is almost at the next step's noise level."""
+    run, computed = ForecastRun(parse("forecast:1:1")), []
+    for sigma in (8.0, 4.0001, 4.0, 2.0001, 2.0):
+        run.step(500, sigma)
+        run.ask(lambda alone, sigma=sigma: computed.append(sigma) or answers("guided", sigma)[:1], 1)
+    assert computed == [8.0, 4.0001, 2.0001]
+    run = ForecastRun(parse("forecast:1:1"))
+    for sigma in (8.0, 7.9, 4.0, 2.0):
+        run.step(500, sigma)
+        (value,) = run.ask(lambda alone, sigma=sigma: answers("guided", sigma)[:1], 1)
+    assert [timestep for timestep, _ in run.computed] == [500] * 3
