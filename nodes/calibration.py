@@ -1,7 +1,8 @@
 """Calibration of speed and of KV compression on one's own checkpoint."""
 
+from ..pixart_sigma.choices import CALIBRATION_COSTS, CALIBRATION_REFERENCES, MAX_STEPS
 from ..pixart_sigma.errors import SigmaError
-from ..pixart_sigma.settings import CALIBRATION_COSTS, CALIBRATION_REFERENCES, MAX_STEPS, Settings
+from ..pixart_sigma.settings import Settings
 from .host.api import io
 from .text import encode
 

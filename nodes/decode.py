@@ -1,7 +1,7 @@
 """From latents to pictures, at the size that was asked for."""
 
+from ..pixart_sigma.choices import RELEASES
 from ..pixart_sigma.errors import SigmaError
-from ..pixart_sigma.settings import RELEASES
 from .host.api import io
 from .host.checks import check_latents
 

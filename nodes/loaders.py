@@ -1,6 +1,6 @@
 """The three models, each loaded by a node of its own. Nothing is read before it is used."""
 
-from ..pixart_sigma.settings import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
+from ..pixart_sigma.choices import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
 from .host.folders import DEMO_CHOICE, check, choices, find
 

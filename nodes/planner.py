@@ -1,6 +1,6 @@
 """Settings for the other nodes that keep a memory budget."""
 
-from ..pixart_sigma.settings import T5_DEVICES, T5_PRECISIONS
+from ..pixart_sigma.choices import T5_DEVICES, T5_PRECISIONS
 from .decode import TILINGS
 from .host.api import io
 

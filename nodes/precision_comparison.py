@@ -1,7 +1,8 @@
 """What T5 in 8 or 4 bit costs, before it is trusted."""
 
+from ..pixart_sigma.choices import MAX_STEPS, T5_DEVICES, T5_PRECISIONS
 from ..pixart_sigma.setting_checks import MAX_SEED
-from ..pixart_sigma.settings import MAX_STEPS, T5_DEVICES, T5_PRECISIONS, Settings
+from ..pixart_sigma.settings import Settings
 from .host.api import io
 from .host.folders import DEMO_CHOICE, choices, find
 

@@ -1,7 +1,7 @@
 """From noise to latents: the reference pipeline's schedule, and a sampler with KV compression."""
 
+from ..pixart_sigma.choices import MAX_STEPS, RELEASES
 from ..pixart_sigma.setting_checks import MAX_SEED
-from ..pixart_sigma.settings import MAX_STEPS, RELEASES
 from .host.api import io
 from .host.sampling import SamplerSettings, reference_sigmas, sample, sampler_names, schedule_names
 from .kv_compression import choice_input, custom_input, spelled

@@ -1,6 +1,6 @@
 """Prompts to the conditioning the transformer was trained with."""
 
-from ..pixart_sigma.settings import RELEASES
+from ..pixart_sigma.choices import RELEASES
 from .host.api import io
 
 T5_XXL_WIDTH = 4096

@@ -9,6 +9,7 @@ from PIL import Image
 
 from . import DEMO
 from .aspect_ratio import crop_back
+from .choices import DTYPES, T5_PRECISIONS
 from .components import Components
 from .devices import pick_device, pick_dtype
 from .errors import SettingError, SigmaError
@@ -24,7 +25,7 @@ from .sampling.denoise import Step, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
 from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
-from .settings import DTYPES, T5_PRECISIONS, Settings, Ways, check_settings, check_ways
+from .settings import Settings, Ways, check_settings, check_ways
 from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage

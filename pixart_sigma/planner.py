@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from .choices import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES
 from .errors import SettingError, SigmaError
 from .memory.measure import readable
 from .memory.ways import Way
-from .settings import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES, Settings, Ways, check_settings, check_ways
+from .settings import Settings, Ways, check_settings, check_ways
 from .table import align
 from .text import stage as text
 from .text.needs import EncoderShapes

@@ -4,8 +4,8 @@ import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
+from ...pixart_sigma.choices import RELEASES
 from ...pixart_sigma.errors import SigmaError
-from ...pixart_sigma.settings import RELEASES
 from .memory import look
 
 

@@ -131,7 +131,7 @@ class SigmaTextModel(torch.nn.Module):
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
-        from ...pixart_sigma.settings import QUANTIZED
+        from ...pixart_sigma.choices import QUANTIZED
 
         if self.encoder is None or self.encoder.device == device:
             return

@@ -12,9 +12,9 @@ import comfy.sd1_clip
 import folder_paths
 import torch
 
+from ...pixart_sigma.choices import MAX_SEQUENCE_LENGTH
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.fingerprint import raw_bytes
-from ...pixart_sigma.settings import MAX_SEQUENCE_LENGTH
 from ...pixart_sigma.text.cleaning import prepare_around_embeddings, prepare_prompt
 from .notice import add_notice
 

@@ -11,11 +11,11 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...pixart_sigma.choices import DTYPES
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.parts import FACTS
 from ...pixart_sigma.files.weight_files import facts_tensor
 from ...pixart_sigma.noise_schedule import PUBLISHED
-from ...pixart_sigma.settings import DTYPES
 from ...pixart_sigma.transformer.cost import activation_bytes
 from ...pixart_sigma.transformer.keys import to_original_keys
 from .checks import check_conditioning, check_latents

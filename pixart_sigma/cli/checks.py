@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..aspect_ratio import by_ratio, parse_size
+from ..choices import T5_PRECISIONS
 from ..errors import SettingError, SigmaError
 from ..setting_checks import check_timesteps
-from ..settings import T5_PRECISIONS, Settings, Ways
+from ..settings import Settings, Ways
 
 # What of a picture that another one shall be like a recipe takes the place of.
 RECIPE_DECIDES = (

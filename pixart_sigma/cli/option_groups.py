@@ -3,9 +3,9 @@
 import argparse
 import math
 
+from ..choices import DECODES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 from ..noise_schedule import SPACINGS
 from ..recipes import RECIPES
-from ..settings import DECODES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 
 
 def add_prompt_file(command: argparse.ArgumentParser):

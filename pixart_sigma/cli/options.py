@@ -4,11 +4,11 @@ Ways."""
 import argparse
 
 from .. import __version__
+from ..choices import CALIBRATION_COSTS as COSTS
+from ..choices import CALIBRATION_REFERENCES as REFERENCES
+from ..choices import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from ..errors import SigmaError
 from ..files.writing import say
-from ..settings import CALIBRATION_COSTS as COSTS
-from ..settings import CALIBRATION_REFERENCES as REFERENCES
-from ..settings import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
 from .option_groups import (
     add_attention_guidance,
     add_binning,

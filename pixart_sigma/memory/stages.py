@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..choices import RELEASES
 from ..errors import SettingError
-from ..settings import RELEASES
 from ..table import align
 from .measure import live_bytes, make_meter, readable, weight_bytes
 

@@ -18,11 +18,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ..choices import SCHEDULERS
 from ..errors import SettingError, SigmaError
 from ..noise_schedule import PREDICTION_TYPES, PUBLISHED, SIGMA_SPACINGS, NoiseSchedule
 from ..recipes import check_recipe
 from ..setting_checks import check_sigmas, check_timesteps
-from ..settings import SCHEDULERS, Settings
+from ..settings import Settings
 from .few_step import RecipeScheduler
 
 ONE_STEP_TIMESTEP = 400

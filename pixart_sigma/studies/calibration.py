@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from ..choices import CALIBRATION_COSTS, CALIBRATION_REFERENCES
 from ..errors import SigmaError
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.noise import get_noise
-from ..settings import CALIBRATION_COSTS, CALIBRATION_REFERENCES, Settings
+from ..settings import Settings
 from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer

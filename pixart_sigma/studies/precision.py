@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from ..choices import T5_PRECISIONS
 from ..errors import SigmaError
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Encoded
 from ..sampling.denoise import Step
-from ..settings import T5_PRECISIONS, Settings
+from ..settings import Settings
 from ..text.cache import EmbeddingCache
 from ..text.embeddings import PromptEmbeddings
 from ..text.loading import describe_encoder, read_encoder

@@ -4,9 +4,9 @@ them."""
 import re
 from pathlib import Path
 
+from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
 from ..files.locating import read_json
-from ..settings import QUANTIZED, T5_PRECISIONS
 
 FIRST_BLOCK = "encoder.block.0.layer."
 BIAS = FIRST_BLOCK + "0.SelfAttention.relative_attention_bias.weight"

@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..choices import MAX_SEQUENCE_LENGTH
 from ..errors import CheckpointError, SigmaError
 from ..files.fingerprint import raw_bytes
 from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
-from ..settings import MAX_SEQUENCE_LENGTH, Settings, check_settings
+from ..settings import Settings, check_settings
 from .encoder import TextEncoder
 
 FORMAT = "pixart-sigma prompt embeddings"

@@ -5,10 +5,10 @@ import logging
 
 import torch
 
+from ..choices import MAX_SEQUENCE_LENGTH
 from ..devices import pick_device
 from ..errors import SigmaError
 from ..prompt_embeds import Encoded
-from ..settings import MAX_SEQUENCE_LENGTH
 from .cleaning import prepare_prompt, refuse_embeddings
 from .loading import read_encoder, stream_model
 from .model import build_model

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..choices import DEFAULT_T5_PRECISION
 from ..files.fingerprint import fingerprint
-from ..settings import DEFAULT_T5_PRECISION
 from .config import read_config
 from .loading import find_encoder
 from .tokenizer import find_tokenizer

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..choices import DEFAULT_T5_PRECISION, T5_PRECISIONS
 from ..devices import pick_device
 from ..errors import SigmaError
-from ..settings import DEFAULT_T5_PRECISION, T5_PRECISIONS
 from .model import check_packages, compute_dtype, quiet_int8_casts
 from .streaming import StreamedT5
 from .tokenizer import find_tokenizer, load_tokenizer

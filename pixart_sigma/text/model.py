@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..choices import QUANTIZED, T5_PRECISIONS
 from ..devices import half_precision
 from ..errors import CheckpointError, SigmaError
-from ..settings import QUANTIZED, T5_PRECISIONS
 
 
 def build_model(config, weights: dict, precision: str, device: torch.device, path: Path):

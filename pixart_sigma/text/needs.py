@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..choices import MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from ..memory.measure import peak_bytes
 from ..memory.ways import Needs
-from ..settings import MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from .loading import read_encoder
 from .streaming import StreamedT5
 from .weights import expected_nbytes

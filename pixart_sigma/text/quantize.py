@@ -4,8 +4,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..choices import DEFAULT_T5_PRECISION, QUANTIZED
 from ..errors import SigmaError
-from ..settings import DEFAULT_T5_PRECISION, QUANTIZED
 from .encoder import TextEncoder
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from ..choices import DEFAULT_T5_PRECISION, MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from ..devices import half_precision
 from ..errors import CheckpointError, SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
-from ..settings import DEFAULT_T5_PRECISION, MAX_SEQUENCE_LENGTH, T5_PRECISIONS, Settings, Ways
+from ..settings import Settings, Ways
 from .cache import EmbeddingCache, cache_key
 from .cleaning import prepare_prompt, refuse_embeddings
 from .encoder import TextEncoder

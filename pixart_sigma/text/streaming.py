@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 import torch
 
+from ..choices import T5_PRECISIONS
 from ..errors import SigmaError
 from ..memory.block_buffers import BlockBuffers, PinnedMemory, double_buffered, unpack
-from ..settings import T5_PRECISIONS
 from .blocks import StoredBlocks, as_stored, bind, make_block, unbind, use_int8
 from .scaled import Float8Weight
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
 from ..files.weight_files import read_metadata, read_state_dict
-from ..settings import QUANTIZED, T5_PRECISIONS
 from .config import check_config, config_from_shapes, read_config
 from .scaled import Float8Weight, pair_scales
 

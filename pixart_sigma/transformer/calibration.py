@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from ..choices import MAX_STEPS
 from ..errors import SigmaError
 from ..files.writing import write_beside
 from ..noise_schedule import SPACINGS
 from ..setting_checks import check_whole
-from ..settings import MAX_STEPS
 from ..speed import Savings
 from ..speed import parse as parse_speed
 from ..speed import spell as spell_speed

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from .. import DEMO, DEMO_KV
+from ..choices import VARIANTS
 from ..errors import CheckpointError, SettingError
 from ..files.locating import find_weight_files, read_json, resolve
 from ..files.parts import MARKERS
 from ..files.quantization import quantization_of
 from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
 from ..noise_schedule import PUBLISHED, NoiseSchedule
-from ..settings import VARIANTS
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
 from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_model, refuse_quantized

@@ -10,10 +10,11 @@ from typing import TypeVar
 
 import torch
 
+from ..choices import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES
 from ..errors import SigmaError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
-from ..settings import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES, Settings, Ways
+from ..settings import Settings, Ways
 from .calibrated_speed import follow
 from .calibration import Calibration, find_calibration, fingerprint_of
 from .checkpoint import Checkpoint, load_transformer_state_dict

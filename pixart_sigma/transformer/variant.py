@@ -6,8 +6,8 @@ import re
 from math import prod
 from pathlib import Path
 
+from ..choices import VARIANTS
 from ..errors import CheckpointError
-from ..settings import VARIANTS
 
 PIXELS = {name: sample_size * 8 for name, (sample_size, _) in VARIANTS.items()}
 # In a name: the number of pixels of a side or thousands of them, also inside of a word.

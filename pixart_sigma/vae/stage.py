@@ -9,12 +9,13 @@ import psutil
 import torch
 from diffusers import AutoencoderKL
 
+from ..choices import DECODES
 from ..errors import SettingError, SigmaError
 from ..memory.measure import free_bytes
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..setting_checks import is_finite
-from ..settings import DECODES, Ways
+from ..settings import Ways
 from . import coding
 from .layers import Decoder, read_decoder
 from .loading import load_vae

@@ -21,6 +21,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."
 SETTINGS_OBJECTS = ("settings", "ways")
 BASE = {
     "aspect_ratio",
+    "choices",
     "devices",
     "errors",
     "noise_schedule",

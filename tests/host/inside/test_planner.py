@@ -6,8 +6,8 @@ import torch
 from pack.nodes.decode import TILINGS
 from pack.nodes.host.planner import make_plan
 from pack.nodes.planner import VRAMPlanner
+from pack.pixart_sigma.choices import T5_DEVICES, T5_PRECISIONS
 from pack.pixart_sigma.errors import SigmaError
-from pack.pixart_sigma.settings import T5_DEVICES, T5_PRECISIONS
 
 
 def test_the_plan_fits_the_other_nodes():

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pixart_sigma.choices import SCHEDULERS
 from pixart_sigma.errors import CheckpointError, SettingError, SigmaError
 from pixart_sigma.noise_schedule import (
     CLASS_DEFAULTS,
@@ -31,7 +32,7 @@ from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.noise import get_noise
 from pixart_sigma.sampling.predictions import predict_clean
 from pixart_sigma.sampling.schedulers import get_timesteps, make_scheduler
-from pixart_sigma.settings import SCHEDULERS, Settings
+from pixart_sigma.settings import Settings
 from pixart_sigma.transformer import network as engine
 from pixart_sigma.transformer.config import TransformerConfig
 from pixart_sigma.transformer.network import build_transformer

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pixart_sigma.choices import SCHEDULERS
 from pixart_sigma.noise_schedule import NoiseSchedule
 from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
@@ -12,7 +13,7 @@ from pixart_sigma.sampling.forecast import ForecastRun, History
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.predictions import noise_level, predict_clean, predict_output
 from pixart_sigma.sampling.schedulers import make_scheduler
-from pixart_sigma.settings import SCHEDULERS, Settings
+from pixart_sigma.settings import Settings
 from pixart_sigma.speed import parse
 from pixart_sigma.transformer.loading import load_transformer
 
