@@ -49,7 +49,7 @@ def read_settings(arguments, base: Settings | None = None) -> Settings:
         given = {"recipe": None} | given
     if given.keys() & {"steps", "timesteps"}:
         given = {"timesteps": None, "sigmas": None} | given  # of `base`, which they replace
-    if given.get("guidance_scale", 1) > 1:
+    if (given.get("guidance_scale") or 0) > 1:
         given = {"nag_scale": None} | given  # which guidance replaces
     if isinstance(given.get("timesteps"), str):
         given["timesteps"] = parse_timesteps(given["timesteps"])
