@@ -39,6 +39,7 @@ from comfy_extras import (
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPAGPipeline
 from pack.nodes.host.kv_compression import set_kv_compression
 from pack.nodes.host.sampling import reference_sigmas
+from pack.nodes.host.speed import set_speed
 from pack.nodes.host.transformer import load_model
 from pack.pixart_sigma.errors import SigmaError
 from pack.pixart_sigma.prompt_embeds import pad_embeds
@@ -322,6 +323,16 @@ def test_perturbed_attention_acts_beside_kv_compression(model):
     compressed = set_kv_compression(model, "mean:2:all")
     (perturbed,) = nodes_pag.PerturbedAttentionGuidance.execute(compressed, 3.0).args
     assert difference(sample(perturbed), sample(compressed)) > 1e-3
+
+
+def test_perturbed_attention_acts_beside_forecast_steps(model):
+    """What is asked with perturbed attention is forecast from its own past, by both nodes alike."""
+    forecast = set_speed(model, "forecast:1:1")
+    (perturbed,) = nodes_pag.PerturbedAttentionGuidance.execute(forecast, 3.0).args
+    (same,) = nodes_lt.LTXVSpatioTemporalGuidance.execute(forecast, **STG).args
+    made = sample(perturbed, steps=10)
+    assert difference(made, sample(same, steps=10)) < 1e-5
+    assert difference(made, sample(forecast, steps=10)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["attn1", "attn2"])
