@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from ..speed import ORDERS, Savings, acting
+from ..speed import ORDERS, Saving, Savings, acting
 
 Compute = Callable[[bool], Sequence[torch.Tensor]]
 # Noise levels beyond these are as good as pure noise and as none.
@@ -30,21 +30,19 @@ class History:
         self.points: list[tuple[float, torch.Tensor]] = []
 
     def add(self, position: float, value: torch.Tensor) -> None:
-        """A computed value. A second one at the same position takes its place, and a run that has gone back
-        towards noise begins anew."""
-        if self.points and position < self.points[-1][0] - NEAR:
-            self.points = []
-        apart = [point for point in self.points if abs(point[0] - position) > NEAR]
-        self.points = [*apart[1 - len(ORDERS) :], (position, value)]
+        """A computed value. It takes the place of those at the same position and beyond: a run that goes back
+        towards noise begins anew there."""
+        before = [point for point in self.points if point[0] < position - NEAR]
+        self.points = [*before[1 - len(ORDERS) :], (position, value)]
 
-    def reaches(self, order: int) -> bool:
-        """Whether there are enough values for a forecast of this order."""
-        return len(self.points) > order
+    def reaches(self, order: int, position: float = math.inf) -> bool:
+        """Whether there are enough values for a forecast of this order, and `position` is not before them."""
+        return len(self.points) > order and position >= self.points[-order - 1][0] - NEAR
 
     def is_near(self, position: float, order: int, skipped: int) -> bool:
         """Whether a forecast for `position` goes at most twice as far as `skipped` steps that are as long as
         the shortest one between its values. Beyond, it is mostly by what those are wrong."""
-        places = [place for place, _ in self.points[-(order + 1) :]]
+        places = [place for place, _ in self.points[-order - 1 :]]
         shortest = min((after - before for before, after in pairwise(places)), default=math.inf)
         return position - places[-1] <= 2 * skipped * shortest
 
@@ -81,6 +79,8 @@ class ForecastRun:
         self.computed: list[tuple[float, int]] = []
         self._pasts: dict[Hashable, _Past] = {}
         self._timestep, self._sigma, self._position = 0.0, 1.0, -math.inf
+        # Whether this step's noise level is that of the step before, and whether one's ever was.
+        self._again = self._repeats = False
         # How many steps in a row were forecasts, and had the first prompt alone. The first caller of a step
         # decides for all of them.
         self._forecasts = self._reuses = 0
@@ -91,8 +91,9 @@ class ForecastRun:
         sigma = min(max(sigma, LEAST_SIGMA), MOST_SIGMA)
         position = -math.log(sigma)
         if position < self._position - NEAR:  # another run through the schedule begins
-            self._pasts.clear()
             self._forecasts = self._reuses = 0
+        self._again = abs(position - self._position) <= NEAR
+        self._repeats |= self._again
         self._timestep, self._sigma, self._position = timestep, sigma, position
         self._decided = False
 
@@ -124,15 +125,20 @@ class ForecastRun:
     def _forecast(self, past: _Past, leads: bool) -> list[torch.Tensor] | None:
         """None where nothing is to be forecast, too little is known, or what comes of it is not finite."""
         saving = acting(self.savings, "forecast", self._timestep)
-        if saving is None or not past.first.reaches(saving.order):
+        if saving is None or not past.first.reaches(saving.order, self._position):
             return None
-        if self._forecasts >= saving.skipped if leads else self._forecasts == 0:
+        if not self._is_due(saving) if leads else self._forecasts == 0:
             return None
         if not past.first.is_near(self._position, saving.order, saving.skipped):
             return None
         first = past.first.at(self._position, saving.order)
         values = [first, *(first + self._difference(known, saving.order) for known in past.differences)]
         return values if all(value.isfinite().all() for value in values) else None
+
+    def _is_due(self, saving: Saving) -> bool:
+        """Whether the first caller of this step may have a forecast. Of a sampler that asks twice at a noise
+        level it is the second time: there it is the nearest."""
+        return self._forecasts < saving.skipped and (self._again or not self._repeats)
 
     def _is_alone(self, past: _Past, leads: bool) -> bool:
         """Whether the model is asked for the first prompt alone."""
@@ -141,7 +147,7 @@ class ForecastRun:
         saving = acting(self.savings, "guidance", self._timestep)
         if saving is None or (self._reuses >= saving.skipped if leads else self._reuses == 0):
             return False
-        return all(known.reaches(saving.order) for known in past.differences)
+        return all(known.reaches(saving.order, self._position) for known in past.differences)
 
     def _compute(self, past: _Past, compute: Compute, alone: bool) -> list[torch.Tensor]:
         first, *others = compute(alone)

@@ -79,15 +79,26 @@ def test_a_prompt_that_comes_or_goes_is_a_change():
     assert steps == [["guided"]] * 3 + [["guided alone"]] + [["guided"]] * 2
 
 
-def test_what_is_too_near_to_the_last_is_not_continued_far():
-    """As with samplers of two calls a step, of which the second is almost at the next step's noise level."""
-    run, computed = ForecastRun(parse("forecast:1:1")), []
-    for sigma in (8.0, 4.0001, 4.0, 2.0001, 2.0):
+def computed_at(*sigmas: float, setting="forecast:1:1") -> list[float]:
+    run, computed = ForecastRun(parse(setting)), []
+    for sigma in sigmas:
         run.step(500, sigma)
         run.ask(lambda alone, sigma=sigma: computed.append(sigma) or answers("guided", sigma)[:1], 1)
-    assert computed == [8.0, 4.0001, 2.0001]
-    run = ForecastRun(parse("forecast:1:1"))
-    for sigma in (8.0, 7.9, 4.0, 2.0):
-        run.step(500, sigma)
-        (value,) = run.ask(lambda alone, sigma=sigma: answers("guided", sigma)[:1], 1)
-    assert [timestep for timestep, _ in run.computed] == [500] * 3
+    return computed
+
+
+def test_what_is_known_close_together_is_not_continued_far():
+    assert computed_at(8.0, 7.9, 4.0, 2.0) == [8.0, 7.9, 4.0]
+    assert computed_at(8.0, 4.0, 2.0, 1.0) == [8.0, 4.0, 1.0]
+
+
+def test_of_two_calls_at_a_noise_level_the_second_is_forecast():
+    """In whatever order they were met, and where they differ by rounding."""
+    levels = 8.0, 4.0, 4.00001, 2.0, 1.99999, 1.0, 1.0
+    assert computed_at(*levels) == computed_at(*levels, setting="forecast:1:3") == [8.0, 4.0, 2.0, 1.0]
+    assert computed_at(16.0, *levels) == [16.0, 8.0, 4.00001, 2.0, 1.0]
+
+
+def test_a_step_back_is_forecast_from_both_sides_and_not_from_beyond():
+    assert computed_at(8.0, 4.0, 2.0, 1.0, 3.0) == [8.0, 4.0, 1.0]
+    assert computed_at(8.0, 4.0, 2.0, 1.0, 6.0, 4.0) == [8.0, 4.0, 1.0, 6.0]
