@@ -75,13 +75,21 @@ def acting(savings: Savings, kind: str, timestep: float) -> Saving | None:
 
 def for_steps(savings: Savings, measured: int, steps: int) -> Savings:
     """What was measured with so many steps, for a run of others: forecasts reach as far in the schedule as
-    they did, and what comes to less than one step is computed, as all is in a run of FEW_STEPS."""
-    if steps <= FEW_STEPS:
-        return ()
-    scaled = (
-        (one, one.skipped if one.kind == "unguided" else one.skipped * steps // measured) for one in savings
-    )
-    return tuple(replace(one, skipped=min(skipped, MOST_SKIPPED)) for one, skipped in scaled if skipped)
+    they did, and what comes to less than one step is computed, as all is in a run of FEW_STEPS.
+
+    Where the last step was computed it still is.
+    """
+    if steps == measured:
+        return savings
+    scaled = []
+    for one in savings if steps > FEW_STEPS else ():
+        skipped = (
+            one.skipped if one.kind == "unguided" else min(one.skipped * steps // measured, MOST_SKIPPED)
+        )
+        end = one.part.end if one.part.end == 1 else min(one.part.end, 1 - 1 / steps)
+        if skipped and one.part.start < end:
+            scaled.append(replace(one, skipped=skipped, part=SchedulePart(one.part.start, end)))
+    return tuple(scaled)
 
 
 def _parse_saving(text: str) -> Saving:

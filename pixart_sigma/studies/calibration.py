@@ -157,7 +157,7 @@ def _most_runs(reference: str) -> int:
     """How many whole runs of each prompt there are at most beside those of KV compression alone."""
     spacings, converged = 6, 1 if reference == "converged" else 0
     searches = 3 * SEARCHES_ALONE + SEARCHES_TOGETHER + SEARCHES_ON_STEPS
-    return converged + WINDOWS + spacings + 2 * len(FEWER) + searches
+    return converged + 2 * WINDOWS + spacings + 2 * len(FEWER) + searches
 
 
 class _Count:

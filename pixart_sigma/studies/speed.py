@@ -11,7 +11,7 @@ savings on top.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -20,6 +20,7 @@ import torch
 from ..noise_schedule import SPACINGS
 from ..sampling.forecast import ForecastRun
 from ..schedule_part import SchedulePart
+from ..setting_checks import LAST_TIMESTEP
 from ..settings import Settings
 from ..speed import FEW_STEPS, Saving, Savings, for_steps
 from ..transformer.calibration import RATIOS, WINDOWS, Choice, Point
@@ -28,15 +29,15 @@ from ..transformer.kv_rules import KVCompression
 from .calibrator import OPERATOR, PROMPT_TOKENS, join, relative
 from .runs import Ran, Runs, Seen
 
-PARTS = tuple(SchedulePart(window / WINDOWS, (window + 1) / WINDOWS) for window in range(WINDOWS))
 FORECASTS = tuple((order, skipped) for order in (0, 1, 2) for skipped in (1, 2, 3, 5))
 GUIDANCE = ((0, 1), (0, 3), (1, 1))
-# A part's error at the end is measured with this, and is taken to be in proportion for others.
-MILD = Saving("forecast", 1, 1)
+# What is left of a part's errors at the end is measured with these, and taken to be the same share of others.
+MILD_FORECAST, MILD_GUIDANCE = Saving("forecast", 1, 1), Saving("guidance", 0, 1)
 # Shares of the user's own steps.
 FEWER = (0.7, 0.5, 0.4, 0.3, 0.2)
 SEARCHES_ALONE, SEARCHES_TOGETHER, SEARCHES_ON_STEPS = 3, 6, 3
 BISECTIONS = 50
+PRICES = (1e-12, 1e12)  # the lowest and the highest
 NOTHING = Choice()
 
 
@@ -96,14 +97,19 @@ class SpeedSearch:
 
     def measure(self) -> None:
         """What each part's savings leave at the end."""
-        for part in PARTS:
-            alone = [self._option(part, savings) for savings in self._combinations(part)]
-            mild = self._option(part, (replace(MILD, part=part),))
-            left = 1.0
-            if mild.error > 0 and len(alone) > 1:
-                ended = self.run("part", replace(self.base, savings=mild.savings))
-                left = math.sqrt(max(ended.error**2 - self._base_error**2, 0)) / mild.error
-            self.windows.append([replace(one, error=left * one.error) for one in alone])
+        for part in self._parts:
+            forecasts = self._alone(
+                part, [Saving("forecast", *how, part) for how in FORECASTS], MILD_FORECAST
+            )
+            guidance = [Saving("guidance", *how, part) for how in GUIDANCE] + [Saving("unguided", part=part)]
+            reused = self._alone(part, guidance if self.settings.guided else [], MILD_GUIDANCE)
+            self.windows.append(
+                [
+                    Option(savings, math.hypot(forecast.error, other.error), self._asked(part, savings))
+                    for forecast, other in itertools.product(forecasts, reused)
+                    for savings in [forecast.savings + other.savings]
+                ]
+            )
 
     def search(
         self, kind: str, kinds: tuple[str, ...], searches: int, schedule: Point | None = None
@@ -113,22 +119,29 @@ class SpeedSearch:
         schedule: other steps than the user's own, as they were measured, for the savings to be on top of.
         """
         already = schedule.error if schedule else self._base_error
-        low, high, limit = 1e-12, 1e12, math.sqrt(max(self.budget**2 - already**2, 0))
-        best, seen = None, {self._choose(0.0, kinds)[0]}
+        room = math.sqrt(max(self.budget**2 - already**2, 0))
+        low, high, limit = *PRICES, room
+        best, within = None, {self._choose(0.0, kinds)[0]: True}
         for _ in range(searches):
             price = self._price(kinds, limit, low, high)
             found, expected = self._choose(price, kinds)
-            if found in seen:
+            for _ in range(BISECTIONS):  # to one that has not been run
+                if found not in within:
+                    break
+                low, high = (price, high) if within[found] else (low, price)
+                price = math.sqrt(low * high)
+                found, expected = self._choose(price, kinds)
+            else:
                 break
-            seen.add(found)
             point = self.run(kind, self._on(schedule, found) if schedule else found)
-            if point.error <= self.budget:
+            within[found] = point.error <= self.budget
+            if within[found]:
                 low = price
                 best = point if best is None or point.multiply_adds < best.multiply_adds else best
             else:
                 high = price
             added = math.sqrt(max(point.error**2 - already**2, 0))
-            limit = expected * math.sqrt(max(self.budget**2 - already**2, 0)) / added if added else math.inf
+            limit = expected * room / added if added else math.inf
         return best
 
     def run_schedules(self) -> list[Point]:
@@ -152,7 +165,7 @@ class SpeedSearch:
         promising = []
         for point in within:
             limit = math.sqrt(self.budget**2 - point.error**2)
-            found, _ = self._choose(self._price(kinds, limit, 1e-12, 1e12), kinds)
+            found, _ = self._choose(self._price(kinds, limit, *PRICES), kinds)
             promising.append((point.multiply_adds * self._asked_share(found), point))
         promising.sort(key=lambda pair: pair[0])
         for expected, point in promising[:1]:
@@ -183,10 +196,19 @@ class SpeedSearch:
         return multiply_adds(self.runs.config, height, width, PROMPT_TOKENS, rules, timestep)
 
     @cached_property
+    def _parts(self) -> list[SchedulePart]:
+        """The quarters of the schedule. The last step is not in them: its error is that of the picture."""
+        last = 1 - min(seen.timestep for seen in self.recorded[0]) / LAST_TIMESTEP
+        last = math.floor(1000 * last) / 1000  # so that its spelling leaves that step out too
+        starts = [window / WINDOWS for window in range(WINDOWS)]
+        ends = [*starts[1:], last if last > starts[-1] else 1.0]
+        return [SchedulePart(start, end) for start, end in zip(starts, ends, strict=True)]
+
+    @cached_property
     def _weights(self) -> list[float]:
         """The share of each part in the multiply-adds of a run."""
         steps = [seen.timestep for seen in self.recorded[0]]
-        return [sum(part.holds(timestep) for timestep in steps) / len(steps) for part in PARTS]
+        return [sum(part.holds(timestep) for timestep in steps) / len(steps) for part in self._parts]
 
     @cached_property
     def _gains(self) -> dict[int, float]:
@@ -197,33 +219,47 @@ class SpeedSearch:
             for ratio in RATIOS
         }
 
-    def _combinations(self, part: SchedulePart) -> Iterator[Savings]:
-        """What a part may save, nothing first."""
-        forecasts: list[Savings] = [()]
-        guidance: list[Savings] = [()]
-        if self.settings.steps > FEW_STEPS:
-            forecasts += [(Saving("forecast", *how, part),) for how in FORECASTS]
-            guidance += [(Saving("guidance", *how, part),) for how in GUIDANCE]
-            guidance.append((Saving("unguided", part=part),))
-        for forecast, other in itertools.product(forecasts, guidance if self.settings.guided else [()]):
-            yield (*forecast, *other)
+    def _alone(self, part: SchedulePart, listed: list[Saving], mild: Saving) -> list[Option]:
+        """Each of these by itself in a part, nothing first; with its error as it is left at the end."""
+        nothing = Option((), 0.0, 1.0)
+        if self.settings.steps <= FEW_STEPS or not listed:
+            return [nothing]
+        mild = replace(mild, part=part)
+        error, left = self._error(part, mild), 1.0
+        if error > 0:
+            ended = self.run("part", replace(self.base, savings=(mild,)))
+            left = math.sqrt(max(ended.error**2 - self._base_error**2, 0)) / error
+        return [nothing, *(Option((one,), left * self._error(part, one), 1.0) for one in listed)]
 
-    def _option(self, part: SchedulePart, savings: Savings) -> Option:
-        """These savings in this part: the error in what its steps predict, the roots of their squares' sum;
-        of the prompt with the largest."""
-        errors, asked = [], []
+    def _error(self, part: SchedulePart, saving: Saving) -> float:
+        """What the steps of this part predict with a saving, the root of their squared errors' sum; of the
+        prompt with the largest. What is without guidance errs in one direction, so that errors add."""
+        sums = []
         for steps in self.recorded:
-            run, squares = ForecastRun(savings), 0.0
+            run, errors = ForecastRun((saving,)), []
             for seen in steps:
                 run.step(seen.timestep, seen.sigma)
                 values = run.ask(partial(_answer, seen.values), len(seen.values))
-                guided = values[0] if len(values) == 1 else self._guided(*values)
-                squares += relative(guided, seen.guided) ** 2 if part.holds(seen.timestep) else 0.0
-            errors.append(math.sqrt(squares))
-            rows = sum(rows for timestep, rows in run.computed if part.holds(timestep))
-            full = sum(len(seen.values) for seen in steps if part.holds(seen.timestep))
-            asked.append(rows / full if full else 1.0)
-        return Option(savings, max(errors), sum(asked) / len(asked))
+                if part.holds(seen.timestep):
+                    guided = values[0] if len(values) == 1 else self._guided(*values)
+                    errors.append(relative(guided, seen.guided))
+            sums.append(sum(errors) if saving.kind == "unguided" else math.hypot(*errors, 0.0))
+        return max(sums)
+
+    def _asked(self, part: SchedulePart, savings: Savings) -> float:
+        """The share of the model's answers in this part that are still asked for."""
+        steps = self.recorded[0]
+        rows = sum(rows for timestep, rows in self._simulated(savings) if part.holds(timestep))
+        full = sum(len(seen.values) for seen in steps if part.holds(seen.timestep))
+        return rows / full if full else 1.0
+
+    def _simulated(self, savings: Savings) -> list[tuple[float, int]]:
+        """What a run asks the model, without the model."""
+        run, nothing = ForecastRun(savings), torch.zeros(1)
+        for seen in self.recorded[0]:
+            run.step(seen.timestep, seen.sigma)
+            run.ask(partial(_answer, [nothing] * len(seen.values)), len(seen.values))
+        return run.computed
 
     def _guided(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         return negative + self.settings.guidance * (positive - negative)
@@ -277,12 +313,7 @@ class SpeedSearch:
 
     def _asked_share(self, choice: Choice) -> float:
         """The share of a run's multiply-adds that a choice is expected to ask for."""
-        run = ForecastRun(choice.savings)
-        nothing = torch.zeros(1)
-        for seen in self.recorded[0]:
-            run.step(seen.timestep, seen.sigma)
-            run.ask(partial(_answer, [nothing] * len(seen.values)), len(seen.values))
-        asked = Ran(nothing, 0.0, run.computed)
+        asked = Ran(torch.zeros(1), 0.0, self._simulated(choice.savings))
         return self._count(asked, choice.rules) / self._count(self.full[0], self.base.rules)
 
     def _on(self, schedule: Point, choice: Choice) -> Choice:
