@@ -7,6 +7,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import DualCFGGuider, RandomNoise, SamplerCustom, SamplerCustomAdvanced
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
@@ -26,6 +27,7 @@ from pack.pixart_sigma.sampling.denoise import denoise
 from pack.pixart_sigma.sampling.guidance import guide
 from pack.pixart_sigma.settings import Settings
 from pack.pixart_sigma.speed import parse
+from pack.pixart_sigma.transformer import calibrated_speed
 from pack.pixart_sigma.transformer.calibration import Calibration, Choice, Point, calibration_path
 from pack.pixart_sigma.transformer.loading import load_transformer
 from random_models import conditioning, difference, normal, transformer
@@ -155,18 +157,31 @@ def test_our_sampler_leaves_what_the_node_has_set(demo, words):
         Speed.execute(demo, "custom", " ")
 
 
-# How far from the run without forecasts each sampler may end, where it is not as near as the others.
-FARTHER = {}
+# How far from the run without forecasts these may end, which bear them less well than all others.
+FARTHER = dict.fromkeys(
+    (
+        "dpmpp_sde",
+        "dpmpp_sde_gpu",
+        "dpmpp_2m_sde",
+        "dpmpp_2m_sde_gpu",
+        "dpmpp_2m_sde_heun",
+        "dpmpp_2m_sde_heun_gpu",
+        "dpmpp_3m_sde",
+        "dpmpp_3m_sde_gpu",
+        "lcm",
+    ),
+    0.6,
+)
 
 
 @pytest.mark.parametrize("name", comfy.samplers.KSampler.SAMPLERS)
 def test_every_sampler_forecasts(demo, words, name):
     counted, calls = count_calls(demo)
-    plain = sample(counted, words, sampler_name=name, schedule="karras")
+    plain = sample(counted, words, sampler_name=name)
     computed = len(calls)
-    made = sample(counted, words, EVERY_OTHER, sampler_name=name, schedule="karras")
-    assert len(calls) - computed <= 0.8 * computed
-    assert far(made, plain) < FARTHER.get(name, 0.1)
+    made = sample(counted, words, EVERY_OTHER, sampler_name=name)
+    assert len(calls) - computed <= 0.7 * computed
+    assert 0 < far(made, plain) < FARTHER.get(name, 0.25)
 
 
 def test_parts_of_a_schedule_and_of_a_picture(demo, words):
@@ -197,6 +212,19 @@ def test_a_batch_is_its_pictures_one_by_one(demo, words):
             fast, noise[one], 4.5, sampler, sigmas, *words, latents[one], seed=0
         )
         assert difference(both[one], alone) < 1e-4
+
+
+def test_windows_of_a_batch_have_pasts_of_their_own(demo, words):
+    """Windows without overlap, in which each picture is drawn as in the whole batch."""
+    latents = normal(4, 4, *SIZE, seed=3)
+    fast, sigmas = set_speed(demo, EVERY_OTHER), reference_sigmas(demo, STEPS)
+    expected = custom(fast, words, sigmas, samples=latents)
+    windows = ContextWindowsManualNode.execute(
+        fast, 2, 0, "standard_static", 1, False, "flat", 0, False, causal_window_fix=False
+    ).args[0]
+    counted, calls = count_calls(windows)
+    assert difference(custom(counted, words, sigmas, samples=latents), expected) < 1e-3
+    assert len(calls) == 2 * 7 and set(calls) == {4}
 
 
 def test_no_run_knows_of_another(demo, words):
@@ -379,6 +407,7 @@ def test_auto_does_what_was_measured(tmp_path, words, caplog):
     save_file(load_model(DEMO, dtype="fp32").state_dict_for_saving(), path)
     model = load_model(path)
     fast = Speed.execute(model, "auto").args[0]
+    calibrated_speed._say_not_measured.cache_clear()  # it says so once
     cautious = sample(fast, words)
     assert "was not measured" in caplog.text
     assert difference(cautious, sample(model, words, EVERY_OTHER)) == 0
