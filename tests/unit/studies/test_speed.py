@@ -33,13 +33,13 @@ CONFIG = TransformerConfig(
     sample_size=128,
     interpolation_scale=2,
     num_layers=3,
-    num_attention_heads=2,
-    attention_head_dim=8,
+    num_attention_heads=16,
+    attention_head_dim=72,
     in_channels=4,
     out_channels=8,
     patch_size=2,
     caption_channels=12,
-    cross_attention_dim=16,
+    cross_attention_dim=1152,
 )
 SETTINGS = Settings(width=1024, height=1024, steps=20)
 
@@ -50,7 +50,7 @@ class KnownRuns:
     predicts plus the errors of its forecasts and of its compressed layers, each at right angles."""
 
     curve: float = 0.02
-    layer_error: float = 0.01
+    layer_error: float = 0.003
     config: TransformerConfig = CONFIG
     noise_schedule: NoiseSchedule = PUBLISHED
     fingerprint: tuple[float, ...] = (1.0,) * 24
