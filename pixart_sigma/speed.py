@@ -10,6 +10,7 @@ along a line. Each can be bound to a part of the noise schedule, such as `foreca
 one kind the first that acts counts. `sampling/forecast.py` does what is said here.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -82,11 +83,12 @@ def for_steps(savings: Savings, measured: int, steps: int) -> Savings:
     if steps == measured:
         return savings
     scaled = []
+    last = math.floor(1000 * (1 - 1 / steps)) / 1000  # where the last step begins, as it can be spelled
     for one in savings if steps > FEW_STEPS else ():
         skipped = (
             one.skipped if one.kind == "unguided" else min(one.skipped * steps // measured, MOST_SKIPPED)
         )
-        end = one.part.end if one.part.end == 1 else min(one.part.end, 1 - 1 / steps)
+        end = one.part.end if one.part.end == 1 else min(one.part.end, last)
         if skipped and one.part.start < end:
             scaled.append(replace(one, skipped=skipped, part=SchedulePart(one.part.start, end)))
     return tuple(scaled)

@@ -71,6 +71,15 @@ def test_in_a_run_of_other_steps_forecasts_reach_as_far():
     assert spell(for_steps(savings, 20, 5)) == "unguided:90-100%"
     assert for_steps(savings, 20, 20) == savings
     assert spell(for_steps(parse("forecast:1:3"), 1, 999)) == "forecast:1:20"
+    assert for_steps(savings, 20, 4) == ()
+
+
+def test_the_last_step_stays_computed_in_a_shorter_run():
+    (shorter,) = for_steps(parse("forecast:1:3:75-94.9%"), 20, 14)
+    assert shorter.part.end == 0.928 and parse(spell([shorter])) == (shorter,)
+    assert for_steps(parse("forecast:1:3:75-94.9%"), 20, 40)[0].part.end == 0.949
+    assert for_steps(parse("forecast:1:3:90-94.9%"), 20, 8) == ()
+    assert for_steps(parse("forecast:1:3:75-100%"), 20, 14)[0].part.end == 1
 
 
 def test_the_cautious_pattern_begins_late_and_ends_early():

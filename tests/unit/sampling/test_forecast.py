@@ -192,7 +192,7 @@ def test_guidance_is_forecast_with_half_of_the_rows(small):
     assert rows == [4, 4, 2, 4, 2, 4, 2, 4, 2, 4, 2, 4]
     assert 0 < (fast - full).norm() / full.norm() < 0.1
     alone, rows = run(small, speed="unguided")
-    torch.testing.assert_close(alone, run(small, guidance_scale=1.0)[0])
+    torch.testing.assert_close(alone, run(small, guidance_scale=1.0)[0], rtol=1e-4, atol=1e-3)
     assert rows == [2] * 12
 
 
