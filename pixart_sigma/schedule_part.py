@@ -20,6 +20,8 @@ class SchedulePart:
                 f"A part of the schedule must start before it ends, within 0 and 1, not {self.start} to "
                 f"{self.end}."
             )
+        for name in ("start", "end"):  # so that what is spelled is read again as it was
+            object.__setattr__(self, name, round(getattr(self, name), 6))
 
     def __str__(self) -> str:
         """The spelling that `parse` reads."""
