@@ -12,17 +12,28 @@ import torch
 
 from ..choices import CALIBRATION_COSTS, CALIBRATION_REFERENCES
 from ..errors import SigmaError
+from ..noise_schedule import SPACINGS
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.noise import get_noise
 from ..settings import Settings
+from ..speed import FEW_STEPS
 from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass
 from .calibrator import Calibrator, Progress
 from .runs import EngineRuns, Ran, Runs, Seen
-from .speed import FEWER, SEARCHES_ALONE, SEARCHES_ON_STEPS, SEARCHES_TOGETHER, SpeedSearch
+from .speed import (
+    BESIDE_PATTERNS,
+    FEWER,
+    KEPT_PATTERNS,
+    PATTERNS,
+    SEARCHES_ALONE,
+    SEARCHES_ON_TOP,
+    SEARCHES_TOGETHER,
+    SpeedSearch,
+)
 
 CONVERGED_STEPS = 80
 KINDS = ("forecast", "guidance", "kv")
@@ -78,7 +89,7 @@ def calibrate(
     references = _references(runs, full, base, reference, count.run)
     compressed = calibrator.at_the_end or None
     search = SpeedSearch(runs, settings, budget, recorded, full, references, compressed, base, count.run)
-    points = _search(search, cost)
+    points = _search(search)
     count.done()
     return Calibration(
         rules=rules,
@@ -134,16 +145,19 @@ def _references(
     return converged
 
 
-def _search(search: SpeedSearch, cost: str) -> list[Point]:
+def _search(search: SpeedSearch) -> list[Point]:
     """All points that were measured."""
-    search.measure()
     schedules = search.run_schedules()
+    if search.settings.steps > FEW_STEPS:
+        search.run_patterns()
+    search.measure()
     search.search("forecast", ("forecast",), SEARCHES_ALONE)
     search.search("guidance", ("guidance",), SEARCHES_ALONE)
     if search.compressed is not None:
         search.search("kv", ("kv",), SEARCHES_ALONE)
     search.search("together", KINDS, SEARCHES_TOGETHER)
-    search.on_schedules(schedules, _cheapest(search.points, search.budget, cost), KINDS)
+    search.compress_the_best()
+    search.on_schedules(schedules)
     return search.points
 
 
@@ -155,9 +169,10 @@ def _cheapest(points: list[Point], budget: float, cost: str) -> Point | None:
 
 def _most_runs(reference: str) -> int:
     """How many whole runs of each prompt there are at most beside those of KV compression alone."""
-    spacings, converged = 6, 1 if reference == "converged" else 0
-    searches = 3 * SEARCHES_ALONE + SEARCHES_TOGETHER + SEARCHES_ON_STEPS
-    return converged + 2 * WINDOWS + spacings + 2 * len(FEWER) + searches
+    parts, spacings, schedules = 2 * WINDOWS, len(SPACINGS), 2 * len(FEWER)
+    patterns = len(PATTERNS) + KEPT_PATTERNS * (len(BESIDE_PATTERNS) + SEARCHES_ON_TOP)
+    searches = 3 * SEARCHES_ALONE + SEARCHES_TOGETHER + SEARCHES_ON_TOP**2
+    return parts + spacings + schedules + patterns + searches + (reference == "converged")
 
 
 class _Count:

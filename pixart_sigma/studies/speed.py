@@ -33,9 +33,15 @@ FORECASTS = tuple((order, skipped) for order in (0, 1, 2) for skipped in (1, 2, 
 GUIDANCE = ((0, 1), (0, 3), (1, 1))
 # What is left of a part's errors at the end is measured with these, and taken to be the same share of others.
 MILD_FORECAST, MILD_GUIDANCE = Saving("forecast", 1, 1), Saving("guidance", 0, 1)
+# Of one pattern for the whole run but its first steps, and what guidance may have beside it.
+PATTERNS = tuple((order, skipped) for order in (0, 1, 2) for skipped in (1, 2, 3))
+PATTERNS_BEGIN = 0.1
+BESIDE_PATTERNS = ((0, 1), (1, 1))
+# So many of the cheapest patterns within the budget are gone on with.
+KEPT_PATTERNS = 3
 # Shares of the user's own steps.
 FEWER = (0.7, 0.5, 0.4, 0.3, 0.2)
-SEARCHES_ALONE, SEARCHES_TOGETHER, SEARCHES_ON_STEPS = 3, 6, 3
+SEARCHES_ALONE, SEARCHES_TOGETHER, SEARCHES_ON_TOP = 3, 4, 2
 BISECTIONS = 50
 PRICES = (1e-12, 1e12)  # the lowest and the highest
 NOTHING = Choice()
@@ -111,14 +117,37 @@ class SpeedSearch:
                 ]
             )
 
+    def run_patterns(self) -> None:
+        """One pattern for the whole run: what is chosen part by part does not know how parts meet."""
+        part = SchedulePart(PATTERNS_BEGIN, self._parts[-1].end)
+        for how in PATTERNS:
+            self.run("forecast", replace(self.base, savings=(Saving("forecast", *how, part),)))
+        if not self.settings.guided:
+            return
+        for point in self._within("forecast")[:KEPT_PATTERNS]:
+            for how in BESIDE_PATTERNS:
+                savings = (*point.choice.savings, Saving("guidance", *how, part))
+                self.run("together", replace(point.choice, savings=savings))
+
+    def _within(self, *kinds: str) -> list[Point]:
+        """The points of these kinds within the budget, the cheapest first."""
+        within = [point for point in self.points if point.kind in kinds and point.error <= self.budget]
+        return sorted(within, key=lambda point: point.multiply_adds)
+
+    def compress_the_best(self) -> None:
+        """KV compression on top of the cheapest forecasts, for what they leave of the budget."""
+        for point in self._within("forecast", "together")[:KEPT_PATTERNS]:
+            if not point.choice.rules and self.compressed is not None:
+                self.search("together", ("kv",), SEARCHES_ON_TOP, point)
+
     def search(
-        self, kind: str, kinds: tuple[str, ...], searches: int, schedule: Point | None = None
+        self, kind: str, kinds: tuple[str, ...], searches: int, top_of: Point | None = None
     ) -> Point | None:
         """The cheapest choice of these kinds of savings within the budget, or None; KV compression is "kv".
 
-        schedule: other steps than the user's own, as they were measured, for the savings to be on top of.
+        top_of: other steps than the user's own or forecasts, as they were measured, that stay.
         """
-        already = schedule.error if schedule else self._base_error
+        already = top_of.error if top_of else self._base_error
         room = math.sqrt(max(self.budget**2 - already**2, 0))
         low, high, limit = *PRICES, room
         best, within = None, {self._choose(0.0, kinds)[0]: True}
@@ -133,7 +162,7 @@ class SpeedSearch:
                 found, expected = self._choose(price, kinds)
             else:
                 break
-            point = self.run(kind, self._on(schedule, found) if schedule else found)
+            point = self.run(kind, self._on(top_of.choice, found) if top_of else found)
             within[found] = point.error <= self.budget
             if within[found]:
                 low = price
@@ -159,18 +188,14 @@ class SpeedSearch:
             for count in counts
         ]
 
-    def on_schedules(self, schedules: list[Point], best: Point | None, kinds: tuple[str, ...]) -> None:
-        """The savings on top of those other steps that promise more than the best choice so far."""
-        within = [point for point in schedules if point.error <= self.budget]
-        promising = []
-        for point in within:
-            limit = math.sqrt(self.budget**2 - point.error**2)
-            found, _ = self._choose(self._price(kinds, limit, *PRICES), kinds)
-            promising.append((point.multiply_adds * self._asked_share(found), point))
-        promising.sort(key=lambda pair: pair[0])
-        for expected, point in promising[:1]:
-            if best is None or expected < best.multiply_adds:
-                self.search("together", kinds, SEARCHES_ON_STEPS, point)
+    def on_schedules(self, schedules: list[Point]) -> None:
+        """The best choices so far on top of the other steps that are nearest to the reference."""
+        best = self._within("forecast", "guidance", "kv", "together")[:SEARCHES_ON_TOP]
+        nearest = [point for point in schedules if point.error <= self.budget]
+        nearest.sort(key=lambda point: point.error)
+        for schedule in nearest[:SEARCHES_ON_TOP]:
+            for point in best:
+                self.run("together", self._on(schedule.choice, point.choice))
 
     @cached_property
     def _base_error(self) -> float:
@@ -311,16 +336,11 @@ class SpeedSearch:
                     saved += self._gains[ratio]
         return squares + worth * option.asked * (1 - saved), option, layers, squares
 
-    def _asked_share(self, choice: Choice) -> float:
-        """The share of a run's multiply-adds that a choice is expected to ask for."""
-        asked = Ran(torch.zeros(1), 0.0, self._simulated(choice.savings))
-        return self._count(asked, choice.rules) / self._count(self.full[0], self.base.rules)
-
-    def _on(self, schedule: Point, choice: Choice) -> Choice:
-        """The choice on top of other steps."""
-        steps = schedule.choice.steps
-        savings = for_steps(choice.savings, self.settings.steps, steps) if steps else choice.savings
-        return replace(choice, savings=savings, steps=steps, spacing=schedule.choice.spacing)
+    def _on(self, below: Choice, above: Choice) -> Choice:
+        """One choice on top of another, which has the steps."""
+        steps = below.steps
+        savings = for_steps(above.savings, self.settings.steps, steps) if steps else above.savings
+        return replace(below, rules=above.rules, savings=savings or below.savings)
 
 
 def _answer(values: list[torch.Tensor], alone: bool) -> list[torch.Tensor]:
