@@ -14,7 +14,7 @@ from ...pixart_sigma.settings import Settings
 from ...pixart_sigma.speed import spell as spell_speed
 from .kv_compression import KV_COMPRESSION, is_ours
 from .sampling import SamplerSettings, sample
-from .speed import noise_to_signal, set_speed
+from .speed import set_speed
 
 CALIBRATION = "pixart_sigma_calibration"  # the key of our wrappers
 
@@ -114,8 +114,6 @@ class HostRuns:
             self.model.cleanup()
 
     def _watched(self, see, rules):
-        from ...pixart_sigma.studies.runs import Seen
-
         cfg = self.settings.guidance
 
         def watch(executor, network, conds, x, sigma, model_options):
@@ -128,16 +126,8 @@ class HostRuns:
                 return positive if conds[1] is None else unwanted + cfg * (positive - unwanted)
 
             predicted = ask(rules)
-            sampling = network.model_sampling
-            see(
-                Seen(
-                    float(sampling.timestep(sigma)[0]),
-                    noise_to_signal(float(sigma[0]), sampling),
-                    predicted[: 1 if conds[1] is None else 2],
-                    guided(predicted),
-                    lambda others: guided(ask(others)),
-                )
-            )
+            timestep = float(network.model_sampling.timestep(sigma)[0])
+            see(timestep, guided(predicted), lambda others: guided(ask(others)))
             return predicted
 
         watched = self.model.clone()

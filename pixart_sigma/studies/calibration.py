@@ -12,31 +12,19 @@ import torch
 
 from ..choices import CALIBRATION_COSTS, CALIBRATION_REFERENCES
 from ..errors import SigmaError
-from ..noise_schedule import SPACINGS
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.noise import get_noise
 from ..settings import Settings
-from ..speed import FEW_STEPS
-from ..transformer.calibration import WINDOWS, Calibration, Choice, Point
+from ..transformer.calibration import Calibration, Choice, Point
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass
 from .calibrator import Calibrator, Progress
-from .runs import EngineRuns, Ran, Runs, Seen
-from .speed import (
-    BESIDE_PATTERNS,
-    FEWER,
-    KEPT_PATTERNS,
-    PATTERNS,
-    SEARCHES_ALONE,
-    SEARCHES_ON_TOP,
-    SEARCHES_TOGETHER,
-    SpeedSearch,
-)
+from .runs import EngineRuns, Ran, Runs
+from .speed import MOST_RUNS, SpeedSearch
 
 CONVERGED_STEPS = 80
-KINDS = ("forecast", "guidance", "kv")
 
 # Different enough in content that no single picture decides.
 PROMPTS = (
@@ -76,9 +64,9 @@ def calibrate(
     width, height = settings.asked_size(runs.config.sample_size * 8)
     calibrator = Calibrator(runs.config, height, width, budget)
     base = Choice(as_trained(runs.config))
-    recorded: list[list[Seen]] = [[] for _ in prompts]
-    full = [_watched(runs, index, base, calibrator, steps) for index, steps in enumerate(recorded)]
-    count = _Count(on_run, calibrator.total, len(prompts) * _most_runs(reference), settings.steps)
+    full = [_watched(runs, index, base, calibrator) for index in range(len(prompts))]
+    most = MOST_RUNS + (reference == "converged")
+    count = _Count(on_run, calibrator.total, len(prompts) * most, settings.steps)
     rules, error, errors = base.rules, 0.0, {}
     if not base.rules:
         with torch.no_grad(), runs.repeating():
@@ -87,9 +75,8 @@ def calibrate(
             errors, lambda index, rules: runs.run(index, Choice(rules)).latents, count.steps
         )
     references = _references(runs, full, base, reference, count.run)
-    compressed = calibrator.at_the_end or None
-    search = SpeedSearch(runs, settings, budget, recorded, full, references, compressed, base, count.run)
-    points = _search(search)
+    search = SpeedSearch(runs, settings, calibrator, full, references, base, count.run)
+    points = search.run_all(rules)
     count.done()
     return Calibration(
         rules=rules,
@@ -119,15 +106,10 @@ def _check_words(reference: str, cost: str) -> None:
             raise SigmaError(f"{name} is {word!r}; choose one of {', '.join(words)}.")
 
 
-def _watched(runs: Runs, index: int, base: Choice, calibrator: Calibrator, steps: list[Seen]) -> Ran:
-    """A run at full cost, its steps remembered."""
-
-    def see(seen: Seen) -> None:
-        steps.append(seen)
-        calibrator.see(seen.timestep, seen.guided, seen.repeat)
-
+def _watched(runs: Runs, index: int, base: Choice, calibrator: Calibrator) -> Ran:
+    """A run at full cost, of which the calibrator is told each step."""
     calibrator.start()
-    ran = runs.run(index, base, see)
+    ran = runs.run(index, base, calibrator.see)
     calibrator.finish(ran.latents)
     return ran
 
@@ -145,34 +127,10 @@ def _references(
     return converged
 
 
-def _search(search: SpeedSearch) -> list[Point]:
-    """All points that were measured."""
-    schedules = search.run_schedules()
-    if search.settings.steps > FEW_STEPS:
-        search.run_patterns()
-    search.measure()
-    search.search("forecast", ("forecast",), SEARCHES_ALONE)
-    search.search("guidance", ("guidance",), SEARCHES_ALONE)
-    if search.compressed is not None:
-        search.search("kv", ("kv",), SEARCHES_ALONE)
-    search.search("together", KINDS, SEARCHES_TOGETHER)
-    search.compress_the_best()
-    search.on_schedules(schedules)
-    return search.points
-
-
 def _cheapest(points: list[Point], budget: float, cost: str) -> Point | None:
     """The cheapest point within the budget that saves anything."""
     within = [point for point in points if point.error <= budget and getattr(point, cost) < 1]
     return min(within, key=lambda point: getattr(point, cost), default=None)
-
-
-def _most_runs(reference: str) -> int:
-    """How many whole runs of each prompt there are at most beside those of KV compression alone."""
-    parts, spacings, schedules = 2 * WINDOWS, len(SPACINGS), 2 * len(FEWER)
-    patterns = len(PATTERNS) + KEPT_PATTERNS * (len(BESIDE_PATTERNS) + SEARCHES_ON_TOP)
-    searches = 3 * SEARCHES_ALONE + SEARCHES_TOGETHER + SEARCHES_ON_TOP**2
-    return parts + spacings + schedules + patterns + searches + (reference == "converged")
 
 
 class _Count:

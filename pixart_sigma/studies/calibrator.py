@@ -122,9 +122,9 @@ class Calibrator:
         """
         done = self.total - (WINDOWS + SEARCHES) * self.steps
 
-        def error_of(chosen) -> float:
+        def error_of(rules: tuple[KVCompression, ...]) -> float:
             nonlocal done
-            rules, found = join(self.config.num_layers, chosen), []
+            found = []
             for index, latents in enumerate(self.ended):
                 found.append(relative(run(index, rules).float(), latents))
                 done += self.steps // len(self.ended)
@@ -138,9 +138,9 @@ class Calibrator:
             for window in range(WINDOWS)
         ]
         self.at_the_end = windows
-        chosen, error = self._search(windows, error_of)
+        found = self.search(error_of)
         on_progress(self.total, self.total)
-        return join(self.config.num_layers, chosen), error
+        return found
 
     def _at_the_end(self, window: int, alone: dict[int, list[float]], error_of) -> dict[int, list[float]]:
         """The errors of the layers in a window, as large as they are at the end of a run.
@@ -152,13 +152,21 @@ class Calibrator:
         if not 0 < lightly[layer] < math.inf:
             return alone
         only = [{layer: RATIOS[0]} if other == window else {} for other in range(WINDOWS)]
-        times = error_of(only) / lightly[layer]
+        times = error_of(join(self.config.num_layers, only)) / lightly[layer]
         return {ratio: [times * error for error in layers] for ratio, layers in alone.items()}
 
-    def _search(self, windows: list[dict[int, list[float]]], error_of) -> tuple[list[dict[int, int]], float]:
+    def search(
+        self,
+        error_of: Callable[[tuple[KVCompression, ...]], float],
+        already: float = 0.0,
+        searches: int = SEARCHES,
+    ) -> tuple[tuple[KVCompression, ...], float]:
         """The largest choice, in each window a ratio for some layers, whose error is within the budget, and
-        that error.
+        that error; after `choose`.
+
+        error_of(rules): of whole runs. already: what other savings in those runs take of the budget.
         """
+        windows, room = self.at_the_end, math.sqrt(max(self.budget**2 - already**2, 0.0))
         prices = sorted(set().union(*map(self._prices, windows)))
 
         def choose(price):
@@ -173,22 +181,24 @@ class Calibrator:
                 )
             )
 
-        within: list[dict[int, int]] = [{}] * WINDOWS
-        error, limit = 0.0, self.budget
+        within: tuple[KVCompression, ...] = ()
+        error, limit = already, room
         low, high = 0, len(prices) + 1  # so many prices are within the budget, and so many are not
-        for _ in range(SEARCHES):
+        for _ in range(searches):
             if high - low < 2:
                 break
             affordable = bisect.bisect_right(prices, limit, key=lambda price: expected(choose(price)))
             affordable = min(max(affordable, low + 1), high - 1)
             chosen = choose(prices[affordable - 1])
-            measured = error_of(chosen)
+            rules = join(self.config.num_layers, chosen)
+            measured = error_of(rules)
             if measured <= self.budget:
-                low, within, error = affordable, chosen, measured
+                low, within, error = affordable, rules, measured
             else:
                 high = affordable
             # The expectation was too high or too low by this much, and will be again nearby.
-            limit = expected(chosen) * self.budget / measured if measured else math.inf
+            added = math.sqrt(max(measured**2 - already**2, 0.0))
+            limit = expected(chosen) * room / added if added else math.inf
         return within, error
 
     def saved(self, rules: tuple[KVCompression, ...]) -> float:

@@ -12,8 +12,8 @@ import torch
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..prompt_embeds import Prompts
 from ..sampling.denoise import denoise
-from ..sampling.guidance import Predict, asking, combine, guide
-from ..sampling.predictions import noise_level, predict_clean
+from ..sampling.guidance import Predict, guide
+from ..sampling.predictions import predict_clean
 from ..sampling.schedulers import scheduler_for
 from ..settings import Settings
 from ..speed import spell as spell_speed
@@ -25,22 +25,9 @@ from ..transformer.network import SigmaTransformer
 Rules = tuple[KVCompression, ...]
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One step of a run: its timestep (0 to 999), its noise to signal, the clean latents (1, 4, h, w) that it
-    predicted for each prompt, that to draw first, and those after guidance.
-
-    repeat(rules): the latter anew, by other rules of KV compression.
-    """
-
-    timestep: float
-    sigma: float
-    values: list[torch.Tensor]
-    guided: torch.Tensor
-    repeat: Callable[[Rules], torch.Tensor]
-
-
-See = Callable[[Seen], None]
+# (timestep, the clean latents (1, 4, h, w) that a step predicted, the same by other rules of KV compression),
+# see `Calibrator.see`.
+See = Callable[[float, torch.Tensor, Callable[[Rules], torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -124,29 +111,15 @@ class EngineRuns:
         scheduler = scheduler_for(settings, self.noise_schedule)
 
         def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            def ask(others: Rules) -> torch.Tensor:
+            def predict(others: Rules) -> torch.Tensor:
                 compressed = replace(settings, kv_compression=spell(others))
-                return asking(transformer, prompts, compressed, self.in_turn)(
-                    latents, timestep, settings.guided
-                )
-
-            def guided(noise: torch.Tensor) -> torch.Tensor:
-                return combine(noise, settings.guidance) if settings.guided else noise
+                return guide(transformer, prompts, compressed, self.in_turn)(latents, timestep)
 
             def clean(noise: torch.Tensor) -> torch.Tensor:
                 return predict_clean(scheduler, latents, noise, timestep)
 
-            noise = ask(rules)
-            parts = noise.chunk(2)[::-1] if settings.guided else [noise]
-            see(
-                Seen(
-                    float(timestep),
-                    noise_level(scheduler, timestep),
-                    [clean(part) for part in parts],
-                    clean(guided(noise)),
-                    lambda others: clean(guided(ask(others))),
-                )
-            )
-            return guided(noise)
+            noise = predict(rules)
+            see(float(timestep), clean(noise), lambda others: clean(predict(others)))
+            return noise
 
         return watched
