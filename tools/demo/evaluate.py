@@ -92,10 +92,11 @@ def draw(asked: argparse.Namespace, prompts: list[str], width: int, height: int)
                 prompt,
                 width=width,
                 height=height,
-                steps=asked.steps,
-                guidance_scale=asked.guidance,
+                steps=asked.steps if asked.recipe is None else Settings.steps,
+                guidance_scale=asked.guidance if asked.recipe is None else None,
                 seed=seed,
                 kv_compression=asked.kv_compression,
+                recipe=asked.recipe,
             )
         )
         yield result.images[0]
@@ -145,6 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--kv-compression", help="as for `pixart-sigma generate`")
+    parser.add_argument("--recipe", help="in place of steps and guidance, as for `pixart-sigma generate`")
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts are drawn")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures and every verdict")
     parser.add_argument("--pictures", type=Path, help="a folder for the pictures, and prompts.txt")
@@ -165,6 +167,7 @@ def main() -> int:
         "steps": asked.steps,
         "guidance_scale": asked.guidance,
         "kv_compression": asked.kv_compression,
+        "recipe": asked.recipe,
         "transformer": asked.transformer,
         "accuracy": tally([verdict for _, verdict in judged]),
     }

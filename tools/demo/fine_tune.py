@@ -6,10 +6,11 @@
     python tools/demo/fine_tune.py decoder     the VAE's decoder, on its pictures as they should have been
     python tools/demo/fine_tune.py kv          with KV compression in the deeper half: it imitates the other
     python tools/demo/fine_tune.py correct-kv  the compressed one on its own mistakes
+    python tools/demo/fine_tune.py phased      in four steps without guidance, into the folder --work
 
-Each replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own checkpoint in
---work and may be stopped at any time. With more processes a step has as many times the pictures:
-torchrun --nproc-per-node 2 tools/demo/fine_tune.py refine. On Linux MALLOC_MMAP_MAX_=0
+Each but the last replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own
+checkpoint in --work and may be stopped at any time. With more processes a step has as many times the
+pictures: torchrun --nproc-per-node 2 tools/demo/fine_tune.py refine. On Linux MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which made kv twice as fast.
 """
 
@@ -37,6 +38,7 @@ from losses import (
 )
 from networks import encode_texts, freeze_ends, new_schedule, new_transformer
 from own_pictures import OwnPictures, Runs
+from phases import Phases, phase_loss
 from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -52,7 +54,9 @@ KV_FASTER = 20
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv"))
+    parser.add_argument(
+        "stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv", "phased")
+    )
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "pixart_sigma" / "demo")
     parser.add_argument("--steps", type=int, default=600)
@@ -70,6 +74,7 @@ def main():
         "decoder": train_decoder,
         "kv": train_kv,
         "correct-kv": train_correct_kv,
+        "phased": train_phased,
     }[arguments.stage](arguments)
 
 
@@ -232,6 +237,18 @@ def train_kv(arguments):
     student = load_trainable(exported) if exported.exists() else new_kv_transformer(dense)
     loss = imitation_loss(student, load_network(dense), lambda timestep: torch.full(timestep.shape, GUIDANCE))
     export_kv(fine_tune(arguments, student, loss), arguments.out)
+
+
+def train_phased(arguments):
+    """Distil the exported transformer to the recipe phased-4; a transformer folder in --work."""
+    dense, folder = arguments.out / "transformer", arguments.work / "phased"
+    student, teacher = load_trainable(dense), load_network(dense)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(arguments.out / "scheduler")
+    batches = partial(Phases, student, teacher, scheduler)
+    distilled = fine_tune(arguments, student, phase_loss(student), batches)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text((dense / "config.json").read_text())
+    write_weights(distilled, folder)
 
 
 def new_kv_transformer(dense: Path):

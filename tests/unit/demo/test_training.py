@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 if not hasattr(torch.optim, "Muon"):
@@ -27,6 +27,7 @@ import fine_tune  # noqa: E402
 import losses  # noqa: E402
 import networks  # noqa: E402
 import own_pictures  # noqa: E402
+import phases  # noqa: E402
 
 from pixart_sigma.transformer.checkpoint import inspect  # noqa: E402
 
@@ -227,7 +228,7 @@ def demo(tmp_path):
     return tmp_path / "demo"
 
 
-@pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "decoder", "kv", "correct-kv"])
+@pytest.mark.parametrize("stage", ["refine", "guidance", "correct", "decoder", "kv", "correct-kv", "phased"])
 def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, monkeypatch, capsys):
     monkeypatch.setattr(fine_tune, "LARGE", ((64, 64), (64, 64), (80, 48)))
     monkeypatch.setattr(own_pictures, "RUN_STEPS", 8)
@@ -237,6 +238,9 @@ def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, mo
     monkeypatch.setattr(torch.optim, "Muon", partial(torch.optim.Muon, ns_steps=1))
     folders = {"dense": demo / "transformer", "kv": demo.with_name("demo_kv"), "vae": demo / "vae"}
     changes = "kv" if stage.endswith("kv") else "vae" if stage == "decoder" else "dense"
+    if stage == "phased":  # which leaves the demo as it is
+        folders["phased"] = shutil.copytree(folders["dense"], demo.with_name("work") / "phased")
+        changes = "phased"
 
     def weights(which):
         return load_file(folders[which] / "diffusion_pytorch_model.safetensors")
@@ -266,6 +270,24 @@ def test_a_fine_tuning_stage_changes_its_own_weights_and_resumes(stage, demo, mo
     for which in folders.keys() - {changes}:
         assert all(torch.equal(tensor, before[which][name]) for name, tensor in weights(which).items())
     assert "exported to" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_distilled_transformer_is_to_land_where_the_teacher_does():
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(ROOT / "pixart_sigma" / "demo" / "scheduler")
+    latents, goal = torch.randn(
+        2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    taught = phases.Phases(None, lambda both, *_: both, scheduler, None, None, None)
+    for begin, end in ((999, 749), (500, 250), (250, None)):
+        noise = taught.noise_to(goal, latents, begin, end)
+        torch.testing.assert_close(taught.land(noise, latents, begin, end), goal)
+    # A teacher that predicts the latents as noise: what is left of them is known step by step.
+    last = taught.teach(latents, 250, None, None, None)
+    assert torch.equal(scheduler.timesteps, torch.tensor([250, 200, 150, 100, 50]))
+    assert last.norm() < latents.norm()
+    taught.teach(latents, 999, 749, None, None)
+    assert scheduler.timesteps[[0, -1]].tolist() == [999, 749]
 
 
 def test_fine_tuning_runs_as_a_command():
