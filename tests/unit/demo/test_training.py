@@ -281,7 +281,7 @@ def test_the_distilled_transformer_is_to_land_where_the_teacher_does():
     taught = phases.Phases(None, lambda both, *_: both, scheduler, None, None, None)
     for begin, end in ((999, 749), (500, 250), (250, None)):
         noise = taught.noise_to(goal, latents, begin, end)
-        torch.testing.assert_close(taught.land(noise, latents, begin, end), goal)
+        torch.testing.assert_close(taught.land(noise, latents, begin, end), goal, rtol=1e-3, atol=1e-4)
     # A teacher that predicts the latents as noise: what is left of them is known step by step.
     last = taught.teach(latents, 250, None, None, None)
     assert torch.equal(scheduler.timesteps, torch.tensor([250, 200, 150, 100, 50]))
