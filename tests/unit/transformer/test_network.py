@@ -248,7 +248,7 @@ def test_conv_without_trained_weights_is_refused():
     [
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"\(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(1, 4, 0, 8)}, r"\(1, 4, 0, 8\)"),
-        ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents need 2 prompt embeddings"),
         ({"prompt_embeds": torch.zeros(1, 5, 77)}, r"\(1, 5, 77\)"),
         ({"prompt_embeds": torch.zeros(1, 0, CAPTION)}, r"\(1, 0, 12\)"),
         ({"prompt_mask": torch.ones(1, 4)}, r"\(1, 4\)"),
