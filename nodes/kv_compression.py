@@ -1,52 +1,39 @@
 """KV compression of any sampler's model."""
 
-from ..pixart_sigma.errors import SigmaError
+from .choice import CUSTOM, custom_input, list_input, spelled
 from .host.api import io
 
 # What the list offers -> its spelling on the command line.
 PRESETS = {"off": "off", "auto": "auto", "deep half": "mean:2:deep", "all": "mean:2:all"}
-CUSTOM = "custom"
+EXAMPLE = "mean:2:14-27"
 
 
 def choice_input():
-    """`kv_compression`: a list, into which a spelling may come by a link, and from workflows that were saved
-    when it was a text. The host holds a list to its options only where it takes nothing else."""
-    return io.MultiType.Input(
-        io.Combo.Input(
-            "kv_compression",
-            options=[*PRESETS, CUSTOM],
-            default="auto",
-            tooltip="auto is as the checkpoint was trained; for all public ones it compresses above "
-            "1024x1024 only, by the calibration if there is one. deep half and all average keys and values "
-            "over 2x2 tokens in so many of the layers. custom is what custom_kv_compression says. Without "
-            "trained weights pictures change a little.",
-        ),
-        types=[io.String],
+    """`kv_compression`."""
+    return list_input(
+        "kv_compression",
+        [*PRESETS, CUSTOM],
+        "auto",
+        "auto is as the checkpoint was trained; for all public ones it compresses above "
+        "1024x1024 only, by the calibration if there is one. deep half and all average keys and values "
+        "over 2x2 tokens in so many of the layers. custom is what custom_kv_compression says. Without "
+        "trained weights pictures change a little.",
     )
 
 
-def custom_input():
-    """`custom_kv_compression`, the last input of a node: saved workflows hold values by their place."""
-    return io.String.Input(
+def text_input():
+    """`custom_kv_compression`."""
+    return custom_input(
         "custom_kv_compression",
-        optional=True,
-        default="",
-        placeholder="mean:2:14-27",
-        tooltip="For kv_compression custom: OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
+        EXAMPLE,
+        "For kv_compression custom: OPERATOR:RATIO:LAYERS such as mean:2:14-27 or "
         "mean:2:deep:20-80%; several are joined by +. Not read with another choice.",
     )
 
 
-def spelled(choice: str, custom: str) -> str:
-    """The setting as on the command line. SigmaError where it is custom, and the text is empty."""
-    if choice != CUSTOM:
-        return PRESETS.get(choice, choice)
-    if not custom.strip():
-        raise SigmaError(
-            "kv_compression is custom, and custom_kv_compression is empty. Write OPERATOR:RATIO:LAYERS "
-            f"there, such as mean:2:14-27, or choose {', '.join(PRESETS)}."
-        )
-    return custom
+def spelled_kv_compression(choice: str, custom: str) -> str:
+    """The setting as on the command line."""
+    return spelled("kv_compression", choice, custom, PRESETS, EXAMPLE)
 
 
 class KVCompression(io.ComfyNode):
@@ -66,7 +53,7 @@ class KVCompression(io.ComfyNode):
                     "Trained KV weights work only from Load Σ Transformer.",
                 ),
                 choice_input(),
-                custom_input(),
+                text_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, for any sampler. The one that came in is unchanged.")
@@ -77,7 +64,9 @@ class KVCompression(io.ComfyNode):
     def execute(cls, model, kv_compression, custom_kv_compression=""):
         from .host.kv_compression import set_kv_compression
 
-        return io.NodeOutput(set_kv_compression(model, spelled(kv_compression, custom_kv_compression)))
+        return io.NodeOutput(
+            set_kv_compression(model, spelled_kv_compression(kv_compression, custom_kv_compression))
+        )
 
 
 NODES = [KVCompression]

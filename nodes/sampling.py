@@ -2,12 +2,11 @@
 
 from ..pixart_sigma.choices import MAX_STEPS, RELEASES
 from ..pixart_sigma.setting_checks import MAX_SEED
+from .choice import list_input
 from .host.api import io
 from .host.sampling import SamplerSettings, reference_sigmas, sample, sampler_names, schedule_names
-from .kv_compression import choice_input, custom_input, spelled
+from .kv_compression import choice_input, spelled_kv_compression, text_input
 from .speed import PRESETS as SPEEDS
-from .speed import speed_input
-from .speed import spelled as spelled_speed
 
 
 class ReferenceSchedule(io.ComfyNode):
@@ -123,8 +122,9 @@ class Sampler(io.ComfyNode):
                     tooltip="What happens to the transformer afterwards. keep leaves it where it is, offload "
                     "moves it out of the GPU, free also lets the system drop it from RAM.",
                 ),
-                custom_input(),
-                speed_input(
+                text_input(),
+                list_input(
+                    "speed",
                     list(SPEEDS),
                     "off",
                     "Which steps are forecast from those before, in place of being computed. off and auto "
@@ -153,8 +153,8 @@ class Sampler(io.ComfyNode):
 
         settings = SamplerSettings(
             **chosen,
-            kv_compression=spelled(kv_compression, custom_kv_compression),
-            speed=spelled_speed(speed),
+            kv_compression=spelled_kv_compression(kv_compression, custom_kv_compression),
+            speed=SPEEDS.get(speed, speed),
         )
         with record("Sample"):
             try:

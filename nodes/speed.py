@@ -1,36 +1,17 @@
 """Steps that are forecast in place of being computed, for any sampler's model."""
 
-from ..pixart_sigma.errors import SigmaError
+from ..pixart_sigma.speed import CAUTIOUS, spell
+from .choice import CUSTOM, custom_input, list_input, spelled
 from .host.api import io
 
 # What the list offers -> its spelling on the command line.
 PRESETS = {
     "off": "off",
     "auto": "auto",
-    "every other step": "forecast:1:1:10-95%",
+    "every other step": spell(CAUTIOUS),
     "every third step": "forecast:1:2:10-95%",
 }
-CUSTOM = "custom"
-
-
-def speed_input(options: list[str], default: str, tooltip: str, optional=False):
-    """`speed`: a list, into which a spelling may come by a link."""
-    return io.MultiType.Input(
-        io.Combo.Input("speed", options=options, default=default, tooltip=tooltip, optional=optional),
-        types=[io.String],
-    )
-
-
-def spelled(choice: str, custom: str = "") -> str:
-    """The setting as on the command line. SigmaError where it is custom, and the text is empty."""
-    if choice != CUSTOM:
-        return PRESETS.get(choice, choice)
-    if not custom.strip():
-        raise SigmaError(
-            "speed is custom, and custom_speed is empty. Write forecast:ORDER:SKIPPED:START-END% there, such "
-            f"as forecast:1:1:10-95%, or choose {', '.join(PRESETS)}."
-        )
-    return custom
+EXAMPLE = spell(CAUTIOUS)
 
 
 class Speed(io.ComfyNode):
@@ -50,7 +31,8 @@ class Speed(io.ComfyNode):
                     tooltip="PixArt-Σ from Load Σ Transformer, or from ComfyUI's own or a GGUF loader. Not "
                     "together with EasyCache or LazyCache.",
                 ),
-                speed_input(
+                list_input(
+                    "speed",
                     [*PRESETS, CUSTOM],
                     "auto",
                     "auto does what was measured for the checkpoint, or where nothing was every other step. "
@@ -58,12 +40,10 @@ class Speed(io.ComfyNode):
                     "first and the last steps are computed. Samplers that add noise, and fewer than 20 "
                     "steps, bear less.",
                 ),
-                io.String.Input(
+                custom_input(
                     "custom_speed",
-                    optional=True,
-                    default="",
-                    placeholder="forecast:1:1:10-95%",
-                    tooltip="For speed custom: forecast:ORDER:SKIPPED, guidance:ORDER:SKIPPED or unguided, "
+                    EXAMPLE,
+                    "For speed custom: forecast:ORDER:SKIPPED, guidance:ORDER:SKIPPED or unguided, "
                     "each with :START-END% for a part of the run; several are joined by +. Not read with "
                     "another choice.",
                 ),
@@ -77,7 +57,7 @@ class Speed(io.ComfyNode):
     def execute(cls, model, speed, custom_speed=""):
         from .host.speed import set_speed
 
-        return io.NodeOutput(set_speed(model, spelled(speed, custom_speed)))
+        return io.NodeOutput(set_speed(model, spelled("speed", speed, custom_speed, PRESETS, EXAMPLE)))
 
 
 NODES = [Speed]

@@ -167,7 +167,9 @@ def _as_measured(model, chosen: SamplerSettings) -> SamplerSettings:
     if left_alone or speed_is_set(model) or not can_compress(model):
         return chosen
     whole = chosen.schedule == REFERENCE and chosen.denoise > 0.9999
-    choice = measured(model.model, chosen.steps, whole)
+    # The steps are those that were measured with the reference's sampler.
+    as_measured = whole and chosen.sampler_name == SamplerSettings.sampler_name
+    choice = measured(model.model, chosen.steps, as_measured)
     logging.getLogger(__name__).info(f"Speed auto is {choice.describe()}.")
     compression = chosen.kv_compression
     if compression == "auto" and choice.rules and not is_set(model):

@@ -44,7 +44,7 @@ def guide(
     noise_schedule is the checkpoint's, and is read for that alone.
     Raises SigmaError for embeddings or masks that cannot work.
     """
-    ask = asking(transformer, prompts, settings, in_turn)
+    ask = _asking(transformer, prompts, settings, in_turn)
     if settings.savings:
         return _forecasting(ask, settings, noise_schedule)
 
@@ -55,7 +55,7 @@ def guide(
     return predict
 
 
-def asking(
+def _asking(
     transformer: Callable[..., torch.Tensor], prompts: Prompts, settings: Settings, in_turn: bool = False
 ) -> Ask:
     """The transformer's answers for each prompt; the arguments and what it raises are those of `guide`."""

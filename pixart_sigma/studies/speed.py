@@ -16,7 +16,7 @@ from ..noise_schedule import SPACINGS
 from ..schedule_part import SchedulePart
 from ..setting_checks import LAST_TIMESTEP
 from ..settings import Settings
-from ..speed import FEW_STEPS, Saving, Savings, for_steps
+from ..speed import FEW_STEPS, Saving, for_steps
 from ..transformer.calibration import Choice, Point
 from ..transformer.cost import multiply_adds
 from ..transformer.kv_rules import KVCompression
@@ -145,7 +145,7 @@ class SpeedSearch:
         for schedule in (point.choice for point in nearest if point.error <= self.calibrator.budget):
             steps = schedule.steps or self.settings.steps
             for choice in (point.choice for point in chosen):
-                savings: Savings = for_steps(choice.savings, self.settings.steps, steps)
+                savings = for_steps(choice.savings, self.settings.steps, steps)
                 self.run("together", replace(schedule, rules=choice.rules, savings=savings))
 
     def _cheapest(self, *kinds: str) -> list[Point]:

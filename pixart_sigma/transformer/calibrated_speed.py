@@ -19,6 +19,7 @@ def follow(calibration: Calibration | None, settings: Settings) -> Settings:
     as_measured = (
         calibration is not None
         and settings.steps == calibration.steps
+        and settings.scheduler == Settings.scheduler  # what is measured with
         and settings.strength == 1
         and settings.timesteps is None
         and settings.sigmas is None

@@ -8,6 +8,7 @@ from comfy_extras import nodes_custom_sampler
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from pack.nodes.few_step import FewStepRecipe
+from pack.nodes.host.speed import set_speed
 from pack.nodes.host.transformer import load_model
 from pack.nodes.sampling import Sampler
 from pack.pixart_sigma import DEMO
@@ -197,6 +198,10 @@ def test_what_people_do_wrong_is_explained(folders, models, tmp_path):
     model, words = models["tiny"], folders["tiny"][1]
     with pytest.raises(SigmaError, match="cfg is 4.5, and a few-step recipe .* Set cfg to 1"):
         sampler_custom(model, words, "phased-4", cfg=4.5)
+    with pytest.raises(SigmaError, match="sampler is that of Σ Few-Step Recipe"):
+        sampler_custom(set_speed(model, "auto"), words, "lcm-8")
+    with pytest.raises(SigmaError, match="schedule is lcm-8, of few steps"):
+        sigma_sampler(model, words, "lcm-8", speed="every other step")
     with pytest.raises(SigmaError, match="custom_recipe is empty"):
         sampler_custom(model, words, "custom")
     with pytest.raises(SigmaError, match="recipe is 'fast'; choose one-step"):

@@ -228,6 +228,7 @@ def test_a_run_as_it_was_measured_takes_other_steps_and_another_run_keeps_its_ow
     longer = follow(calibration, replace(SETTINGS, speed="auto", steps=40))
     assert (longer.steps, longer.spacing, longer.speed) == (40, None, "forecast:1:6")
     assert follow(calibration, replace(SETTINGS, speed="auto", strength=0.5)).steps == 20
+    assert follow(calibration, replace(SETTINGS, speed="auto", scheduler="euler")).steps == 20
     assert follow(calibration, replace(SETTINGS, speed="auto", spacing="trailing")).spacing == "trailing"
     compressed = replace(known[0], speed=None, speed_in_place=None)
     assert follow(compressed, replace(SETTINGS, speed="auto")).speed == "off"
