@@ -25,6 +25,7 @@ from pixart_sigma.transformer.calibration import (
     RATIOS,
     WINDOWS,
     Calibration,
+    Choice,
     calibration_path,
     find_calibration,
     fingerprint_of,
@@ -74,7 +75,8 @@ def choice_of(rules):
 
 
 def calibrate_known_errors(budget):
-    """(rules, error, errors, runs) where a run ends at 1 plus its errors, each in a number of its own."""
+    """(rules, error, errors, runs, calibrator) where a run ends at 1 plus its errors, each in a number of its
+    own."""
     calibrator = Calibrator(CONFIG, SIZE, SIZE, budget)
     noise = torch.zeros(1, LAYERS + 1)
     noise[0, -1] = 1
@@ -104,12 +106,12 @@ def calibrate_known_errors(budget):
         return ended
 
     errors = calibrator.measure()
-    return *calibrator.choose(errors, run), errors, runs
+    return *calibrator.choose(errors, run), errors, runs, calibrator
 
 
 @pytest.mark.parametrize("budget", [0.0005, 0.001, 0.01, 0.02, 0.045, 0.06, 0.5])
 def test_the_choice_saves_the_most_for_its_error(budget):
-    rules, error, errors, runs = calibrate_known_errors(budget)
+    rules, error, errors, runs, _ = calibrate_known_errors(budget)
     chosen = choice_of(rules)
     assert error == pytest.approx(true_error(chosen), rel=1e-5) and error <= budget
     assert len(runs) <= WINDOWS + SEARCHES
@@ -140,6 +142,21 @@ def test_the_choice_saves_the_most_for_its_error(budget):
     for other in others:
         if true_error(other) < true_error(chosen) * (1 - 1e-6):
             assert saved(other) <= saved(chosen)
+
+
+def test_what_other_savings_take_of_the_budget_is_left_to_them():
+    budget, already = 0.05, 0.04
+    calibrator, tried = calibrate_known_errors(budget)[-1], []
+
+    def error_of(rules):
+        tried.append(rules)
+        return math.hypot(already, true_error(choice_of(rules)))
+
+    rules, error = calibrator.search(error_of, already)
+    assert rules and math.hypot(already, true_error(choice_of(rules))) == pytest.approx(error)
+    assert error <= budget
+    # The first one is tried for what is left of it, by squares: 0.03.
+    assert 0.02 < true_error(choice_of(tried[0])) <= 0.03
 
 
 def test_a_large_budget_takes_everything_and_a_tiny_one_nothing():
@@ -231,6 +248,17 @@ def measured(transformer_folder):
     ]
     settings = Settings(width=192, height=128, steps=8)
     return calibrate(EngineRuns(transformer, starts, settings), ("one", "two"), settings, budget=0.02)
+
+
+def test_steps_that_are_repeated_after_a_run_do_not_count(transformer_folder):
+    prompts = Prompts(torch.randn(1, 6, 64), negative_embeds=torch.randn(1, 1, 64))
+    settings, seen = Settings(width=128, height=128, steps=3), []
+    runs = EngineRuns(load_transformer(transformer_folder), [(torch.randn(1, 4, 16, 16), prompts)], settings)
+    ran = runs.run(0, Choice(), lambda timestep, predicted, repeat: seen.append(repeat))
+    asked = list(ran.asked)
+    assert [rows for _, rows in asked] == [2, 2, 2] and len(seen) == 3
+    seen[0](())
+    assert ran.asked == asked
 
 
 def test_what_is_measured_is_saved_and_read(measured, tmp_path):

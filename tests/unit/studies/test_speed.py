@@ -131,6 +131,12 @@ def test_together_is_cheaper_than_each_alone(known):
     assert best.rules and {saving.kind for saving in best.savings} >= {"forecast"}
 
 
+def test_the_best_savings_are_tried_on_other_steps_too():
+    _, runs = calibrated(0.1)
+    on_top = [choice for choice in runs.choices if not choice.keeps_steps and choice.savings]
+    assert {"leading", "trailing"} & {choice.spacing for choice in on_top}
+
+
 def test_savings_that_err_more_are_left_out():
     straight, bent = (calibrated(curve=curve)[0] for curve in (0.0, 0.5))
     cheapest = [
