@@ -290,8 +290,10 @@ def test_a_guessed_variant_is_told_on_stderr(generate, diffusers_file, capsys):
     assert make_parser().parse_args(plan).variant == "512"
 
 
-def test_a_transformer_that_is_called_as_few_step_weights_is_told_on_stderr(generate, diffusers_file):
-    named = diffusers_file.rename(diffusers_file.with_name("nitro-512.safetensors"))
+def test_a_transformer_that_is_called_as_few_step_weights_is_told_on_stderr(
+    generate, diffusers_file, tmp_path
+):
+    named = shutil.copy(diffusers_file, tmp_path / "nitro-512.safetensors")
     status, _, err = generate("--transformer", named)
     assert status == 0 and "nitro-512.safetensors seems to be made for few steps: --recipe one-step" in err
     assert "--recipe" not in generate("--transformer", named, "--scheduler", "one_step")[2]
