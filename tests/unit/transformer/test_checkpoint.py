@@ -133,13 +133,21 @@ def test_storage_dtypes(tmp_path, write_original, diffusers_state_dict, dtype, s
 @pytest.mark.parametrize(
     ("beside", "words"),
     [
-        ({"blocks.0.attn.qkv.scale_weight": torch.tensor(1.0)}, "ComfyUI's scaled fp8"),
-        ({"scaled_fp8": torch.tensor(1.0)}, "ComfyUI's scaled fp8"),
-        ({"blocks.0.attn.qkv.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, "quantisation by layer"),
         ({"blocks.0.attn.qkv.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}, "bitsandbytes nf4"),
         ({"blocks.0.attn.qkv.SCB": torch.zeros(2)}, "bitsandbytes int8"),
         ({"blocks.0.mlp.fc1.wscales": torch.zeros(2)}, "SVDQuant"),
+        ({"blocks.0.mlp.fc1.proj_down": torch.zeros(2)}, "SVDQuant"),
+        ({"blocks.0.mlp.fc1.qweight": torch.zeros(2, dtype=torch.int32)}, "GPTQ or AWQ"),
+        ({"blocks.0.mlp.fc1.zero_point": torch.zeros(2)}, "SDNQ"),
+        ({"blocks.0.mlp.fc1.svd_up": torch.zeros(2)}, "SDNQ"),
         ({"blocks.0.mlp.fc1.weight": torch.zeros(576, 144, dtype=torch.int8)}, "int8"),
+        (
+            {
+                "blocks.0.mlp.fc1.weight": torch.zeros(576, 144, dtype=torch.int8),
+                "blocks.0.mlp.fc1.weight_scale": torch.ones(576, 1),
+            },
+            "scales beside the weights",  # rotated or not, nothing says
+        ),
     ],
 )
 def test_quantised_weights_are_called_so(tmp_path, write_original, beside, words):
@@ -598,7 +606,7 @@ def test_other_model(tmp_path, key, words):
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(40), "GGUF"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(40), "is GGUF without any weights"),
     ],
 )
 def test_file_that_is_no_model(tmp_path, name, content, words):
@@ -610,7 +618,7 @@ def test_file_that_is_no_model(tmp_path, name, content, words):
 
 def test_noise_is_no_model(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"just a note")
-    with pytest.raises(CheckpointError, match="neither safetensors nor"):
+    with pytest.raises(CheckpointError, match="neither safetensors, GGUF nor"):
         check_file(tmp_path / "a.pth")
     (tmp_path / "a.safetensors").write_bytes(b"just a note")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
