@@ -25,6 +25,8 @@ from .lora import NamedTwice
 from .noise_schedule import MODEL_TYPES, make_model_sampling, sampling_settings
 from .patcher import make_patcher
 
+logger = logging.getLogger(__name__)
+
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
 # `python tools/demo/fit_latent_rgb.py`.
 DEMO_LATENT_RGB = (
@@ -78,7 +80,7 @@ def _dequantise(state_dict: dict, checkpoint, dtype) -> None:
         state_dict[name] = state_dict[name].dequantise().to(dtype)
     if quantised:
         taken = sum(state_dict[name].nbytes for name in quantised)
-        logging.info(
+        logger.info(
             f"{checkpoint.path.name} is quantised ({checkpoint.storage}). In ComfyUI it is dequantised "
             f"when it is loaded, and takes {taken / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}."
         )
