@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import CheckpointError
 from .files.locating import resolve
 from .files.parts import Choice, Kind, kind_of, models
+from .files.quantised_weights import describe_storage
 from .files.weight_files import read_header, read_metadata
 from .recipes import suggest_recipe
 from .transformer.checkpoint import find_components, inspect
@@ -129,16 +130,12 @@ def _describe_t5(path: Path) -> str:
     from .text.weights import read_t5
 
     config, weights, precision = read_t5(path)
-    stored = {
-        str(weight.dtype).removeprefix("torch.") for weight in weights.values() if hasattr(weight, "dtype")
-    }
-    stored |= {"float8" for weight in weights.values() if not hasattr(weight, "dtype")}
     return "\n".join(
         [
             f"{path}: a T5 text encoder",
             f"encoder         {config.num_layers} blocks, width {config.d_model} in "
             f"{config.num_heads} heads, {config.vocab_size} tokens",
-            f"weights         {precision or 'not quantised'}, {', '.join(sorted(stored))}",
+            f"weights         {precision or 'as stored'}, {describe_storage(weights)}",
         ]
     )
 

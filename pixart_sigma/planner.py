@@ -23,7 +23,7 @@ from .table import align
 from .text import stage as text
 from .text.needs import EncoderShapes
 from .transformer import stage as transformer
-from .transformer.checkpoint import Checkpoint
+from .transformer.checkpoint import Checkpoint, Quantised
 from .transformer.config import XL_2, TransformerConfig
 from .vae import stage as vae
 from .vae.coding import decode_dtype
@@ -38,6 +38,7 @@ class Models:
     transformer: TransformerConfig
     text_encoder: EncoderShapes | None
     vae: AutoencoderKL
+    quantised: Quantised = ()  # of the transformer's weights those that stay quantised
 
     @classmethod
     def published(cls) -> "Models":
@@ -48,7 +49,7 @@ class Models:
     def read(cls, checkpoint: Checkpoint, text_encoder: Path | None, vae_file: Path) -> "Models":
         """Of models on disk. Raises CheckpointError as loading them does."""
         encoder = EncoderShapes.read(text_encoder) if text_encoder else None
-        return cls(checkpoint.config, encoder, build_vae(read_config(vae_file)))
+        return cls(checkpoint.config, encoder, build_vae(read_config(vae_file)), checkpoint.quantised)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def plan(
     encoder = models.text_encoder
     possible = {
         "text encoder": _text_ways(encoder, ways, dtype, prompt_tokens, in_ram) if encoder else [],
-        "transformer": _transformer_ways(models.transformer, ways, work, dtype, in_ram),
+        "transformer": _transformer_ways(models, ways, work, dtype, in_ram),
         "VAE decode": _decode_ways(models.vae, (height, width), ways.budget, dtype, in_ram),
     }
     chosen: dict[str, Any] = {}
@@ -194,14 +195,14 @@ def _text_ways(
 
 
 def _transformer_ways(
-    config: TransformerConfig, ways: Ways, work: transformer.Pass, dtype: torch.dtype, in_ram: bool
+    models: Models, ways: Ways, work: transformer.Pass, dtype: torch.dtype, in_ram: bool
 ) -> list[Way]:
     places = TRANSFORMER_DEVICES
     if in_ram:
         places = ("auto",)
     elif ways.transformer_device != "auto":
         places = (ways.transformer_device,)
-    needs = partial(transformer.predict_needs, config, work, dtype)
+    needs = partial(transformer.predict_needs, models.transformer, work, dtype, quantised=models.quantised)
     return list(transformer.list_ways(places, work.guided, needs))
 
 

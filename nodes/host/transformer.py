@@ -1,5 +1,6 @@
 """The engine's transformer as the host's MODEL."""
 
+import logging
 from pathlib import Path
 
 import comfy.conds
@@ -14,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ...pixart_sigma.choices import DTYPES
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.parts import FACTS
+from ...pixart_sigma.files.quantised_weights import QuantisedWeight
 from ...pixart_sigma.files.weight_files import facts_tensor
 from ...pixart_sigma.noise_schedule import PUBLISHED
 from ...pixart_sigma.transformer.cost import activation_bytes
@@ -22,6 +24,8 @@ from .checks import check_conditioning, check_latents
 from .lora import NamedTwice
 from .noise_schedule import MODEL_TYPES, make_model_sampling, sampling_settings
 from .patcher import make_patcher
+
+logger = logging.getLogger(__name__)
 
 # Red, green and blue from the four channels of the demo's latents, and what is added, by
 # `python tools/demo/fit_latent_rgb.py`.
@@ -35,8 +39,8 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     """The host's MODEL, a patcher, of the transformer at `path`; weights that fit stay mapped to the file.
 
     variant: "256", "512", "1024" or "2K" for a file that does not say; None finds out. dtype: "bf16", "fp16",
-    "fp32", a torch dtype, or None for what the host picks. Raises CheckpointError for anything but a whole
-    PixArt-Sigma transformer.
+    "fp32", a torch dtype, or None for what the host picks. Quantised weights are dequantised to it, which the
+    log says. Raises CheckpointError for anything but a whole PixArt-Sigma transformer.
     """
     from ...pixart_sigma.transformer.calibration import fingerprint_of
     from ...pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
@@ -53,6 +57,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
     model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
+    _dequantise(state_dict, checkpoint, dtype)
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
         for name in state_dict:
@@ -66,6 +71,19 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pixart_sigma_latents", _check_latents)
     patcher.cached_patcher_init = (load_model, (path, variant, dtype))
     return patcher
+
+
+def _dequantise(state_dict: dict, checkpoint, dtype) -> None:
+    """Dequantise what is quantised, in place, and say what that takes."""
+    quantised = [name for name, weight in state_dict.items() if isinstance(weight, QuantisedWeight)]
+    for name in quantised:
+        state_dict[name] = state_dict[name].dequantise().to(dtype)
+    if quantised:
+        taken = sum(state_dict[name].nbytes for name in quantised)
+        logger.info(
+            f"{checkpoint.path.name} is quantised ({checkpoint.storage}). In ComfyUI it is dequantised "
+            f"when it is loaded, and takes {taken / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}."
+        )
 
 
 def _host_config(checkpoint, parameters: int, dtype):

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 CANONICAL_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 # As diffusers and transformers write it, and with the variant's name at its end or, of old, in front.
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")

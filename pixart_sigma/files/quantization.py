@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 import torch
 
+from .gguf import BlockType
+from .quantised_layers import LAYER_FORMATS
+
 # What stands in a name, and what wrote it. The first that fits.
 MARKS = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"),
@@ -13,6 +16,8 @@ MARKS = (
     ("scaled_fp8", "ComfyUI's scaled fp8"),
     (".scale_weight", "ComfyUI's scaled fp8"),
     (".wscales", "SVDQuant"),
+    (".smooth_factor", "SVDQuant"),
+    (".proj_down", "SVDQuant"),
     (".qzeros", "GPTQ or AWQ"),
     (".qweight", "GPTQ or AWQ"),
     (".weight._data", "quanto"),
@@ -20,13 +25,16 @@ MARKS = (
     (".input_scale", "scales beside the weights"),
     (".absmax", "bitsandbytes 4-bit"),
     (".zero_point", "SDNQ"),
+    (".svd_up", "SDNQ"),
 )
 INTEGERS = (torch.int8, torch.uint8)
-LAYER_FORMATS = "_quantization_metadata"  # in the header of ComfyUI's files
 
 
 def quantization_of(
-    names: Iterable[str], dtypes: Iterable[torch.dtype], settings: dict | None = None, metadata=None
+    names: Iterable[str],
+    dtypes: Iterable[torch.dtype | BlockType],
+    settings: dict | None = None,
+    metadata=None,
 ) -> str:
     """The quantisation in words, "" for plain weights (float8 without scales among them).
 
@@ -44,5 +52,9 @@ def quantization_of(
             return words
     if LAYER_FORMATS in (metadata or {}):
         return "ComfyUI's quantisation by layer"
+    dtypes = list(dtypes)
+    for dtype in dtypes:
+        if isinstance(dtype, BlockType):
+            return f"{dtype.name} of GGUF"
     integers = [dtype for dtype in dtypes if dtype in INTEGERS]
     return str(integers[0]).removeprefix("torch.") if integers else ""

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from .gguf import BlockType, read_gguf_header, read_gguf_tensors
 from .locating import is_index, locate, shards_of
 from .parts import FACTS, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
+from .quantised_layers import FORMAT
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -42,16 +44,21 @@ DAMAGED = "It is damaged or was not downloaded to its end: download it again."
 
 
 def check_file(path: str | Path) -> None:
-    """Raise CheckpointError unless `path` is a whole safetensors file or a PyTorch pickle, by its contents.
+    """Raise CheckpointError unless `path` is a whole safetensors or GGUF file or a PyTorch pickle, by its
+    contents.
 
-    Named are a missing or unreadable file, an empty one, a saved web page, a git-lfs pointer, GGUF, a file
-    that was cut off, and anything else that holds no weights. Reads no tensor data.
+    Named are a missing or unreadable file, an empty one, a saved web page, a git-lfs pointer, a file that was
+    cut off, and anything else that holds no weights. Reads no tensor data.
     """
-    _format(Path(path))
+    if _format(Path(path)) == "gguf":
+        read_gguf_header(Path(path))
 
 
-def read_header(path: str | Path, part: str | None = None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a file, an index or a folder (see `locating`).
+def read_header(
+    path: str | Path, part: str | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | BlockType]]:
+    """Shape and dtype of each tensor of a file, an index or a folder (see `locating`); of one that GGUF holds
+    in blocks, their type.
 
     With a part, as `read_state_dict` has it. Reads no tensor data. Raises CheckpointError as `check_file`
     does, and for a pickle with code in it.
@@ -59,17 +66,34 @@ def read_header(path: str | Path, part: str | None = None) -> dict[str, tuple[tu
     return _read(Path(path), part, _file_header)
 
 
-def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file, an index or a folder (see `locating`), in the dtypes of the file.
+def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, Any]:
+    """The tensors of a file, an index or a folder (see `locating`), in the dtypes of the file; what GGUF
+    holds in blocks as QuantisedWeight.
 
     part: "transformer", "text_encoder" or "vae" for the weights of that model alone, by their bare names,
     without what wrappers, trainers and files of several models put in front of them or into them, without
     averages where the weights themselves are there. None for all tensors by the names of the file; of nested
     dictionaries in a pickle the names are joined, and an optimiser's state is left out.
-    They are memory-mapped from safetensors and zip `.pth` files. Raises CheckpointError as `read_header`
-    does, and for a file without that part, by the name of what it is.
+    They are memory-mapped from safetensors, GGUF and zip `.pth` files. Raises CheckpointError as
+    `read_header` does, and for a file without that part, by the name of what it is.
     """
     return _read(Path(path), part, _file_tensors)
+
+
+def read_outline(path: str | Path, part: str | None = None) -> dict[str, Any]:
+    """What `read_state_dict` gives, on the meta device; only the tensors that say in JSON how a layer is
+    quantised (FORMAT) are read. Raises CheckpointError as `read_header` does."""
+    outline: dict[str, Any] = {}
+    header = read_header(path, part)
+    for name, (shape, dtype) in header.items():
+        if isinstance(dtype, BlockType):
+            outline[name] = dtype.outline(shape)
+        else:
+            outline[name] = torch.empty(shape, dtype=dtype, device="meta")
+    if any(name.endswith(FORMAT) for name in header):
+        tensors = read_state_dict(path, part)
+        outline |= {name: tensors[name] for name in header if name.endswith(FORMAT)}
+    return outline
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -160,7 +184,7 @@ def _merge(path: Path, read) -> dict:
 
 
 def _format(path: Path) -> str:
-    """What a file's first bytes make it: "safetensors", "zip" or "pickle" (PyTorch's before 1.6)."""
+    """What a file's first bytes make it: "safetensors", "gguf", "zip" or "pickle" (PyTorch's before 1.6)."""
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
@@ -185,10 +209,7 @@ def _format(path: Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the model. Run `git lfs pull` beside it.")
     if head.startswith(b"GGUF"):
-        raise CheckpointError(
-            f"{path} is a GGUF file{_gguf_architecture(head)}, which is not read here. Use a safetensors or "
-            ".pth file."
-        )
+        return "gguf"
     if head.startswith(b"PK\x03\x04"):
         _check_zip(path, size)
         return "zip"
@@ -197,16 +218,9 @@ def _format(path: Path) -> str:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", head):
         return "pickle"
-    raise CheckpointError(f"{path} is not a model file: it is neither safetensors nor a PyTorch checkpoint.")
-
-
-def _gguf_architecture(head: bytes) -> str:
-    """What a GGUF file says first of itself, by convention its architecture (llama.cpp, docs/gguf.md)."""
-    found = re.match(rb"GGUF.{20}\x14\0{7}general\.architecture\x08\0{3}(.)\0{7}", head, re.DOTALL)
-    if found is None:
-        return ""
-    name = head[found.end() : found.end() + found[1][0]].decode("utf-8", "replace")
-    return f" of the architecture {name!r}"
+    raise CheckpointError(
+        f"{path} is not a model file: it is neither safetensors, GGUF nor a PyTorch checkpoint."
+    )
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -242,7 +256,10 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
 
 
 def _file_header(path: Path) -> dict:
-    if _format(path) != "safetensors":
+    format = _format(path)
+    if format == "gguf":
+        return {name: (entry.shape, entry.dtype) for name, entry in read_gguf_header(path).items()}
+    if format != "safetensors":
         tensors = _load_pickle(path, "meta")
         return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     header = {}
@@ -261,8 +278,11 @@ def _file_header(path: Path) -> dict:
     return header
 
 
-def _file_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if _format(path) != "safetensors":
+def _file_tensors(path: Path) -> dict[str, Any]:
+    format = _format(path)
+    if format == "gguf":
+        return read_gguf_tensors(path)
+    if format != "safetensors":
         return _load_pickle(path, "cpu")
     try:
         return load_file(path)

@@ -10,7 +10,6 @@ import torch
 from ..errors import CheckpointError
 from ..files.locating import find_weight_files
 from ..memory.block_buffers import lay_out, unpack
-from .scaled import Float8Weight
 from .weights import is_linear
 
 INT8_THRESHOLD = 6.0  # LLM.int8(): activations beyond it are multiplied unquantised (Dettmers et al., 2022)
@@ -96,7 +95,7 @@ class StoredBlocks:
 
     def _check_weight(self, index: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         key = f"encoder.block.{index}.{name}"
-        stored = as_stored(self._weights[key])
+        stored = self._weights[key]
         if tuple(stored.shape) != shape:
             raise CheckpointError(
                 f"{self._path}: {key} has shape {tuple(stored.shape)}, not the {shape} of a block."
@@ -116,7 +115,7 @@ class StoredBlocks:
     def _dtype_of(self, index: int, name: str) -> torch.dtype:
         key = f"encoder.block.{index}.{name}"
         wo = name.endswith(".wo.weight")
-        if as_stored(self._weights[key]).dtype == torch.int8:
+        if self._weights[key].dtype == torch.int8:
             return torch.int8
         if self.precision == "int8" and is_linear(key) and not wo and not self.is_int8:
             return torch.int8
@@ -178,11 +177,6 @@ def unbind(module: torch.nn.Module) -> None:
             layer.weight = torch.nn.Parameter(empty, requires_grad=False)
         if hasattr(layer, "state"):
             layer.state.CB = layer.state.SCB = layer.state.idx = None
-
-
-def as_stored(weight) -> torch.Tensor:
-    """The tensor in the file of a weight that `read_t5` gives."""
-    return weight.weight if isinstance(weight, Float8Weight) else weight
 
 
 def _scale_name(name: str) -> str:

@@ -42,8 +42,9 @@ class TextEncoder:
         """Load a T5 encoder.
 
         path: a Hugging Face folder (in shards or not; one that transformers saved in int8, nf4 or fp4 loads
-            as it is), a pipeline folder with `text_encoder` in it, or one file in fp32, bf16, fp16, fp8 or
-            scaled fp8, which is dequantised weight by weight and then quantised as asked. Of a whole T5, and
+            as it is), a pipeline folder with `text_encoder` in it, or one file in fp32, bf16, fp16, fp8,
+            GGUF or ComfyUI's scaled fp8, int8, mxfp8 or nvfp4, which are dequantised weight by weight and
+            then quantised as asked. Of a whole T5, and
             of a file of several models, it is the encoder.
         tokenizer: spiece.model, tokenizer.json or a folder with either; by default looked for in the
             encoder's folder, in its `tokenizer` folder and in the `tokenizer` folder beside it, then
@@ -56,7 +57,7 @@ class TextEncoder:
         stream: leave the weights in RAM or in the file and pass two blocks at a time through the device, see
             `text_streaming`. The same output from less memory on the device, not for nf4 and fp4.
 
-        Raises SigmaError for a wrong precision, a missing tokenizer, GGUF, and a precision other than the one
+        Raises SigmaError for a wrong precision, a missing tokenizer, and a precision other than the one
         the folder was quantised in; CheckpointError for files that do not hold exactly one T5 encoder.
         """
         device = pick_device(device)

@@ -9,7 +9,7 @@ from .config import read_config
 from .loading import find_encoder
 from .tokenizer import find_tokenizer
 from .tokenizer_places import beside, name_of
-from .weights import read_encoder_weights, refuse_gguf
+from .weights import read_encoder_weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> 
     Raises CheckpointError or SigmaError where there is no encoder or tokenizer.
     """
     path = find_encoder(path)
-    refuse_gguf(path)
     saved, read = None, []
     if path.is_dir():
         saved = read_config(path)[1]

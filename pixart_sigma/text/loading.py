@@ -8,6 +8,7 @@ import torch
 from ..choices import DEFAULT_T5_PRECISION, T5_PRECISIONS
 from ..devices import pick_device
 from ..errors import SigmaError
+from ..files.locating import locate
 from .model import check_packages, compute_dtype, quiet_int8_casts
 from .streaming import StreamedT5
 from .tokenizer import find_tokenizer, load_tokenizer
@@ -32,10 +33,13 @@ def read_encoder(path, precision: str | None = None):
 
 
 def find_encoder(path) -> Path:
-    """The encoder's folder in a pipeline folder; any other path as it is."""
+    """The encoder's folder in a pipeline folder; the GGUF file in a folder without a config.json, where its
+    weights say what it is; any other path as it is."""
     path = Path(path)
     if (path / "text_encoder").is_dir() and not (path / "config.json").exists():
-        return path / "text_encoder"
+        path = path / "text_encoder"
+    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        return locate(path)
     return path
 
 

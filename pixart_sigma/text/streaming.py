@@ -14,9 +14,9 @@ import torch
 
 from ..choices import T5_PRECISIONS
 from ..errors import SigmaError
+from ..files.quantised_weights import QuantisedWeight
 from ..memory.block_buffers import BlockBuffers, PinnedMemory, double_buffered, unpack
-from .blocks import StoredBlocks, as_stored, bind, make_block, unbind, use_int8
-from .scaled import Float8Weight
+from .blocks import StoredBlocks, bind, make_block, unbind, use_int8
 
 BIAS_KEY = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 SPARE_RAM = 4_000_000_000  # bytes that pinning leaves to the other stages
@@ -75,7 +75,7 @@ class StreamedT5:
     def window_nbytes(self, device: torch.device) -> int:
         """Bytes of weights that a call needs on the device."""
         beside = self._weights["encoder.final_layer_norm.weight"], self._weights[BIAS_KEY]
-        small = sum(as_stored(weight).numel() for weight in beside) * self.dtype.itemsize
+        small = sum(weight.numel() for weight in beside) * self.dtype.itemsize
         return (1 if device.type == "cpu" else 2) * self._stored.nbytes + small
 
     def to(
@@ -202,12 +202,6 @@ class StreamedT5:
 
 def _rows(table, ids: torch.Tensor) -> torch.Tensor:
     """The rows of an embedding table that these ids name; only they are read."""
-    if not isinstance(table, Float8Weight):
+    if not isinstance(table, QuantisedWeight):
         return torch.nn.functional.embedding(ids, table)
-    scale = table.scale
-    if scale is not None and scale.numel() != 1:
-        scale = scale.reshape(-1)[ids.reshape(-1)]
-    # As bytes: not every torch that is promised indexes float8.
-    stored = table.weight.view(torch.uint8)[ids.reshape(-1)].view(table.weight.dtype)
-    rows = Float8Weight(stored, scale)[...]
-    return rows.reshape(*ids.shape, -1)
+    return table.select(ids.reshape(-1)).dequantise().reshape(*ids.shape, -1)

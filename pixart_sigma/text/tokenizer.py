@@ -10,7 +10,7 @@ from ..errors import SigmaError
 from ..files.download import BASE
 from ..files.weight_files import read_header
 from .tokenizer_places import TOKENIZER_FILES, beside, elsewhere, in_folders
-from .weights import EMBEDDING_TABLES, refuse_gguf
+from .weights import EMBEDDING_TABLES
 
 # T5's vocabulary is filled up to a multiple of 128, and a tokenizer may lack the 100 sentinels.
 MOST_SPARE_ROWS = 127 + 100
@@ -28,7 +28,6 @@ def find_tokenizer(path: Path, tokenizer=None, others: list[Path] | None = None)
     own = next(in_folders(beside(path)), None)
     if own is not None and path.is_dir():
         return own
-    refuse_gguf(path)
     header = read_header(path, part="text_encoder")
     tables = [header[name][0] for name in EMBEDDING_TABLES if name in header]
     vocab_size = tables[0][0] if tables and tables[0] else 0

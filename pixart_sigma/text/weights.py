@@ -8,9 +8,9 @@ import torch
 
 from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
+from ..files.quantised_layers import pair_scales
 from ..files.weight_files import read_metadata, read_state_dict
 from .config import check_config, config_from_shapes, read_config
-from .scaled import Float8Weight, pair_scales
 
 EMBEDDING_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one table by two names
 # Of the whole T5 v1.1, and of what ComfyUI's CLIPSave writes beside any text encoder.
@@ -46,11 +46,10 @@ class WatchedWeight:
 def read_t5(path: Path):
     """Read a T5 encoder: a folder with config.json, or one file in Hugging Face keys, whatever else it holds.
 
-    Returns (transformers.T5Config, dict of str to tensor or Float8Weight, saved precision or None when the
+    Returns (transformers.T5Config, dict of str to tensor or QuantisedWeight, saved precision or None when the
     weights are not quantised). Raises CheckpointError when a weight is missing, left over or of another
     shape, naming it, and for a config that is not the weights'.
     """
-    refuse_gguf(path)
     config, precision = None, None
     if path.is_dir():
         config, precision = read_config(path)
@@ -60,7 +59,13 @@ def read_t5(path: Path):
         weights.setdefault("shared.weight", tied)
     if precision is None:
         weights = pair_scales(weights, read_metadata(path), path, is_linear)
-    shapes = {key: _shape(weight) for key, weight in weights.items()}
+        for key, weight in weights.items():
+            if not weight.is_floating_point():
+                raise CheckpointError(
+                    f"{path}: {key} holds {weight.dtype} numbers, not floating-point weights. "
+                    "Use an fp32, fp16, bf16, fp8 or GGUF file, or a folder that transformers saved."
+                )
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     if config is None:
         config = config_from_shapes(shapes, path)
     else:
@@ -73,29 +78,6 @@ def read_encoder_weights(path: Path) -> dict[str, torch.Tensor]:
     """The encoder's tensors by their bare names, as they are stored; a whole T5's decoder is left out."""
     weights = read_state_dict(path, part="text_encoder")
     return {key: weight for key, weight in weights.items() if not key.startswith(NOT_THE_ENCODERS)}
-
-
-def refuse_gguf(path: Path) -> None:
-    """Raise CheckpointError for a GGUF file, by its name or its first bytes."""
-    if path.is_dir():
-        found = next(path.glob("*.gguf"), None) if not (path / "config.json").exists() else None
-    else:
-        found = (
-            path if path.suffix.lower() == ".gguf" or (path.is_file() and _starts_with_gguf(path)) else None
-        )
-    if found:
-        raise CheckpointError(
-            f"{found} is a GGUF file, which this loader does not read. In ComfyUI load it with the "
-            "CLIPLoader (GGUF) node of ComfyUI-GGUF, or use an fp16, fp8 or Hugging Face T5 encoder here."
-        )
-
-
-def _starts_with_gguf(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False  # check_file says what is wrong with it
 
 
 def check_weights(weights: dict, config, precision: str | None, path: Path) -> None:
@@ -130,9 +112,10 @@ def check_weights(weights: dict, config, precision: str | None, path: Path) -> N
                 raise CheckpointError(
                     f"{path}: {key} is {precision} but its {absent[0].strip('.')} is missing."
                 )
-        elif _shape(weight) != expected[key]:
+        elif tuple(weight.shape) != expected[key]:
             raise CheckpointError(
-                f"{path}: {key} has shape {_shape(weight)}, not the {expected[key]} of the encoder's config."
+                f"{path}: {key} has shape {tuple(weight.shape)}, not the {expected[key]} "
+                "of the encoder's config."
             )
 
 
@@ -155,24 +138,19 @@ def expected_nbytes(weights: dict, precision: str, dtype: torch.dtype) -> int:
     bits = T5_PRECISIONS[precision].bits if precision in QUANTIZED else 0
     total = 0
     for key, weight in weights.items():
-        stored = weight.weight if isinstance(weight, Float8Weight) else weight
         linear = LINEAR.search(key)
-        packed = stored.dtype in (torch.int8, torch.uint8) or f"{key}.absmax" in weights
+        packed = not weight.is_floating_point() or f"{key}.absmax" in weights
         if packed or QUANTIZED_COMPANION.match(key):
-            total += stored.nbytes
+            total += weight.nbytes
         elif linear and linear[1] == "wo":  # never quantised, and never in fp16
-            total += stored.numel() * (2 if dtype == torch.bfloat16 else 4)
+            total += weight.numel() * (2 if dtype == torch.bfloat16 else 4)
         elif linear and bits == 8:  # one fp32 scale per row
-            total += stored.numel() + 4 * stored.shape[0]
+            total += weight.numel() + 4 * weight.shape[0]
         elif linear and bits == 4:  # one fp32 scale per 64 numbers
-            total += stored.numel() // 2 + 4 * math.ceil(stored.numel() / 64) + 64
+            total += weight.numel() // 2 + 4 * math.ceil(weight.numel() / 64) + 64
         else:
-            total += stored.numel() * dtype.itemsize
+            total += weight.numel() * dtype.itemsize
     return total
-
-
-def _shape(weight) -> tuple[int, ...]:
-    return tuple((weight.weight if isinstance(weight, Float8Weight) else weight).shape)
 
 
 def _count(keys: list[str]) -> str:

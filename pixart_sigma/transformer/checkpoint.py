@@ -19,17 +19,24 @@ from ..choices import VARIANTS
 from ..errors import CheckpointError, SettingError
 from ..files.locating import find_weight_files, read_json, resolve
 from ..files.parts import MARKERS
+from ..files.quantised_layers import pair_scales
+from ..files.quantised_weights import QuantisedWeight, describe_storage, split_rows
 from ..files.quantization import quantization_of
-from ..files.weight_files import read_facts, read_header, read_metadata, read_state_dict
+from ..files.weight_files import read_facts, read_header, read_metadata, read_outline, read_state_dict
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from .config import TransformerConfig, check_keys, left_over_key, read_config
 from .keys import DROPPED, MODULES, to_diffusers_keys
 from .other_models import refuse_alpha, refuse_alpha_pipeline, refuse_other_model, refuse_quantized
+from .quantised import stays_quantised
 from .variant import find_variant
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 MODELS = {"text_encoder", "transformer", "vae"}  # one of which makes a folder a pipeline's
 DEMOS = (DEMO / "transformer", DEMO_KV)
+# The patch convolution by both spellings, which is never scaled where linear layers are.
+CONVOLUTIONS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+# Of linear weights that stay quantised the name and, on the meta device, how they are stored.
+Quantised = tuple[tuple[str, QuantisedWeight], ...]
 STORAGE_DTYPES = (
     torch.float32,
     torch.float16,
@@ -43,9 +50,10 @@ STORAGE_DTYPES = (
 class Checkpoint:
     """What `inspect` found.
 
-    dtype: the one that most of the weights are stored in. variant_source: what said it, "default" for a
-    guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s. noise_schedule: the published one
-    where nothing beside or in the weights says otherwise.
+    dtype: the one that most of the weights are stored in, float32 where they are quantised. variant_source:
+    what said it, "default" for a guess. latent_format: whose latents it makes, "sdxl" or the "demo"'s.
+    noise_schedule: the published one where nothing beside or in the weights says otherwise. storage: how the
+    weights are stored, in words. quantised: the weights of linear layers that stay so.
     """
 
     path: Path
@@ -59,6 +67,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     latent_format: str = "sdxl"
     noise_schedule: NoiseSchedule = PUBLISHED
+    storage: str = ""
+    quantised: Quantised = ()
 
     @property
     def variant_notice(self) -> str:
@@ -84,7 +94,6 @@ class Checkpoint:
         config = self.config
         names = ", ".join(file.name for file in self.files)
         width = config.num_attention_heads * config.attention_head_dim
-        stored = str(self.dtype).removeprefix("torch.")
         kv = config.kv_compression
         compressed = (
             f"trained, ratio {kv.ratio} on layers {', '.join(map(str, kv.layers))}"
@@ -105,7 +114,7 @@ class Checkpoint:
                 + (", qk-norm" if config.qk_norm else ""),
                 f"KV compression  {compressed}",
                 f"noise schedule  {self.noise_schedule.describe()}",
-                f"weights         {self.key_style} keys, {stored}, {names}",
+                f"weights         {self.key_style} keys, {self.storage}, {names}",
                 f"components      {', '.join(self.components)}",
             ]
         )
@@ -140,14 +149,16 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
     refuse_alpha(settings, source)
     metadata = read_metadata(source)
 
-    original_header = read_header(source, part="transformer")
-    key_style = _find_spelling(original_header, source)
-    dtypes = [dtype for _, dtype in original_header.values()]
-    refuse_quantized(quantization_of(original_header, dtypes, settings, metadata), source)
-    header = _rename(original_header, key_style, source, _split_shape)
-    positions = original_header.get("pos_embed")
+    outline = read_outline(source, part="transformer")
+    key_style = _find_spelling(outline, source)
+    positions = outline.get("pos_embed")
+    outline = _pair(outline, metadata, source)
+    dtypes = [weight.dtype for weight in outline.values()]
+    refuse_quantized(quantization_of(outline, dtypes, settings), source)
+    weights = _rename(outline, key_style, source)
+    header = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
     chosen, variant_source = find_variant(
-        variant, settings, positions and positions[0], metadata, source, files[0]
+        variant, settings, None if positions is None else tuple(positions.shape), metadata, source, files[0]
     )
     config = read_config(header, settings, source)
     config = _set_variant(config, chosen, {} if variant_source == "user" else settings, source)
@@ -164,6 +175,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Checkpoint:
         files,
         "demo" if source.absolute() in DEMOS or facts.get("latent_format") == "demo" else "sdxl",
         _find_noise_schedule(path, source, files[0], _dict(facts.get("noise_schedule"))),
+        describe_storage(weights),
+        tuple((name, weight) for name, weight in weights.items() if stays_quantised(name, weight)),
     )
 
 
@@ -181,15 +194,17 @@ def find_components(path: str | Path) -> dict[str, Path]:
     return found
 
 
-def load_transformer_state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The transformer's weights in diffusers' keys and the file's dtype, memory-mapped where possible.
+def load_transformer_state_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The transformer's weights in diffusers' keys and the file's dtype, memory-mapped where possible;
+    quantised ones as QuantisedWeight.
 
     KV weights are `transformer_blocks.N.attn1.sr.*` (C, 1, r, r) and `attn1.norm.*` (C,), qk-norm is
     `attn1.norm_q.*` and `attn1.norm_k.*` (C,). Raises CheckpointError when the file is no longer what it was.
     """
     source = checkpoint.components["transformer"]
     state_dict = read_state_dict(source, part="transformer")
-    state_dict = _rename(state_dict, _find_spelling(state_dict, source), source, torch.chunk)
+    key_style = _find_spelling(state_dict, source)
+    state_dict = _rename(_pair(state_dict, read_metadata(source), source), key_style, source)
     check_keys(
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state_dict.items()},
         checkpoint.config,
@@ -248,13 +263,15 @@ def _find_spelling(keys, source: Path) -> str:
     return best
 
 
-def _split_shape(value, parts: int):
-    (rows, *rest), dtype = value
-    return [((rows // parts, *rest), dtype)] * parts
+def _pair(values: dict, metadata: dict[str, str], source: Path) -> dict:
+    """The weights with their scales, where ComfyUI's formats have some."""
+    return pair_scales(
+        values, metadata, source, lambda name: name.endswith(".weight") and name not in CONVOLUTIONS
+    )
 
 
-def _rename(values: dict, key_style: str, source: Path, split) -> dict:
-    """The same shapes or tensors under diffusers' keys; `split(value, parts)` takes a fused one apart."""
+def _rename(values: dict, key_style: str, source: Path) -> dict:
+    """The same weights under diffusers' keys, fused ones taken apart."""
     renamed: dict[str, Any] = {}
     for key, value in values.items():
         refuse_alpha(key, source)
@@ -267,10 +284,10 @@ def _rename(values: dict, key_style: str, source: Path, split) -> dict:
             names = to_diffusers_keys(key)
             if not names:
                 raise left_over_key(key, source)
-        shape = value[0] if isinstance(value, tuple) else tuple(value.shape)
+        shape = tuple(value.shape)
         if len(names) > 1 and (not shape or shape[0] % len(names)):
             raise CheckpointError(f"{source}: {key} is {shape}, which is not {len(names)} equal parts.")
-        renamed.update(zip(names, split(value, len(names)) if len(names) > 1 else [value], strict=True))
+        renamed.update(zip(names, split_rows(value, len(names)) if len(names) > 1 else [value], strict=True))
     return renamed
 
 

@@ -45,7 +45,8 @@ def refuse_quantized(quantization: str, source: Path) -> None:
     if quantization:
         raise CheckpointError(
             f"{source} is a quantised PixArt-Sigma transformer ({quantization}), which is not read here. Use "
-            "its weights in float32, float16, bfloat16 or float8 without scales."
+            "its weights in GGUF, in ComfyUI's scaled fp8, int8, mxfp8 or nvfp4, or in float32, float16 or "
+            "bfloat16."
         )
 
 

@@ -17,13 +17,14 @@ from ..memory.ways import Needs, Way, first_that_fits
 from ..settings import Settings, Ways
 from .calibrated_speed import follow
 from .calibration import Calibration, find_calibration, fingerprint_of
-from .checkpoint import Checkpoint, load_transformer_state_dict
+from .checkpoint import Checkpoint, Quantised, load_transformer_state_dict
 from .config import TransformerConfig
 from .cost import activation_bytes
 from .kv_rules import KVCompression, resolve
-from .loading import load_transformer
+from .loading import UNCHANGED, load_transformer
 from .network import SigmaTransformer, build_transformer
-from .streaming import parked_nbytes, window_nbytes
+from .quantised import put_layers, working_nbytes
+from .streaming import parameter_nbytes, parked_nbytes, window_nbytes
 
 Result = TypeVar("Result")
 
@@ -56,24 +57,34 @@ class Pass:
 
 
 def predict_needs(
-    config: TransformerConfig, work: Pass, dtype: torch.dtype, place: str, in_turn: bool
+    config: TransformerConfig,
+    work: Pass,
+    dtype: torch.dtype,
+    place: str,
+    in_turn: bool,
+    quantised: Quantised = (),
 ) -> Needs:
-    """Bytes of a transformer of this config, in a dtype, in a place of TRANSFORMER_DEVICES."""
-    weights, in_ram = _weight_bytes(config, dtype, place)
+    """Bytes of a transformer of this config, in a dtype, in a place of TRANSFORMER_DEVICES.
+
+    quantised: the weights that stay quantised, see `Checkpoint.quantised`.
+    """
+    weights, in_ram = _weight_bytes(config, dtype, place, quantised)
     batch = work.count * (2 if work.guided and not in_turn else 1)
     size = (-(-work.height // 8), -(-work.width // 8))
-    return Needs(
-        weights + activation_bytes(config, batch, *size, work.tokens, dtype.itemsize), weights, in_ram
-    )
+    activations = activation_bytes(config, batch, *size, work.tokens, dtype.itemsize)
+    return Needs(weights + activations + working_nbytes(quantised), weights, in_ram)
 
 
-@functools.cache
-def _weight_bytes(config: TransformerConfig, dtype: torch.dtype, place: str) -> tuple[int, int]:
+@functools.lru_cache(maxsize=64)
+def _weight_bytes(
+    config: TransformerConfig, dtype: torch.dtype, place: str, quantised: Quantised
+) -> tuple[int, int]:
     """Bytes of weights on the device and of those that wait in RAM."""
     transformer = build_transformer(config)
+    put_layers(transformer, quantised, UNCHANGED)
     if place == "stream":
         return window_nbytes(transformer, dtype), parked_nbytes(transformer, dtype)
-    return sum(weight.numel() for weight in transformer.parameters()) * dtype.itemsize, 0
+    return parameter_nbytes(transformer.parameters(), dtype), 0
 
 
 @dataclass
@@ -145,7 +156,9 @@ class TransformerStage:
     def _ways(self, work: Pass, ways: Ways) -> list[Way]:
         """As it is asked for, then in smaller ways. On a CPU nothing is smaller for being streamed."""
         places = TRANSFORMER_DEVICES if self.device.type != "cpu" else (ways.transformer_device,)
-        needs = partial(predict_needs, self.checkpoint.config, work, self.dtype)
+        needs = partial(
+            predict_needs, self.checkpoint.config, work, self.dtype, quantised=self.checkpoint.quantised
+        )
         asked = {
             "transformer_device": ways.transformer_device,
             "guidance_in_turn": ways.guidance_in_turn and work.guided,

@@ -93,7 +93,8 @@ class StreamedTransformer(SigmaTransformer):
 
 
 def stream_blocks(transformer: SigmaTransformer, device: str | torch.device) -> StreamedTransformer:
-    """This transformer, itself, streamed to a device. Its weights must be on the CPU, all in one dtype."""
+    """This transformer, itself, streamed to a device. Its weights must be on the CPU, all in one dtype but
+    for quantised ones, which are streamed as they are stored."""
     transformer.__class__ = StreamedTransformer
     transformer._parked, transformer._layouts, transformer._parked_weights = [], [], []
     transformer._pinned = PinnedMemory()
@@ -113,14 +114,22 @@ def parked_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
 
 def window_nbytes(transformer: SigmaTransformer, dtype: torch.dtype) -> int:
     """Bytes of weights on the device at once: two blocks, and all that is in no block."""
-    beside = sum(
-        weight.numel() for name, weight in transformer.named_parameters() if not name.startswith(BLOCKS)
-    )
-    return 2 * block_nbytes(transformer, dtype) + beside * dtype.itemsize
+    beside = (weight for name, weight in transformer.named_parameters() if not name.startswith(BLOCKS))
+    return 2 * block_nbytes(transformer, dtype) + parameter_nbytes(beside, dtype)
+
+
+def parameter_nbytes(parameters: Iterable[torch.Tensor], dtype: torch.dtype) -> int:
+    """Bytes of parameters in a dtype; of quantised ones, which are bytes, as they are."""
+    return sum(weight.numel() * _stored_in(weight, dtype).itemsize for weight in parameters)
 
 
 def _lay_out(block: torch.nn.Module, dtype: torch.dtype) -> tuple[Part, ...]:
-    return lay_out((name, dtype, weight.shape) for name, weight in block.named_parameters())
+    parameters = block.named_parameters()
+    return lay_out((name, _stored_in(weight, dtype), weight.shape) for name, weight in parameters)
+
+
+def _stored_in(weight: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if weight.is_floating_point() else weight.dtype
 
 
 def _bind(block: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

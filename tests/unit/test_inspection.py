@@ -111,15 +111,15 @@ def test_what_is_of_no_use_is_named_all_the_same(tmp_path, capsys, words):
     assert re.search(f"is {words}", capsys.readouterr().err)
 
 
-def test_gguf_says_its_architecture(tmp_path):
+def test_gguf_without_weights_says_its_architecture(tmp_path):
     name, value = b"general.architecture", b"t5encoder"
     head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
     head += len(name).to_bytes(8, "little") + name + (8).to_bytes(4, "little")
     (tmp_path / "t5.gguf").write_bytes(head + len(value).to_bytes(8, "little") + value)
-    with pytest.raises(CheckpointError, match="a GGUF file of the architecture 't5encoder'"):
+    with pytest.raises(CheckpointError, match="is GGUF for the architecture 't5encoder' without any weights"):
         describe(tmp_path / "t5.gguf")
     (tmp_path / "t5.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(CheckpointError, match="is a GGUF file, which"):
+    with pytest.raises(CheckpointError, match="is GGUF of version 0"):
         describe(tmp_path / "t5.gguf")
 
 

@@ -1,11 +1,19 @@
 """What the host's nodes save of our MODEL and VAE is read by our loaders and by the host's, the same."""
 
+import json
+
 import comfy.sd
 import comfy.text_encoders.pixart_t5
 import comfy.utils
+import gguf
+import gguf.quants
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import CheckpointSave, CLIPSave, ModelSave, VAESave
+from comfy_kitchen.backends.eager.quantization import (
+    dequantize_int8_convrot_weight,
+    quantize_int8_convrot_weight,
+)
 from diffusers import AutoencoderKL
 from pack.nodes.host.text_encoder import load_clip
 from pack.nodes.host.transformer import DemoLatents, load_model
@@ -17,7 +25,7 @@ from pack.pixart_sigma.transformer.checkpoint import inspect
 from pack.pixart_sigma.transformer.keys import to_original_keys
 from pack.pixart_sigma.vae.loading import SDXL_VAE
 from random_models import conditioning, difference, ksampler, normal, transformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SIZE = (24, 16)
 
@@ -158,3 +166,60 @@ def test_our_clip_says_that_it_can_not_be_saved(tmp_path):
         with pytest.raises(SigmaError, match="can not be saved from a workflow"):
             save(node, tmp_path, *models)
     assert not list(tmp_path.iterdir())
+
+
+def quantised_int8(wide):
+    """The tensors of a file as ComfyUI's own converters write them: int8 by row, rotated in groups of 64."""
+    tensors = {}
+    facts = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}).encode()
+    for name, weight in load_file(wide).items():
+        if weight.ndim != 2 or not name.startswith("blocks.") or not name.endswith(".weight"):
+            tensors[name] = weight
+            continue
+        layer = name.removesuffix(".weight")
+        tensors[name], tensors[layer + ".weight_scale"] = quantize_int8_convrot_weight(weight, 64)
+        tensors[layer + ".comfy_quant"] = torch.tensor(list(facts), dtype=torch.uint8)
+    return tensors
+
+
+def test_a_quantised_file_is_dequantised_when_it_loads(wide, tmp_path, caplog):
+    """By the numbers of comfy-kitchen; the host's own loader reads the same file."""
+    tensors = quantised_int8(wide)
+    save_file(tensors, tmp_path / "int8_1024.safetensors")
+    with caplog.at_level("INFO"):
+        ours = load_model(tmp_path / "int8_1024.safetensors", dtype="fp32")
+    assert "int8_1024.safetensors is quantised (" in caplog.text and "(convrot 64)" in caplog.text
+    assert "GB in float32" in caplog.text
+    scale = tensors["blocks.0.attn.qkv.weight_scale"]
+    qkv = dequantize_int8_convrot_weight(tensors["blocks.0.attn.qkv.weight"], scale, 64)
+    weights = ours.model.diffusion_model.state_dict()
+    parts = [weights[f"transformer_blocks.0.attn1.to_{letter}.weight"] for letter in "qkv"]
+    assert torch.equal(torch.cat(parts), qkv)
+    text = [conditioning(7, 4096, seed) for seed in (1, 2)]
+    exact = ksampler(load_model(wide, dtype="fp32"), *text, SIZE)
+    off = difference(ksampler(ours, *text, SIZE), exact)
+    assert 0 < off < 0.05
+    host = comfy.sd.load_diffusion_model(str(tmp_path / "int8_1024.safetensors")).model.diffusion_model
+    theirs = host.blocks[0].attn.qkv.weight.dequantize()
+    assert torch.equal(theirs, qkv.to(theirs.dtype))
+
+
+def test_a_gguf_file_in_a_folder_is_dequantised_when_it_loads(wide, tmp_path):
+    folder = tmp_path / "sigma-1024"
+    folder.mkdir()
+    writer, kind = gguf.GGUFWriter(folder / "sigma.gguf", "pixart"), gguf.GGMLQuantizationType.Q8_0
+    expected = {}
+    for name, weight in load_file(wide).items():
+        if weight.ndim == 2 and name.endswith(".weight"):
+            stored = gguf.quants.quantize(weight.numpy(), kind)
+            writer.add_tensor(name, stored, raw_dtype=kind)
+            expected[name] = torch.from_numpy(gguf.quants.dequantize(stored, kind))
+        else:
+            writer.add_tensor(name, weight.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    weights = load_model(folder, dtype="bf16").model.diffusion_model.state_dict()
+    found = weights["transformer_blocks.0.ff.net.2.weight"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected["blocks.0.mlp.fc2.weight"].bfloat16())

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import sentencepiece
 import torch
+from quantised_files import quantise_layers, write_gguf
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma import DEMO
@@ -25,7 +26,7 @@ from pixart_sigma.text.identity import identify
 from pixart_sigma.text.loading import describe_encoder
 from pixart_sigma.text.model import compute_dtype
 from pixart_sigma.text.quantize import quantize_t5
-from pixart_sigma.text.weights import expected_shapes
+from pixart_sigma.text.weights import expected_shapes, is_linear
 
 WORDS = "a small red fox with happy face in the snow, lake and mountain at night".split()
 VOCABULARY = 256
@@ -451,7 +452,11 @@ def test_another_quantisation_of_comfyui_is_named(model, tokenizer_folder, tmp_p
     metadata = as_written_today(weights, metadata=True)
     without_scale = {key: weight for key, weight in weights.items() if key != Q + ".weight_scale"}
     for kept, text, message in (
-        (weights, metadata["_quantization_metadata"].replace("float8_e4m3fn", "nvfp4"), "as nvfp4.*only"),
+        (
+            weights,
+            metadata["_quantization_metadata"].replace("float8_e4m3fn", "convrot_w4a4"),
+            "as convrot_w4a4.*only",
+        ),
         (weights, '{"layers": []}', "can not be read how it is quantised"),
         (without_scale, metadata["_quantization_metadata"], f"no scale for {Q}.weight"),
     ):
@@ -533,11 +538,69 @@ def test_a_folder_without_one_of_its_weights_is_refused(folder, tokenizer_folder
         TextEncoder.load(tmp_path, tokenizer_folder)
 
 
-def test_gguf_is_refused_with_the_node_that_reads_it(tokenizer_folder, tmp_path):
+def llama_names(model):
+    """By transformers' names what gguf itself calls the weights of a T5 encoder."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 2)
+    found = {
+        key: names.get_name(key, (".weight",)) for key in model.state_dict() if "embed_tokens" not in key
+    }
+    assert found[Q + ".weight"] == "enc.blk.0.attn_q.weight" and all(found.values())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "F16"])
+@pytest.mark.parametrize("names", ["llama.cpp's", "transformers'"])
+def test_gguf_is_dequantised(model, tokenizer_folder, tmp_path, names, kind):
+    weights = {key: weight for key, weight in model.state_dict().items() if "embed_tokens" not in key}
+    called = llama_names(model) if names == "llama.cpp's" else {key: key for key in weights}
+    path = tmp_path / "t5.gguf"
+    extra = {"dec.blk.0.attn_q.weight": torch.ones(64, 64)} if names == "llama.cpp's" else {}
+    stored = {called[key]: weight for key, weight in weights.items()} | extra
+    read = write_gguf(path, stored, kind if kind != "F16" else "F32", "F16" if kind == "F16" else "F32")
+    expected = {key: read[name] for key, name in called.items()}
+    encoder = TextEncoder.load(path, tokenizer_folder, precision="fp32")
+    for key, weight in expected.items():
+        assert torch.equal(encoder.model.state_dict()[key], weight), key
+    streamed = TextEncoder.load(path, tokenizer_folder, precision="fp32", stream=True)
+    made = encoder.encode(PROMPT).prompt_embeds
+    assert torch.equal(streamed.encode(PROMPT).prompt_embeds, made)
+    for precision in ("bf16", "int8"):
+        resident = TextEncoder.load(path, tokenizer_folder, precision)
+        again = TextEncoder.load(path, tokenizer_folder, precision, stream=True)
+        assert torch.equal(again.encode(PROMPT).prompt_embeds, resident.encode(PROMPT).prompt_embeds)
+        assert relative_error(resident.encode(PROMPT).prompt_embeds, made) < 0.05
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path.rename(folder / "t5.gguf")
+    from_folder = TextEncoder.load(folder, tokenizer_folder, precision="fp32")
+    assert torch.equal(from_folder.encode(PROMPT).prompt_embeds, made)
+    identity = identify(folder, tokenizer_folder)
+    assert identity != identify(merged(model, tmp_path / "t5.safetensors"), tokenizer_folder)
+    assert identity == identify(folder / "t5.gguf", tokenizer_folder)
+
+
+@pytest.mark.parametrize("form", ["int8 by row", "mxfp8", "nvfp4"])
+def test_other_forms_of_comfyui_are_dequantised(model, tokenizer_folder, tmp_path, form):
+    pytest.importorskip("comfy_kitchen", reason="pip install comfy-kitchen, which ComfyUI comes with")
+    linear = {key: weight for key, weight in model.state_dict().items() if is_linear(key)}
+    others = {key: weight for key, weight in model.state_dict().items() if "embed_tokens" not in key}
+    tensors, _, expected = quantise_layers(linear, form)
+    path = tmp_path / "t5.safetensors"
+    save_file({key: weight.contiguous() for key, weight in (others | tensors).items()}, path)
+    encoder = TextEncoder.load(path, tokenizer_folder, precision="fp32")
+    for key, weight in expected.items():
+        assert torch.equal(encoder.model.state_dict()[key], weight), key
+    streamed = TextEncoder.load(path, tokenizer_folder, precision="fp32", stream=True)
+    assert torch.equal(streamed.encode(PROMPT).prompt_embeds, encoder.encode(PROMPT).prompt_embeds)
+
+
+def test_a_damaged_gguf_is_named(tokenizer_folder, tmp_path):
     (tmp_path / "t5-Q8_0.gguf").write_bytes(b"GGUF" + bytes(60))
     (tmp_path / "disguised.safetensors").write_bytes(b"GGUF" + bytes(60))
-    for path in (tmp_path / "t5-Q8_0.gguf", tmp_path / "disguised.safetensors", tmp_path):
-        with pytest.raises(CheckpointError, match=r"CLIPLoader \(GGUF\)"):
+    for path in (tmp_path / "t5-Q8_0.gguf", tmp_path / "disguised.safetensors"):
+        with pytest.raises(CheckpointError, match="GGUF of version 0"):
             TextEncoder.load(path, tokenizer_folder)
 
 

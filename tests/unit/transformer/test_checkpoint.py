@@ -22,6 +22,7 @@ from pixart_sigma.noise_schedule import PUBLISHED, NoiseSchedule
 from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
 from pixart_sigma.transformer.config import KVWeights
 from pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
+from pixart_sigma.transformer.variant import ONETRAINER
 
 
 def assert_same(state_dict, expected):
@@ -133,13 +134,21 @@ def test_storage_dtypes(tmp_path, write_original, diffusers_state_dict, dtype, s
 @pytest.mark.parametrize(
     ("beside", "words"),
     [
-        ({"blocks.0.attn.qkv.scale_weight": torch.tensor(1.0)}, "ComfyUI's scaled fp8"),
-        ({"scaled_fp8": torch.tensor(1.0)}, "ComfyUI's scaled fp8"),
-        ({"blocks.0.attn.qkv.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, "quantisation by layer"),
         ({"blocks.0.attn.qkv.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}, "bitsandbytes nf4"),
         ({"blocks.0.attn.qkv.SCB": torch.zeros(2)}, "bitsandbytes int8"),
         ({"blocks.0.mlp.fc1.wscales": torch.zeros(2)}, "SVDQuant"),
+        ({"blocks.0.mlp.fc1.proj_down": torch.zeros(2)}, "SVDQuant"),
+        ({"blocks.0.mlp.fc1.qweight": torch.zeros(2, dtype=torch.int32)}, "GPTQ or AWQ"),
+        ({"blocks.0.mlp.fc1.zero_point": torch.zeros(2)}, "SDNQ"),
+        ({"blocks.0.mlp.fc1.svd_up": torch.zeros(2)}, "SDNQ"),
         ({"blocks.0.mlp.fc1.weight": torch.zeros(576, 144, dtype=torch.int8)}, "int8"),
+        (
+            {
+                "blocks.0.mlp.fc1.weight": torch.zeros(576, 144, dtype=torch.int8),
+                "blocks.0.mlp.fc1.weight_scale": torch.ones(576, 1),
+            },
+            "scales beside the weights",  # rotated or not, nothing says
+        ),
     ],
 )
 def test_quantised_weights_are_called_so(tmp_path, write_original, beside, words):
@@ -598,7 +607,7 @@ def test_other_model(tmp_path, key, words):
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(40), "GGUF"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(40), "is GGUF without any weights"),
     ],
 )
 def test_file_that_is_no_model(tmp_path, name, content, words):
@@ -610,7 +619,7 @@ def test_file_that_is_no_model(tmp_path, name, content, words):
 
 def test_noise_is_no_model(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"just a note")
-    with pytest.raises(CheckpointError, match="neither safetensors nor"):
+    with pytest.raises(CheckpointError, match="neither safetensors, GGUF nor"):
         check_file(tmp_path / "a.pth")
     (tmp_path / "a.safetensors").write_bytes(b"just a note")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
@@ -968,3 +977,45 @@ def test_errors_are_the_users(tmp_path):
     assert issubclass(CheckpointError, SigmaError)
     with pytest.raises(CheckpointError, match="is a folder"):
         check_file(tmp_path)
+
+
+def test_a_training_runs_folder_of_simpletuner(tmp_path, transformer_folder, diffusers_state_dict):
+    """Averages and the optimiser lie beside the weights; the averages load by their own folder."""
+    run = tmp_path / "checkpoint-500"
+    for name in ("transformer", "transformer_ema"):
+        shutil.copytree(transformer_folder, run / name)
+    save_file({"a": torch.zeros(2)}, run / "optimizer.safetensors")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_state.json"):
+        (run / name).write_bytes(b"{}")
+    for path in (run, run / "transformer", run / "transformer_ema"):
+        assert_same(load_transformer_state_dict(inspect(path)), diffusers_state_dict)
+
+
+def test_the_authors_training_file_with_averages_and_optimiser(tmp_path, to_original, diffusers_state_dict):
+    weights = to_original(diffusers_state_dict)
+    run = {
+        "state_dict": weights,
+        "state_dict_ema": {name: weight + 1 for name, weight in weights.items()},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3), "step": 7}}, "param_groups": [{"lr": 2e-5}]},
+        "scheduler": {"last_epoch": 7},
+        "epoch": 3,
+        "step": 500,
+    }
+    torch.save(run, tmp_path / "epoch_3_step_500.pth")
+    found = inspect(tmp_path / "epoch_3_step_500.pth")
+    assert_same(load_transformer_state_dict(found), diffusers_state_dict)
+    assert (found.variant, found.variant_source) == ("1024", "default")  # 500 counts steps
+
+
+def test_onetrainers_positions_are_neither_used_nor_believed(tmp_path, write_original, diffusers_state_dict):
+    path = write_original(tmp_path / "mine_512.safetensors", pos_embed=4096)
+    weights = load_file(path)
+    del weights["y_embedder.y_embedding"]  # which it leaves out
+    weights["pos_embed"] = torch.ones(1, 4096, 144)
+    save_file(weights, path, metadata=ONETRAINER)
+    found = inspect(path)
+    assert (found.variant, found.variant_source) == ("512", "file name")
+    assert_same(load_transformer_state_dict(found), diffusers_state_dict)
+    unnamed = path.rename(tmp_path / "mine.safetensors")
+    assert "1024 is assumed" in inspect(unnamed).variant_notice
+    assert inspect(unnamed, "256").config.interpolation_scale == 0.5
