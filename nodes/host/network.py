@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ...pixart_sigma.transformer.network import SigmaBlock, SigmaTransformer, layer_classes
 from .bypass import PartOfName
+from .controlnet import controls_of
 from .hooks import HostHooks, attention
 from .kv_compression import KV_COMPRESSION
 
@@ -59,7 +60,9 @@ class SigmaNetwork(SigmaTransformer):
         hooks = HostHooks(transformer_options, x, self.sigma_config)
         rules_for = transformer_options.get(KV_COMPRESSION)
         rules = None if rules_for is None else rules_for(8 * x.shape[-2], 8 * x.shape[-1])
-        return super().forward(x, timesteps, context, context_mask, rules, hooks)
+        return super().forward(
+            x, timesteps, context, context_mask, rules, hooks, controls=controls_of(control)
+        )
 
     def forget_sizes(self):
         """Drop the positions of the sizes seen so far, which lie on the device."""

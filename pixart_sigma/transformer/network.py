@@ -19,6 +19,7 @@ from ..errors import SigmaError
 from .attention import SigmaAttnProcessor, torch_attention
 from .attention_guidance import NormalizedAttentionGuidance
 from .config import TransformerConfig
+from .controlnet import Control, ControlHooks
 from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, BlockCall, Hooks
 from .kv_rules import KVCompression, acting, resolve
@@ -91,6 +92,7 @@ class SigmaTransformer(PixArtTransformer2DModel):
         *,
         prompt_projected: bool = False,
         nag_scale: float | None = None,
+        controls: tuple[Control, ...] = (),
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
 
@@ -101,8 +103,8 @@ class SigmaTransformer(PixArtTransformer2DModel):
         is as the checkpoint was trained (not at all, for all public ones). hooks: what to change on the way.
         prompt_projected: prompt_embeds are what `project_prompt` made of them. nag_scale: prompt_embeds and
         prompt_mask have 2 B rows, negative prompts first, and attention to the prompt is guided, see
-        `NormalizedAttentionGuidance`. Settings hold for this call alone. Returns the predicted noise
-        (B, 4, h, w); the learned-variance channels are dropped.
+        `NormalizedAttentionGuidance`. controls: ControlNets that add to the tokens. Settings hold for this
+        call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
         Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
@@ -118,10 +120,13 @@ class SigmaTransformer(PixArtTransformer2DModel):
         now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
 
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
-        if height % patch or width % patch:
-            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
-        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-        hidden_states = self.embed_positions(self.pos_embed(latents), grid)
+        grid = (-(-height // patch), -(-width // patch))
+        hidden_states = self._embed(latents, grid)
+        if controls:
+            for control in controls:
+                control.controlnet.check_fits(self.sigma_config)
+            pictures = [self._embed(control.latents_for(latents), grid) for control in controls]
+            hooks = ControlHooks(hooks, controls, pictures)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
         prompt_bias = None
         if prompt_mask is not None:
@@ -144,6 +149,13 @@ class SigmaTransformer(PixArtTransformer2DModel):
                 f"{tuple(prompt_embeds.shape)}. Encode the prompt with the text encoder that belongs to it."
             )
         return prompt_embeds if self.caption_projection is None else self.caption_projection(prompt_embeds)
+
+    def _embed(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latents (B, 4, h, w) -> tokens with their positions (B, N, C), N = rows * columns of the grid."""
+        patch, (height, width) = self.config.patch_size, latents.shape[-2:]
+        if height % patch or width % patch:
+            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
+        return self.embed_positions(self.pos_embed(latents), grid)
 
     def _predict_noise(self, hidden_states, embedded_timestep, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, N, C) after the last block -> the noise in the padded latents (B, 4, h, w)."""
