@@ -9,7 +9,7 @@ import comfy.ops
 import torch
 
 from ...pixart_sigma.errors import SigmaError
-from ...pixart_sigma.transformer.controlnet import Control, ControlNet
+from ...pixart_sigma.transformer.controlnet import Control, ControlNet, check_fits
 from ...pixart_sigma.transformer.controlnet_file import build_controlnet, read_controlnet
 from .hooks import attention
 
@@ -44,7 +44,7 @@ class SigmaControlNet(comfy.controlnet.ControlNet):
                 f"sampler has a {type(model).__name__} from another loader. Load the transformer with Load Σ "
                 "Transformer."
             )
-        self.control_model.controlnet.check_fits(config)
+        check_fits(self.control_model.controlnet.sigma_config, config)
 
     def control_merge(self, control, control_prev, output_dtype):
         """control: the latents (1 or B, 4, h, w) of the picture."""

@@ -8,6 +8,7 @@ import functools
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from ...pixart_sigma.transformer.controlnet import ControlHooks
 from ...pixart_sigma.transformer.network import SigmaBlock, SigmaTransformer, layer_classes
 from .bypass import PartOfName
 from .controlnet import controls_of
@@ -60,9 +61,10 @@ class SigmaNetwork(SigmaTransformer):
         hooks = HostHooks(transformer_options, x, self.sigma_config)
         rules_for = transformer_options.get(KV_COMPRESSION)
         rules = None if rules_for is None else rules_for(8 * x.shape[-2], 8 * x.shape[-1])
-        return super().forward(
-            x, timesteps, context, context_mask, rules, hooks, controls=controls_of(control)
-        )
+        controls = controls_of(control)
+        if controls:
+            hooks = ControlHooks(controls, hooks)
+        return super().forward(x, timesteps, context, context_mask, rules, hooks)
 
     def forget_sizes(self):
         """Drop the positions of the sizes seen so far, which lie on the device."""

@@ -48,21 +48,21 @@ class ControlNet(torch.nn.Module):
             ControlNetBlock(block, width, is_first=index == 0) for index, block in enumerate(blocks)
         )
 
-    def check_fits(self, config: TransformerConfig) -> None:
-        """Raise SigmaError where it is for another transformer than those of this config."""
-        own = self.sigma_config
-        ours, theirs = ((one.cross_attention_dim, one.num_attention_heads) for one in (own, config))
-        if ours != theirs:
-            raise SigmaError(
-                f"This ControlNet is for a transformer of width {ours[0]} in {ours[1]} heads, and this one "
-                f"has width {theirs[0]} in {theirs[1]}. Choose the ControlNet that was trained for it."
-            )
-        if own.num_layers >= config.num_layers:
-            raise SigmaError(
-                f"This ControlNet of {own.num_layers} layers is for a transformer of at least "
-                f"{own.num_layers + 1}, and this one has {config.num_layers}. Choose the ControlNet that was "
-                "trained for it."
-            )
+
+def check_fits(controlnet: TransformerConfig, config: TransformerConfig) -> None:
+    """Raise SigmaError where a ControlNet, by its config, is for other transformers than of this config."""
+    ours, theirs = ((one.cross_attention_dim, one.num_attention_heads) for one in (controlnet, config))
+    if ours != theirs:
+        raise SigmaError(
+            f"The ControlNet is for a transformer of width {ours[0]} in {ours[1]} heads, and this one has "
+            f"width {theirs[0]} in {theirs[1]}. Choose the ControlNet that was trained for it."
+        )
+    if controlnet.num_layers >= config.num_layers:
+        raise SigmaError(
+            f"The ControlNet of {controlnet.num_layers} layers is for a transformer of at least "
+            f"{controlnet.num_layers + 1}, and this one has {config.num_layers}. Choose the ControlNet that "
+            "was trained for it."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +94,21 @@ class Control:
 class ControlHooks(Hooks):
     """Lets ControlNets add to the tokens before each block; all else is as `hooks` have it.
 
-    tokens: of each control's latents, with their positions (B, N, C). For one call of the transformer: what
-    the ControlNets came to by the last block is kept here. Nothing that is hooked into the transformer acts
-    within a ControlNet. KV compression does, as on the block beside which it stands, but for trained one,
-    whose weights it has not.
+    For one call of the transformer: what the ControlNets came to by the last block is kept here. Nothing that
+    is hooked into the transformer acts within a ControlNet. KV compression does, as on the block beside which
+    it stands, but for trained one, whose weights it has not.
     """
 
-    def __init__(self, hooks: Hooks, controls: tuple[Control, ...], tokens: list[torch.Tensor]):
-        self.hooks, self.controls, self.tokens = hooks, controls, tokens
+    def __init__(self, controls: tuple[Control, ...], hooks: Hooks = NO_HOOKS):
+        self.hooks, self.controls = hooks, controls
+        self.tokens: list[torch.Tensor] = []
+
+    def start(self, transformer, latents):
+        """Raises SigmaError for a ControlNet of another transformer, and latents of another size."""
+        for control in self.controls:
+            check_fits(control.controlnet.sigma_config, transformer.sigma_config)
+        self.tokens = [transformer.embed(control.latents_for(latents)) for control in self.controls]
+        self.hooks.start(transformer, latents)
 
     def run_block(self, block, hidden_states, prompt_embeds, call: BlockCall):
         if call.index > 0:

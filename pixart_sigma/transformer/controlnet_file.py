@@ -31,12 +31,18 @@ def is_controlnet(path: str | Path) -> bool:
     return any(KEY.fullmatch(name) or AUTHORS_KEY.fullmatch(name) for name in read_header(path))
 
 
-def describe_controlnet(path: str | Path) -> str:
-    """A few lines for people. Raises CheckpointError for anything but a ControlNet of PixArt."""
+def inspect_controlnet(path: str | Path) -> TransformerConfig:
+    """The transformer that has this ControlNet's blocks alone, from the header. Raises CheckpointError for
+    anything but a ControlNet of PixArt."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, (shape, _) in read_header(path).items():
         shapes |= _rename(key, shape, lambda shape, parts: [shape] * parts, path)
-    config = _read_config(shapes, Path(path))
+    return _read_config(shapes, Path(path))
+
+
+def describe_controlnet(path: str | Path) -> str:
+    """A few lines for people. Raises CheckpointError for anything but a ControlNet of PixArt."""
+    config = inspect_controlnet(path)
     return (
         f"{path}: a ControlNet of PixArt\n"
         f"layers          {config.num_layers}, width {config.cross_attention_dim} in "

@@ -19,7 +19,6 @@ from ..errors import SigmaError
 from .attention import SigmaAttnProcessor, torch_attention
 from .attention_guidance import NormalizedAttentionGuidance
 from .config import TransformerConfig
-from .controlnet import Control, ControlHooks
 from .cost import MLP_BYTES
 from .hooks import NO_HOOKS, BlockCall, Hooks
 from .kv_rules import KVCompression, acting, resolve
@@ -92,7 +91,6 @@ class SigmaTransformer(PixArtTransformer2DModel):
         *,
         prompt_projected: bool = False,
         nag_scale: float | None = None,
-        controls: tuple[Control, ...] = (),
     ) -> torch.Tensor:
         """Predict the noise in `latents`.
 
@@ -103,8 +101,8 @@ class SigmaTransformer(PixArtTransformer2DModel):
         is as the checkpoint was trained (not at all, for all public ones). hooks: what to change on the way.
         prompt_projected: prompt_embeds are what `project_prompt` made of them. nag_scale: prompt_embeds and
         prompt_mask have 2 B rows, negative prompts first, and attention to the prompt is guided, see
-        `NormalizedAttentionGuidance`. controls: ControlNets that add to the tokens. Settings hold for this
-        call alone. Returns the predicted noise (B, 4, h, w); the learned-variance channels are dropped.
+        `NormalizedAttentionGuidance`. Settings hold for this call alone. Returns the predicted noise
+        (B, 4, h, w); the learned-variance channels are dropped.
         Raises SigmaError if shapes or the compression do not fit this transformer.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1)
@@ -121,12 +119,8 @@ class SigmaTransformer(PixArtTransformer2DModel):
 
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
         grid = (-(-height // patch), -(-width // patch))
-        hidden_states = self._embed(latents, grid)
-        if controls:
-            for control in controls:
-                control.controlnet.check_fits(self.sigma_config)
-            pictures = [self._embed(control.latents_for(latents), grid) for control in controls]
-            hooks = ControlHooks(hooks, controls, pictures)
+        hooks.start(self, latents)
+        hidden_states = self.embed(latents)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
         prompt_bias = None
         if prompt_mask is not None:
@@ -150,11 +144,12 @@ class SigmaTransformer(PixArtTransformer2DModel):
             )
         return prompt_embeds if self.caption_projection is None else self.caption_projection(prompt_embeds)
 
-    def _embed(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Latents (B, 4, h, w) -> tokens with their positions (B, N, C), N = rows * columns of the grid."""
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, 4, h, w) -> tokens with their positions (B, N, C), of N = rows * columns patches."""
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
         if height % patch or width % patch:
             latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
+        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         return self.embed_positions(self.pos_embed(latents), grid)
 
     def _predict_noise(self, hidden_states, embedded_timestep, grid: tuple[int, int]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pack.pixart_sigma.sampling.denoise import denoise
 from pack.pixart_sigma.sampling.guidance import guide
 from pack.pixart_sigma.settings import Settings
 from pack.pixart_sigma.transformer.config import XL_2
-from pack.pixart_sigma.transformer.controlnet import Control
+from pack.pixart_sigma.transformer.controlnet import Control, ControlHooks
 from pack.pixart_sigma.transformer.controlnet_file import build_controlnet, load_controlnet
 from pack.pixart_sigma.transformer.loading import load_transformer
 from random_models import conditioning, difference, ksampler, normal, transformer
@@ -112,7 +112,7 @@ def run_engine(made, vae, controls, kv_compression=None):
             for strength, first, last in controls
             if first <= step <= last
         )
-        return network(latents, timestep, *arguments, controls=acting, **settings)
+        return network(latents, timestep, *arguments, hooks=ControlHooks(acting), **settings)
 
     settings = Settings(steps=4, kv_compression=kv_compression)
     prompts = Prompts(PROMPT[0][0], None, NEGATIVE[0][0])

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.transformer.config import KVWeights, TransformerConfig
-from pixart_sigma.transformer.controlnet import Control
+from pixart_sigma.transformer.controlnet import Control, ControlHooks
 from pixart_sigma.transformer.controlnet_file import (
     build_controlnet,
     describe_controlnet,
@@ -143,7 +143,7 @@ LATENTS, EMBEDS, PICTURE = normal(2, 4, 6, 10), normal(2, 5, CAPTION, seed=1), n
 
 
 def test_it_is_diffusers(transformer, controlnet, weights):
-    made = transformer(LATENTS, 500.0, EMBEDS, controls=(Control(controlnet, PICTURE),))
+    made = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, PICTURE),)))
     expected = predict(make_reference(transformer, [(weights, PICTURE)]), LATENTS, 500.0, EMBEDS)
     assert error(made, expected) < 1e-5
     assert error(transformer(LATENTS, 500.0, EMBEDS), expected) > 0.05
@@ -155,15 +155,15 @@ def test_it_is_diffusers_at_real_width(tmp_path):
     transformer = randomize(build_transformer(config), 0, scale=0.03)
     controlnet = randomize(build_controlnet(replace(config, num_layers=2)), 1000, scale=0.03)
     reference = make_reference(transformer, [(controlnet.state_dict(), PICTURE)])
-    made = transformer(LATENTS, 20.0, EMBEDS, controls=(Control(controlnet, PICTURE),))
+    made = transformer(LATENTS, 20.0, EMBEDS, hooks=ControlHooks((Control(controlnet, PICTURE),)))
     expected = predict(reference, LATENTS, 20.0, EMBEDS)
     assert error(made, expected) < 1e-5 < 1e-3 < error(transformer(LATENTS, 20.0, EMBEDS), expected)
 
 
 def test_strength_scales_what_is_added(transformer, controlnet):
     plain = transformer(LATENTS, 500.0, EMBEDS)
-    off = transformer(LATENTS, 500.0, EMBEDS, controls=(Control(controlnet, PICTURE, 0.0),))
-    half = transformer(LATENTS, 500.0, EMBEDS, controls=(Control(controlnet, PICTURE, 0.5),))
+    off = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, PICTURE, 0.0),)))
+    half = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, PICTURE, 0.5),)))
     assert torch.equal(off, plain) and error(half, plain) > 0.01
     halved = {
         name: weight * (0.5 if "after_proj" in name else 1)
@@ -177,24 +177,29 @@ def test_several_add_up(transformer, controlnet, tmp_path):
     other = randomize(build_controlnet(config_of(layers=3)), 5000)
     second = normal(1, 4, 6, 10, seed=9)
     controls = Control(controlnet, PICTURE), Control(other, second)
-    made = transformer(LATENTS, 500.0, EMBEDS, controls=controls)
-    assert error(made, transformer(LATENTS, 500.0, EMBEDS, controls=controls[::-1])) < 1e-6
-    alone = [transformer(LATENTS, 500.0, EMBEDS, controls=(control,)) for control in controls]
+    made = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(controls))
+    assert error(made, transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(controls[::-1]))) < 1e-6
+    alone = [transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((control,))) for control in controls]
     assert min(error(made, one) for one in alone) > 0.01
     silent = Control(other, second, 0.0)
-    kept = transformer(LATENTS, 500.0, EMBEDS, controls=(controls[0], silent))
+    kept = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((controls[0], silent)))
     assert error(kept, alone[0]) < 1e-6
 
 
 def test_a_picture_for_each_and_sizes_off_the_grid(transformer, controlnet, weights):
     latents, pictures = normal(2, 4, 5, 7), normal(2, 4, 5, 7, seed=3)
-    made = transformer(latents, 500.0, EMBEDS, controls=(Control(controlnet, pictures),))
+    made = transformer(latents, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, pictures),)))
     for place in range(2):
         one = slice(place, place + 1)
-        alone = transformer(latents[one], 500.0, EMBEDS[one], controls=(Control(controlnet, pictures[one]),))
+        alone = transformer(
+            latents[one], 500.0, EMBEDS[one], hooks=ControlHooks((Control(controlnet, pictures[one]),))
+        )
         assert error(made[one], alone) < 1e-5
     guided = transformer(
-        latents.repeat(2, 1, 1, 1), 500.0, EMBEDS.repeat(2, 1, 1), controls=(Control(controlnet, pictures),)
+        latents.repeat(2, 1, 1, 1),
+        500.0,
+        EMBEDS.repeat(2, 1, 1),
+        hooks=ControlHooks((Control(controlnet, pictures),)),
     )
     assert error(guided, made.repeat(2, 1, 1, 1)) < 1e-5
 
@@ -202,7 +207,7 @@ def test_a_picture_for_each_and_sizes_off_the_grid(transformer, controlnet, weig
 def test_a_picture_of_another_size_is_refused(transformer, controlnet):
     for wrong in (normal(1, 4, 6, 8), normal(3, 4, 6, 10), normal(0, 4, 6, 10)):
         with pytest.raises(SigmaError, match="encode the control picture at the size"):
-            transformer(LATENTS, 500.0, EMBEDS, controls=(Control(controlnet, wrong),))
+            transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, wrong),)))
 
 
 def test_that_of_another_transformer_is_refused(controlnet):
@@ -212,7 +217,7 @@ def test_that_of_another_transformer_is_refused(controlnet):
     ):
         transformer = randomize(build_transformer(other), 0)
         with pytest.raises(SigmaError, match=words):
-            transformer(LATENTS, 500.0, EMBEDS, controls=(Control(controlnet, PICTURE),))
+            transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks((Control(controlnet, PICTURE),)))
 
 
 def test_with_negative_prompts_in_the_attention(transformer, controlnet):
@@ -221,11 +226,11 @@ def test_with_negative_prompts_in_the_attention(transformer, controlnet):
     both = torch.cat([EMBEDS, EMBEDS])
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[2:, 3:] = mask[:2, 3:] = False
-    made = transformer(LATENTS, 500.0, both, mask, nag_scale=5.0, controls=control)
-    expected = transformer(LATENTS, 500.0, EMBEDS, mask[2:], controls=control)
+    made = transformer(LATENTS, 500.0, both, mask, nag_scale=5.0, hooks=ControlHooks(control))
+    expected = transformer(LATENTS, 500.0, EMBEDS, mask[2:], hooks=ControlHooks(control))
     assert error(made, expected) < 1e-5
     other = torch.cat([normal(2, 5, CAPTION, seed=7), EMBEDS])
-    assert error(transformer(LATENTS, 500.0, other, nag_scale=5.0, controls=control), made) > 1e-4
+    assert error(transformer(LATENTS, 500.0, other, nag_scale=5.0, hooks=ControlHooks(control)), made) > 1e-4
 
 
 def test_what_is_hooked_in_stays_outside_it(transformer, controlnet):
@@ -243,28 +248,28 @@ def test_what_is_hooked_in_stays_outside_it(transformer, controlnet):
 
     hooks = Counting()
     control = (Control(controlnet, PICTURE),)
-    made = transformer(LATENTS, 500.0, EMBEDS, hooks=hooks, controls=control)
+    made = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control, hooks))
     assert hooks.seen == [entry for index in range(4) for entry in (index, "attn1", "attn2")]
-    assert torch.equal(made, transformer(LATENTS, 500.0, EMBEDS, controls=control))
+    assert torch.equal(made, transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control)))
 
 
 def test_kv_compression_acts_on_it_too_but_for_a_trained_one(transformer, controlnet):
     control = (Control(controlnet, PICTURE),)
-    dense = transformer(LATENTS, 500.0, EMBEDS, controls=control)
-    made = transformer(LATENTS, 500.0, EMBEDS, None, "mean:2:1", controls=control)
+    dense = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control))
+    made = transformer(LATENTS, 500.0, EMBEDS, None, "mean:2:1", hooks=ControlHooks(control))
     assert error(made, dense) > 1e-3
     trained = config_of(kv_compression=KVWeights(2, (1, 2)))
     network = randomize(build_transformer(trained), 0)
-    assert network(LATENTS, 500.0, EMBEDS, controls=control).isfinite().all()
+    assert network(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control)).isfinite().all()
 
 
 def test_it_is_streamed_beside(transformer, controlnet, monkeypatch):
     control = (Control(controlnet, PICTURE),)
-    expected = transformer(LATENTS, 500.0, EMBEDS, controls=control)
+    expected = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control))
     streamed = stream_blocks(randomize(build_transformer(CONFIG), 0), "cpu")
     assert isinstance(streamed, StreamedTransformer)
     streamed._park(torch.device("cpu"))
-    assert torch.equal(streamed(LATENTS, 500.0, EMBEDS, controls=control), expected)
+    assert torch.equal(streamed(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control)), expected)
 
 
 # ---- files
