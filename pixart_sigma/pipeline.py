@@ -203,8 +203,7 @@ class SigmaPipeline:
         nor do texts that `embedding_cache` holds. image, of Pillow or (3, H, W) in [0, 1]: start from this
         picture, by the settings' strength, instead of from noise alone. mask, of Pillow or (1, H, W): paint
         it anew where this is white, 1, and keep the rest as the VAE renders it. controls: for ControlNets.
-        callback is called after each step, on_stage(name) before each stage, on_decode(done, total) between
-        strips.
+        callback is called after each step, on_stage(name) before a stage, on_decode(done, total) in strips.
         Raises SigmaError before any model is loaded where something can be known to be wrong.
         """
         ways = self._run_ways(ways)
