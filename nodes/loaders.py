@@ -1,4 +1,4 @@
-"""The three models, each loaded by a node of its own. Nothing is read before it is used."""
+"""The three models, and ControlNets for the transformer, each loaded by a node of its own."""
 
 from ..pixart_sigma.choices import DTYPES, T5_DEVICES, T5_PRECISIONS, VARIANTS
 from .host.api import io
@@ -162,4 +162,50 @@ class LoadVAE(io.ComfyNode):
         return io.NodeOutput(load_vae(find("vae", vae)))
 
 
-NODES = [LoadTransformer, LoadTextEncoder, LoadVAE]
+class LoadControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixArtSigmaLoadControlNet",
+            display_name="Load Σ ControlNet",
+            category="PixArt Sigma",
+            description="Loads a ControlNet of PixArt: as SimpleTuner trains it for PixArt-Σ, or diffusers "
+            "and the authors for PixArt-α. It goes into ComfyUI's Apply ControlNet, with the VAE connected "
+            "there, and acts on a MODEL from Load Σ Transformer.",
+            search_aliases=[
+                "pixart controlnet",
+                "controlnet loader",
+                "load controlnet model",
+                "control net",
+                "hed",
+                "canny",
+                "edges",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "control_net",
+                    options=choices("controlnet"),
+                    tooltip="A file or a folder from models/controlnet. It must be of the transformer's "
+                    "width: there are none for the demo.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    tooltip="The ControlNet, for Apply ControlNet. Connect the VAE there: it reads the "
+                    "picture in latents."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, control_net):
+        return check("controlnet", control_net)
+
+    @classmethod
+    def execute(cls, control_net):
+        from .host.controlnet import load_control_net
+
+        return io.NodeOutput(load_control_net(find("controlnet", control_net)))
+
+
+NODES = [LoadTransformer, LoadTextEncoder, LoadVAE, LoadControlNet]

@@ -27,12 +27,14 @@ if TYPE_CHECKING:  # what is written out here for editors and type checkers is f
     from .text.embeddings import PromptEmbeddings, encode
     from .text.encoder import TextEncoder, load_text_encoder
     from .transformer.checkpoint import inspect
+    from .transformer.control_pictures import ControlPicture
     from .transformer.loading import load_transformer
     from .vae.loading import load_vae
     from .vae.stage import decode
 
 _MODULE_OF = {
     "CheckpointError": "errors",
+    "ControlPicture": "transformer.control_pictures",
     "PromptEmbeddings": "text.embeddings",
     "Prompts": "prompt_embeds",
     "Result": "pipeline",
@@ -58,6 +60,7 @@ _MODULE_OF = {
 
 __all__ = [
     "CheckpointError",
+    "ControlPicture",
     "DEMO",
     "DEMO_KV",
     "PromptEmbeddings",

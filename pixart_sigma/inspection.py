@@ -11,12 +11,14 @@ from .files.quantised_weights import describe_storage
 from .files.weight_files import read_header, read_metadata
 from .recipes import suggest_recipe
 from .transformer.checkpoint import find_components, inspect
+from .transformer.controlnet_file import describe_controlnet, is_controlnet
 
 USES = {
     "transformer": "Load Σ Transformer, or --transformer",
     "text_encoder": "Load Σ Text Encoder (T5), or --text-encoder",
     "vae": "Load Σ VAE, or --vae",
 }
+CONTROLNET_USE = "Load Σ ControlNet, or generate --control with --control-image"
 PIPELINE_USE = "each of the three loaders, or --model"
 AVERAGES = {
     "left": "The averages (EMA) beside the weights are left out.",
@@ -93,6 +95,8 @@ def _describe_one(path: Path, model: _Model, header: dict, variant: str | None) 
         return "\n".join(lines)
     if kind is not None and kind.words == "a LoRA":
         return _describe_lora(path, header)
+    if kind is not None and kind.words == "a ControlNet" and is_controlnet(path):
+        return f"{describe_controlnet(path)}\nuse             {CONTROLNET_USE}"
     words = kind.words if kind is not None else "an unknown model"
     if words == "an embedding for prompts":
         return _describe_embedding(path)

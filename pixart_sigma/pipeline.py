@@ -1,6 +1,6 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
 from .transformer.checkpoint import Checkpoint
+from .transformer.control_pictures import ControlledTransformer, ControlPicture, check_controls
 from .transformer.kv_rules import spell
 from .transformer.stage import Pass, TransformerStage
 from .vae.stage import VAEStage
@@ -62,6 +63,16 @@ class _Prompted:
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
         negative = None if self.negative is None else self.negative.prompt_embeds.to(device, dtype)
         return Prompts(self.positive.prompt_embeds.to(device, dtype), None, negative)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What pictures a run is given: latents (count, 4, h, w) to start from, where they are painted anew
+    (1, H, W), and what ControlNets follow, with its latents (1, 4, h, w)."""
+
+    image_latents: torch.Tensor | None
+    mask: torch.Tensor | None
+    controls: tuple[tuple[ControlPicture, torch.Tensor], ...]
 
 
 @dataclass
@@ -178,6 +189,7 @@ class SigmaPipeline:
         embeddings: PromptEmbeddings | None = None,
         image: torch.Tensor | Image.Image | None = None,
         mask: torch.Tensor | Image.Image | None = None,
+        controls: Iterable[ControlPicture] = (),
         embedding_cache: EmbeddingCache | None = None,
         callback: Callable[[Step], bool | None] | None = None,
         on_stage: Callable[[str], None] | None = None,
@@ -190,13 +202,14 @@ class SigmaPipeline:
         embeddings: encoded prompts, which bring their words, so that the settings have none, and need no T5;
         nor do texts that `embedding_cache` holds. image, of Pillow or (3, H, W) in [0, 1]: start from this
         picture, by the settings' strength, instead of from noise alone. mask, of Pillow or (1, H, W): paint
-        the picture anew where it is white, 1, and keep the rest as the VAE renders it. callback is called
-        after each step, on_stage(name) before each stage, on_decode(done, total) while strips are decoded.
+        it anew where this is white, 1, and keep the rest as the VAE renders it. controls: for ControlNets.
+        callback is called after each step, on_stage(name) before a stage, on_decode(done, total) in strips.
         Raises SigmaError before any model is loaded where something can be known to be wrong.
         """
         ways = self._run_ways(ways)
         settings = check_settings(settings).complete(self.base_size)
         start = Start.of(image, mask)
+        controls = check_controls(controls, self.checkpoint.config, ways.budget)
         settings = self._check(settings, embeddings, start)
         fingerprints = self.components.fingerprints()
         if ways.budget is not None:
@@ -208,12 +221,9 @@ class SigmaPipeline:
             prompted, ways = self._encode(settings, ways, embedding_cache)
         else:
             prompted, settings, ways = _given(embeddings, settings, ways)
-        image_latents = None
-        if start.image is not None:
-            stage("VAE encode")
-            image_latents = self._encode_image(start.image, settings)
+        given = self._encode_pictures(start, controls, settings, stage)
         stage("transformer")
-        latents, ways = self._denoise(settings, ways, prompted, image_latents, start.mask, callback)
+        latents, ways = self._denoise(settings, ways, prompted, given, callback)
         stage("VAE decode")
         pictures, ways = self.vae.decode(latents, ways, on_decode or (lambda done, total: None))
         pictures = crop_back(pictures, *settings.asked_size(self.base_size))
@@ -228,6 +238,7 @@ class SigmaPipeline:
             embeddings_sha256=prompted.digest,
             variant=self.checkpoint.variant,
             noise_schedule=self.checkpoint.noise_schedule,
+            controls=tuple(control.describe() for control in controls),
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
@@ -294,21 +305,33 @@ class SigmaPipeline:
         unwanted = negative[0] if negative else None
         return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
-    def _encode_image(self, image: torch.Tensor, settings: Settings) -> torch.Tensor:
-        picture = crop_back(image[None], *settings.made_size(self.base_size))
-        return self.vae.encode(picture).repeat(settings.count, 1, 1, 1)
+    def _encode_pictures(
+        self,
+        start: Start,
+        controls: tuple[ControlPicture, ...],
+        settings: Settings,
+        stage: Callable[[str], None],
+    ) -> _Given:
+        if start.image is not None or controls:
+            stage("VAE encode")
+
+        def encode(image: torch.Tensor) -> torch.Tensor:
+            return self.vae.encode(crop_back(image[None], *settings.made_size(self.base_size)))
+
+        image_latents = None if start.image is None else encode(start.image).repeat(settings.count, 1, 1, 1)
+        controlled = tuple((control, encode(control.image)) for control in controls)
+        return _Given(image_latents, start.mask, controlled)
 
     def _denoise(
         self,
         settings: Settings,
         ways: Ways,
         prompted: _Prompted,
-        image_latents: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        given: _Given,
         callback: Callable[[Step], bool | None] | None,
     ) -> tuple[torch.Tensor, Ways]:
         width, height = settings.made_size(self.base_size)
-        painted = None if mask is None else latent_mask(mask, width, height)
+        painted = None if given.mask is None else latent_mask(given.mask, width, height)
         generator = torch.Generator().manual_seed(settings.seed)
         channels = self.checkpoint.config.in_channels
         noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
@@ -316,12 +339,14 @@ class SigmaPipeline:
         state = generator.get_state()
 
         def use(transformer, in_turn: bool) -> torch.Tensor:
+            if given.controls:
+                transformer = ControlledTransformer(transformer, given.controls, self.dtype)
             return denoise(
                 guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
                 noise,
                 settings,
                 noise_schedule=self.checkpoint.noise_schedule,
-                image_latents=image_latents,
+                image_latents=given.image_latents,
                 mask=painted,
                 generator=generator.set_state(state),
                 callback=callback,

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -92,6 +92,28 @@ def with_the_demo(prompt: dict):
         inputs.update({name: DEMO_SETTINGS[name] for name in chosen})
 
 
+def write_inputs(base: Path):
+    """What the example workflows name beside the models that the demo stands for: a picture, and a ControlNet
+    for the demo, as a training begins with it, when it adds nothing."""
+    from safetensors.numpy import save_file
+
+    from pixart_sigma import DEMO as folder
+    from pixart_sigma.transformer.checkpoint import inspect
+    from pixart_sigma.transformer.controlnet_file import build_controlnet
+
+    config = replace(inspect(folder).config, num_layers=1, kv_compression=None)
+    shapes = {name: weight.shape for name, weight in build_controlnet(config).state_dict().items()}
+    made = base / "models" / "controlnet" / "pixart-sigma-controlnet"
+    made.mkdir(parents=True)
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
+        made / "diffusion_pytorch_model.safetensors",
+    )
+    (made / "config.json").write_text(json.dumps({"num_attention_heads": config.num_attention_heads}))
+    (base / "input").mkdir(exist_ok=True)
+    Image.radial_gradient("L").convert("RGB").save(base / "input" / "example.png")
+
+
 class Server:
     """ComfyUI on the CPU in a base folder of its own, run by `python`; `address` once it answers."""
 
@@ -105,6 +127,7 @@ class Server:
                 shutil.copytree(source, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 shutil.copyfile(source, pack / name)
+        write_inputs(base)
         self.start(host)
 
     def start(self, host: Path):

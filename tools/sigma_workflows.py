@@ -132,6 +132,38 @@ def sigma_few_step() -> Graph:
     return graph
 
 
+def sigma_controlnet() -> Graph:
+    graph = Graph(
+        "A picture that follows the edges of another. Put a ControlNet of PixArt into models/controlnet, "
+        "such as SimpleTuner trains it for Σ, choose it in Load Σ ControlNet, and give pictures of the kind "
+        "that it was trained on: Canny stands for that here. Lower strength or end_percent for more "
+        "freedom. " + T5_PARTS
+    )
+    sigma_loaders(graph, "1024-MS")
+    graph.add("controlnet", "PixArtSigmaLoadControlNet", control_net="pixart-sigma-controlnet")
+    encode(graph, "a lighthouse on a cliff at dusk, oil painting")
+    bucket(graph, "1:1")
+    graph.column("What it follows")
+    graph.add("picture", "LoadImage", image="example.png")
+    graph.add("edges", "Canny", image=graph["picture", 0], low_threshold=0.4, high_threshold=0.8)
+    graph.add("look", "PreviewImage", images=graph["edges", 0])
+    graph.add(
+        "control",
+        "ControlNetApplyAdvanced",
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        control_net=graph["controlnet", 0],
+        image=graph["edges", 0],
+        vae=graph["vae", 0],
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    sample(graph, words="control")
+    show(graph)
+    return graph
+
+
 def within_a_budget(
     note: str, budget: float, size: str, prompt: str, ratio: str, base="auto", speed="off"
 ) -> Graph:
@@ -183,6 +215,7 @@ SIGMA_WORKFLOWS = (
     sigma_2k,
     sigma_4k_kv_compression,
     sigma_few_step,
+    sigma_controlnet,
     sigma_under_4_gb,
     sigma_under_2_gb,
     sigma_4k_wallpaper,

@@ -22,6 +22,7 @@ CATEGORIES = {
     "transformer": ("diffusion_models", "checkpoints", "diffusers"),
     "text_encoder": ("text_encoders", "t5", "checkpoints", "diffusers"),
     "vae": ("vae", "checkpoints", "diffusers"),
+    "controlnet": ("controlnet",),
 }
 # Of a whole pipeline in one file: how the keys of the parts beside the transformer begin, and what only
 # PixArt's transformer has.
@@ -37,7 +38,7 @@ folder_paths.add_model_folder_path("t5", os.path.join(folder_paths.models_dir, "
 
 
 def choices(kind: str) -> list[str]:
-    """What the loader of "transformer", "text_encoder" or "vae" offers, the demo last."""
+    """What the loader of a kind of CATEGORIES offers, the demo last where it has one."""
     return [*_offered(kind), *_built_in(kind)]
 
 
@@ -68,6 +69,8 @@ def check(kind: str, choice: str | None) -> bool | str:
 
 
 def _built_in(kind: str) -> dict[str, Path]:
+    if kind == "controlnet":
+        return {}
     return {DEMO_CHOICE: DEMO} | ({DEMO_KV_CHOICE: DEMO_KV} if kind == "transformer" else {})
 
 

@@ -8,8 +8,10 @@ import functools
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from ...pixart_sigma.transformer.controlnet import ControlHooks
 from ...pixart_sigma.transformer.network import SigmaBlock, SigmaTransformer, layer_classes
 from .bypass import PartOfName
+from .controlnet import controls_of
 from .hooks import HostHooks, attention
 from .kv_compression import KV_COMPRESSION
 
@@ -59,6 +61,9 @@ class SigmaNetwork(SigmaTransformer):
         hooks = HostHooks(transformer_options, x, self.sigma_config)
         rules_for = transformer_options.get(KV_COMPRESSION)
         rules = None if rules_for is None else rules_for(8 * x.shape[-2], 8 * x.shape[-1])
+        controls = controls_of(control)
+        if controls:
+            hooks = ControlHooks(controls, hooks)
         return super().forward(x, timesteps, context, context_mask, rules, hooks)
 
     def forget_sizes(self):

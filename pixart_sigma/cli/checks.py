@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 from ..aspect_ratio import by_ratio, parse_size
 from ..choices import T5_PRECISIONS
 from ..errors import SettingError, SigmaError
+from ..schedule_part import SchedulePart
 from ..setting_checks import check_timesteps
 from ..settings import Settings, Ways
 
@@ -101,6 +103,13 @@ def check_prompt(arguments) -> None:
     given = [name for name, value in decided.items() if value]
     if given:
         raise SigmaError(f"--embeddings brings encoded prompts; leave {' and '.join(given)} out.")
+
+
+def parse_control_image(text: str) -> tuple[str, float, SchedulePart]:
+    """The file, the strength and the part of the run of FILE[:STRENGTH[:PART]]."""
+    match = re.fullmatch(r"(.+?)(?::(\d+(?:\.\d+)?))?(?::([\d.]+-[\d.]+%))?", text, re.DOTALL)
+    file, strength, part = match.groups() if match else (text, None, None)
+    return file, float(strength or 1), SchedulePart.parse(part) if part else SchedulePart()
 
 
 def parse_share(text: str) -> float:

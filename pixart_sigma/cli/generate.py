@@ -12,6 +12,7 @@ from ..settings import Settings, Ways
 from .checks import (
     check_prompt,
     check_writable,
+    parse_control_image,
     read_settings,
     read_ways,
     take_prompt,
@@ -20,7 +21,7 @@ from .checks import (
     tell_recipe,
     with_aspect,
 )
-from .like import check_given, check_models, own_transformer, taken_as, tell_differences
+from .like import check_given, check_models, own_transformer, taken_as, tell_differences, tell_other_controls
 from .output import check_out, write_pictures
 from .progress import progress
 
@@ -43,7 +44,7 @@ def generate(arguments) -> int:
     from ..text.embeddings import PromptEmbeddings
 
     embeddings = PromptEmbeddings.load(arguments.embeddings) if arguments.embeddings else None
-    start = _read_start(arguments)
+    start, controls = _read_start(arguments), _read_controls(arguments)
     pipeline = _open(arguments, like, ways, start)
     tell_guess(pipeline.checkpoint)
     tell_recipe(pipeline.checkpoint, settings)
@@ -58,12 +59,15 @@ def generate(arguments) -> int:
             embeddings=embeddings,
             image=start.image,
             mask=start.mask,
+            controls=controls,
             embedding_cache=embedding_cache(arguments),
             callback=bar.step,
             on_stage=bar.stage,
             on_decode=bar.count,
         )
     tell_truncated(result.truncated)
+    if like:
+        tell_other_controls(arguments, like, result.metadata)
     write_pictures(result, arguments.out)
     if report:
         _report(pipeline, plan, report)
@@ -107,6 +111,26 @@ def _read_start(arguments):
         read_picture(arguments.image) if arguments.image else None,
         read_mask(arguments.mask) if arguments.mask else None,
     )
+
+
+def _read_controls(arguments) -> list:
+    """The pictures for ControlNets that the options name."""
+    files, pictures = arguments.control or [], arguments.control_image or []
+    if len(files) != len(pictures):
+        raise SigmaError(
+            f"There are {len(files)} --control and {len(pictures)} --control-image; give a picture for each "
+            "ControlNet."
+        )
+    if not files:
+        return []
+
+    from ..files.pictures import read_picture
+    from ..transformer.control_pictures import ControlPicture
+
+    asked = [(file, *parse_control_image(picture)) for file, picture in zip(files, pictures, strict=True)]
+    return [
+        ControlPicture(file, read_picture(picture), strength, part) for file, picture, strength, part in asked
+    ]
 
 
 def _open(arguments, like: Metadata | None, ways: Ways, start):

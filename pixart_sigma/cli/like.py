@@ -21,6 +21,13 @@ def check_given(arguments, like: Metadata) -> None:
         raise SigmaError(
             f"{arguments.like} was made with a mask, which is not kept in it; give that with --mask."
         )
+    if like.controls and not arguments.control:
+        names = " and ".join(control.name for control in like.controls)
+        settings = " and ".join(f":{control.strength:g}:{control.part}" for control in like.controls)
+        raise SigmaError(
+            f"{arguments.like} was made with ControlNet, {names}, whose pictures are not kept in it; give "
+            f"--control and --control-image, with {settings} behind the picture's name."
+        )
     if like.embeddings_sha256 and not (arguments.embeddings or arguments.prompt):
         raise SigmaError(
             f"{arguments.like} was made from encoded prompts, which are not kept in it; give their file with "
@@ -86,3 +93,9 @@ def tell_differences(arguments, like: Metadata, start) -> None:
     ]
     if changed:
         tell(f"{arguments.like} was not made with {', '.join(changed)}; it may differ by rounding.")
+
+
+def tell_other_controls(arguments, like: Metadata, made: Metadata) -> None:
+    """Where ControlNets, their pictures or strengths are others than that picture's."""
+    if like.controls != made.controls:
+        tell(f"The ControlNets or their pictures are others than {arguments.like} was made with.")

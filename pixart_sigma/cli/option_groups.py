@@ -140,6 +140,23 @@ def add_start(command: argparse.ArgumentParser):
     )
 
 
+def add_control(command: argparse.ArgumentParser):
+    """ControlNets, each with its picture."""
+    command.add_argument(
+        "--control",
+        action="append",
+        metavar="FILE",
+        help="a ControlNet of PixArt, for the picture of --control-image; both may be given several times",
+    )
+    command.add_argument(
+        "--control-image",
+        action="append",
+        metavar="FILE[:STRENGTH[:PART]]",
+        help="what the ControlNet follows, such as edges.png:0.8 or edges.png:0.8:0-50%%, where the last "
+        "is the part of the run in which it does",
+    )
+
+
 def add_schedule(command: argparse.ArgumentParser):
     """Where the steps lie, and what takes them."""
     command.add_argument("--scheduler", help="default: dpmpp_2m")

@@ -12,6 +12,7 @@ from ..files.writing import say
 from .option_groups import (
     add_attention_guidance,
     add_binning,
+    add_control,
     add_decode,
     add_encoding,
     add_model,
@@ -87,6 +88,7 @@ def _add_generate(commands):
     generate.add_argument("--count", type=int, help="pictures (default: 1)")
     add_schedule(generate)
     add_start(generate)
+    add_control(generate)
     add_savings(generate)
     add_decode(generate)
     generate.add_argument("--release", choices=RELEASES, help="each model after its stage (default: free)")

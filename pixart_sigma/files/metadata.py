@@ -23,6 +23,18 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ControlModel:
+    """A ControlNet that took part: its name and fingerprint, the digest of the picture that it read, its
+    strength, and in which part of the noise schedule it acted."""
+
+    name: str
+    fingerprint: str
+    image_sha256: str
+    strength: float
+    part: str
+
+
+@dataclass(frozen=True)
 class Metadata:
     """All that makes a picture again.
 
@@ -42,6 +54,7 @@ class Metadata:
     embeddings_sha256: str = ""
     variant: str = ""
     noise_schedule: NoiseSchedule = PUBLISHED
+    controls: tuple[ControlModel, ...] = ()
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
@@ -84,6 +97,7 @@ class Metadata:
             models={name: Model(**model) for name, model in content.get("models", {}).items()},
             versions=dict(content.get("versions", {})),
             noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
+            controls=tuple(ControlModel(**control) for control in content.get("controls", ())),
             **{name: str(value) for name, value in known.items()},
         )
 

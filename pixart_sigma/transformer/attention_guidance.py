@@ -27,6 +27,9 @@ class NormalizedAttentionGuidance(Hooks):
     def __init__(self, hooks: Hooks, scale: float):
         self.hooks, self.scale = hooks, scale
 
+    def start(self, transformer, latents):
+        self.hooks.start(transformer, latents)
+
     def run_block(self, block, hidden_states, prompt_embeds, call: BlockCall):
         return self.hooks.run_block(block, hidden_states, prompt_embeds, call)
 

@@ -97,7 +97,7 @@ def read_config(header: dict, settings: dict, source: Path) -> TransformerConfig
     for layer in range(len(layers) or 1):
         if layer not in layers:
             raise missing_key(f"transformer_blocks.{layer}.scale_shift_table", source)
-    heads, head_dim = _find_heads(width, settings, source)
+    heads, head_dim = find_heads(width, settings, source)
     config = TransformerConfig(
         sample_size=0,
         interpolation_scale=0.0,
@@ -123,7 +123,10 @@ def read_config(header: dict, settings: dict, source: Path) -> TransformerConfig
     return config
 
 
-def _find_heads(width: int, settings: dict, source: Path) -> tuple[int, int]:
+def find_heads(width: int, settings: dict, source: Path) -> tuple[int, int]:
+    """(heads, head_dim) of attention of this width, by a config.json's settings, or where there is no choice.
+
+    Raises CheckpointError where the two contradict or nothing says it."""
     heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
     for name, value in (("num_attention_heads", heads), ("attention_head_dim", head_dim)):
         if value is not None and (not isinstance(value, int) or value < 1 or width % value):

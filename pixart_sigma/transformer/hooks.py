@@ -17,6 +17,9 @@ class Hooks:
     A subclass's instance is given to one call of the transformer, so it may keep the state of that call.
     """
 
+    def start(self, transformer, latents):
+        """Before the first block; latents (B, 4, h, w) as the transformer was given them."""
+
     def run_block(self, block, hidden_states, prompt_embeds, call: BlockCall):
         """hidden_states (B, N, C) and prompt_embeds (B, L, C) -> both after the block."""
         return block(hidden_states, prompt_embeds, call), prompt_embeds

@@ -118,10 +118,9 @@ class SigmaTransformer(PixArtTransformer2DModel):
         now = float(timestep[0]) if any(rule.windowed for rule in rules) else 0.0
 
         patch, (height, width) = self.config.patch_size, latents.shape[-2:]
-        if height % patch or width % patch:
-            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
-        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-        hidden_states = self.embed_positions(self.pos_embed(latents), grid)
+        grid = (-(-height // patch), -(-width // patch))
+        hooks.start(self, latents)
+        hidden_states = self.embed(latents)
         modulation, embedded_timestep = self.adaln_single(timestep, hidden_dtype=hidden_states.dtype)
         prompt_bias = None
         if prompt_mask is not None:
@@ -144,6 +143,14 @@ class SigmaTransformer(PixArtTransformer2DModel):
                 f"{tuple(prompt_embeds.shape)}. Encode the prompt with the text encoder that belongs to it."
             )
         return prompt_embeds if self.caption_projection is None else self.caption_projection(prompt_embeds)
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, 4, h, w) -> tokens with their positions (B, N, C), of N = rows * columns patches."""
+        patch, (height, width) = self.config.patch_size, latents.shape[-2:]
+        if height % patch or width % patch:
+            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="replicate")
+        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
+        return self.embed_positions(self.pos_embed(latents), grid)
 
     def _predict_noise(self, hidden_states, embedded_timestep, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, N, C) after the last block -> the noise in the padded latents (B, 4, h, w)."""
