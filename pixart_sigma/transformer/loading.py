@@ -1,12 +1,18 @@
 """A transformer from a checkpoint, with its weights where they belong."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from ..errors import SigmaError
+from .changes import Change
 from .checkpoint import Checkpoint, inspect, load_transformer_state_dict
 from .network import SigmaTransformer, build_transformer
 from .streaming import stream_blocks
+
+UNCHANGED: Mapping[str, Change] = MappingProxyType({})
 
 
 def load_transformer(
@@ -15,6 +21,7 @@ def load_transformer(
     device: str | torch.device = "cpu",
     variant: str | None = None,
     stream: bool = False,
+    changes: Mapping[str, Change] = UNCHANGED,
 ) -> SigmaTransformer:
     """Load a transformer from any checkpoint that `inspect` knows, in eval mode and without gradients.
 
@@ -22,7 +29,8 @@ def load_transformer(
     that are in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError for a file that is not
     a whole PixArt-Sigma transformer. `variant` ("256", "512", "1024", "2K") is for files that do not say
     which they are. With `stream` the blocks stay in RAM and pass through the device two at a time, with the
-    same result, see `StreamedTransformer`.
+    same result, see `StreamedTransformer`. `changes` of weights, by diffusers' names, are made in float32
+    before a weight is rounded to `dtype`; the file stays as it is.
     """
     if not isinstance(source, Checkpoint):
         source = inspect(source, variant)
@@ -30,11 +38,16 @@ def load_transformer(
         source = inspect(source.path, variant)
     transformer = build_transformer(source.config)
     state_dict = load_transformer_state_dict(source)
+    if unknown := sorted(changes.keys() - state_dict.keys()):
+        raise SigmaError(f"A change is for {unknown[0]}, which {source.path} does not have.")
     for name in state_dict:
-        state_dict[name] = state_dict[name].to(device="cpu" if stream else device, dtype=dtype)
+        weight = state_dict[name]
+        if name in changes:
+            weight = changes[name](weight.to(device="cpu" if stream else device, dtype=torch.float32))
+        state_dict[name] = weight.to(device="cpu" if stream else device, dtype=dtype)
     transformer.load_state_dict(state_dict, assign=True)
     transformer.eval().requires_grad_(False)
     if not stream:
         return transformer
-    del state_dict  # each block's weights are dropped as it is parked
+    del state_dict, weight  # each block's weights are dropped as it is parked
     return stream_blocks(transformer, device)
