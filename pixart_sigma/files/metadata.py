@@ -23,6 +23,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter of the transformer that took part: its name for people, its strength and its fingerprint."""
+
+    name: str
+    strength: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Metadata:
     """All that makes a picture again.
 
@@ -30,6 +39,7 @@ class Metadata:
     this package and of those that compute. variant: what the transformer was taken to be trained for.
     image_sha256, mask_sha256: of the picture that it started from, and of the mask.
     noise_schedule: that the transformer was run with; an earlier version had the published one for all.
+    adapters: of the transformer, in their order.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
 
@@ -42,6 +52,7 @@ class Metadata:
     embeddings_sha256: str = ""
     variant: str = ""
     noise_schedule: NoiseSchedule = PUBLISHED
+    adapters: tuple[UsedAdapter, ...] = ()
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
@@ -84,6 +95,7 @@ class Metadata:
             models={name: Model(**model) for name, model in content.get("models", {}).items()},
             versions=dict(content.get("versions", {})),
             noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
+            adapters=tuple(UsedAdapter(**adapter) for adapter in content.get("adapters", ())),
             **{name: str(value) for name, value in known.items()},
         )
 

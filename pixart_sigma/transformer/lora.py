@@ -42,14 +42,6 @@ MOST_LAYERS = 100  # of a transformer that nobody has named
 
 
 @dataclass(frozen=True)
-class AdapterFile:
-    """An adapter as a user chooses it. strength: 1 is as it was trained, 0 is off."""
-
-    path: Path
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
 class Contents:
     """What a file holds, without a transformer to compare it with.
 
@@ -71,7 +63,8 @@ class Contents:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a transformer. notices: what of the file is not used, for people."""
+    """An adapter that fits a transformer. notices: what of the file is not used, for people. fingerprint: of
+    all that decides what it does."""
 
     source: Path
     edits: tuple[Edit, ...] = field(repr=False)
@@ -191,6 +184,27 @@ def find_file(source: Path) -> Path:
     return locate(source)
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder has an adapter under one of the usual names."""
+    return any(os.path.isfile(folder / name) for name in USUAL_FILES)
+
+
+def written_by(contents: Contents) -> str:
+    """Who wrote an adapter, by what it says and by the spelling of its names."""
+    metadata = contents.metadata
+    said = ""
+    if "ot_branch" in metadata or "ot_revision" in metadata:
+        said = "OneTrainer"
+    elif "ai-toolkit" in metadata.get("software", ""):
+        said = "ai-toolkit"
+    elif any(name.startswith("ss_") for name in metadata):
+        said = "sd-scripts (kohya)"
+    elif contents.scaling.kind:
+        said = f"PEFT ({contents.scaling.kind})"
+    spelled = ", ".join(contents.spellings)
+    return f"{said}, in the names of {spelled}" if said else f"someone who names layers as {spelled}"
+
+
 def any_names() -> LayerNames:
     """The names of the layers of any PixArt-Sigma transformer, with all that one may have."""
     layers = tuple(range(MOST_LAYERS))
@@ -259,11 +273,6 @@ def ranks_of(contents: Contents) -> set[int]:
                 ranks.add(len(layer.tensors[part]))
                 break
     return ranks
-
-
-def adapters_of(files: Iterable[AdapterFile], config: TransformerConfig) -> list[tuple[Adapter, float]]:
-    """The adapters that a user chose, read, with their strengths."""
-    return [(read_adapter(file.path, config), file.strength) for file in files]
 
 
 def merged(state_dict: dict[str, torch.Tensor], changes: dict[str, Change]) -> dict[str, torch.Tensor]:
