@@ -127,8 +127,8 @@ class SigmaPipeline:
         )
 
     def with_adapters(self, adapters: Iterable[AdapterFile | str | Path]) -> "SigmaPipeline":
-        """The same models, with adapters (LoRA and its kin; files or folders, or `AdapterFile` with a strength)
-        that change the transformer's weights, in this order. This pipeline stays as it is.
+        """The same models, with adapters (LoRA and its kin; files or folders, or `AdapterFile` with a
+        strength) that change the transformer's weights, in this order. This pipeline stays as it is.
 
         Raises CheckpointError for an adapter that does not fit the transformer.
         """

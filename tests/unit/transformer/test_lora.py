@@ -363,6 +363,42 @@ def test_strength_scales_and_zero_is_exactly_off(tmp_path, diffusers_state_dict,
     assert adapter_changes([(read_adapter(file, config), 0.0)], diffusers_state_dict.get) == {}
 
 
+def test_strength_goes_that_share_of_the_way_for_what_is_not_added(tmp_path, diffusers_state_dict, after):
+    name = f"{QKV[0]}.weight"
+    magnitude = 1 + random_like((1, WIDTH), 3)
+    dora, _ = write_lora(tmp_path / "dora.safetensors", dora_scale=magnitude)
+    save_file({f"{QKV[0]}.oft_blocks": random_like((9, 16, 16), 4)}, tmp_path / "oft.safetensors")
+    save_file({f"{QKV[0]}.oft_R.weight": random_like((9, 120), 4)}, tmp_path / "oft2.safetensors")
+    replaced, _ = write_lora(tmp_path / "replaced.safetensors", QKV[1])
+    both = load_file(replaced) | {"proj_out.weight": random_like((32, WIDTH), 5)}
+    save_file(both, tmp_path / "replaced.safetensors")
+    for file, changed in (
+        (dora, name),
+        (tmp_path / "oft.safetensors", name),
+        (tmp_path / "oft2.safetensors", name),
+        (tmp_path / "replaced.safetensors", "proj_out.weight"),
+    ):
+        weight, whole = diffusers_state_dict[changed], after(file)[changed]
+        half = after(file, strengths=[0.3])[changed]
+        assert torch.dist(half, weight + 0.3 * (whole - weight)) <= 1e-5 * weight.norm(), file.name
+        assert torch.dist(whole, weight) > 0.01 * weight.norm(), file.name
+
+
+def test_onetrainer_turns_a_convolution_the_other_way_round(tmp_path, diffusers_state_dict, after):
+    upper = random_like((4, 6), 3)
+    skew = torch.zeros(4, 4, 4)
+    above = torch.triu_indices(4, 4, 1)
+    skew[:, above[0], above[1]] = upper
+    skew = skew - skew.mT
+    power = [torch.matrix_power(skew, exponent) for exponent in range(5)]
+    turn = power[0] + 2 * (power[1] + power[2] + power[3]) + power[4]
+    save_file({"transformer.pos_embed.proj.oft_R.weight": upper}, tmp_path / "oft.safetensors")
+    weight = diffusers_state_dict["pos_embed.proj.weight"]
+    turned = torch.einsum("ork,rkc->orc", weight.reshape(WIDTH, 4, 4), turn).reshape(weight.shape)
+    expected = dict(diffusers_state_dict) | {"pos_embed.proj.weight": turned}
+    assert_equal(after(tmp_path / "oft.safetensors"), expected)
+
+
 def test_several_adapters_each_change_what_the_one_before_left(tmp_path, diffusers_state_dict, after):
     one, first = write_lora(tmp_path / "one.safetensors", QKV[1])
     magnitude = 1 + random_like((1, WIDTH), 3)
@@ -405,7 +441,7 @@ def test_a_loaded_transformer_has_the_changes(stored, stream, tmp_path, diffuser
     plain = {name: weight.float() for name, weight in weights.items()}
     expected = split_into(plain, QKV, column_dora(fused_weight(plain, QKV), delta, magnitude))
     for name, weight in expected.items():
-        assert torch.dist(loaded[name].float(), weight) <= 3e-3 * weight.norm(), name
+        assert (loaded[name] == weight.to(torch.bfloat16)).float().mean() > 0.995, name  # rounded once
         if not name.startswith("transformer_blocks.0.attn1.to_"):
             assert torch.equal(loaded[name], weight.to(torch.bfloat16)), name
     unchanged = load_transformer(tmp_path / "model-1024.safetensors", dtype=torch.bfloat16).state_dict()
