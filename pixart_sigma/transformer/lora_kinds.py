@@ -254,7 +254,7 @@ def _kronecker(layer: Layer, shape: tuple[int, ...], scaling: Scaling, source: o
     if not rank and scaling.kind == "LOKR":
         rank = scaling.rank_of(layer.modules[0]) or 0
     # Both whole: LyCORIS and OneTrainer have no alpha then, whatever they write; PEFT has.
-    if rank and (made.rank or scaling.kind == "LOKR"):
+    if rank:
         made = Kronecker(w1, w2, core, _scale(layer, rank, scaling, source))
     return _decomposed(layer, made, shape, source)
 
