@@ -15,6 +15,7 @@ DEMO = Path(__file__).parent / "demo"
 DEMO_KV = Path(__file__).parent / "demo_kv"
 
 if TYPE_CHECKING:  # what is written out here for editors and type checkers is found at run time below
+    from .adapter_files import AdapterFile
     from .aspect_ratio import pick_size
     from .errors import CheckpointError, SettingError, SigmaError
     from .pipeline import Result, SigmaPipeline
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what is written out here for editors and type checkers is f
     from .vae.stage import decode
 
 _MODULE_OF = {
+    "AdapterFile": "adapter_files",
     "CheckpointError": "errors",
     "ControlPicture": "transformer.control_pictures",
     "PromptEmbeddings": "text.embeddings",
@@ -59,6 +61,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AdapterFile",
     "CheckpointError",
     "ControlPicture",
     "DEMO",

@@ -1,12 +1,16 @@
 """What a pipeline is made of: the files of its models."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from . import DEMO, DEMO_KV
+from .adapter_files import AdapterFile
 from .errors import CheckpointError
 from .files.fingerprint import fingerprint
 from .files.locating import resolve
+from .files.metadata import UsedAdapter
 from .files.parts import models
 from .files.weight_files import read_header, read_state_dict
 from .noise_schedule import NoiseSchedule
@@ -17,18 +21,21 @@ from .transformer.checkpoint import (
     inspect,
     read_noise_schedule,
 )
+from .transformer.lora import Adapter, read_adapter
 from .vae.loading import read_vae
 
 
 @dataclass(frozen=True)
 class Components:
     """Where the models are on disk. `text_encoder` and `tokenizer` are None where there is none, or where the
-    tokenizer is looked for beside the encoder and with other models."""
+    tokenizer is looked for beside the encoder and with other models. `adapters` of the transformer, each with
+    its strength, act in this order."""
 
     checkpoint: Checkpoint
     text_encoder: Path | None
     tokenizer: Path | None
     vae: Path
+    adapters: tuple[tuple[Adapter, float], ...] = ()
 
     @classmethod
     def find(
@@ -70,6 +77,29 @@ class Components:
             tokenizer=Path(tokenizer) if tokenizer else own_tokenizer,
             vae=resolve(vae) if vae else found["vae"],
         )
+
+    def with_adapters(self, chosen: Iterable[AdapterFile | str | Path]) -> "Components":
+        """These with adapters. Raises CheckpointError for one that does not fit the transformer."""
+        files = [file if isinstance(file, AdapterFile) else AdapterFile(file) for file in chosen]
+        read = [(read_adapter(file.path, self.checkpoint.config), file.strength) for file in files]
+        return replace(self, adapters=tuple(read))
+
+    @property
+    def used_adapters(self) -> tuple[UsedAdapter, ...]:
+        """What a picture says of the adapters."""
+        return tuple(
+            UsedAdapter(adapter.source.name, strength, adapter.fingerprint)
+            for adapter, strength in self.adapters
+        )
+
+    @property
+    def said_of_transformer(self) -> dict[str, Any]:
+        """What a picture says of the transformer beside its name and fingerprint, for `Metadata`."""
+        return {
+            "variant": self.checkpoint.variant,
+            "noise_schedule": self.checkpoint.noise_schedule,
+            "adapters": self.used_adapters,
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of the transformer's and the VAE's weights, see `fingerprint`."""

@@ -1,6 +1,5 @@
 """What any file or folder is, in words, and what in the pack uses it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,15 @@ from .files.weight_files import read_header, read_metadata
 from .recipes import suggest_recipe
 from .transformer.checkpoint import find_components, inspect
 from .transformer.controlnet_file import describe_controlnet, is_controlnet
+from .transformer.lora import (
+    alphas_of,
+    check_contents,
+    is_adapter_folder,
+    kinds_of,
+    ranks_of,
+    read_contents,
+    written_by,
+)
 
 USES = {
     "transformer": "Load Σ Transformer, or --transformer",
@@ -24,12 +32,6 @@ AVERAGES = {
     "left": "The averages (EMA) beside the weights are left out.",
     "taken": "These are averages (EMA): there is nothing else.",
 }
-# The layers of PixArt in a LoRA, whoever wrote it; those of SDXL stand behind "attentions".
-SIGMA_LAYER = re.compile(
-    r"(?:^|[._])(?:transformer_)?blocks[._]\d+[._]"
-    r"(?:attn1|attn2|attn[._](?:qkv|proj)|cross_attn|ff[._]net|mlp[._]fc)"
-)
-LORA_DOWN = ("lora_A.weight", "lora_down.weight", "lora_A.default.weight")
 T5_EMBEDDING = {"t5xxl", "t5"}  # the tensors of a textual inversion
 EMBEDDINGS = {"positive", "negative"}  # the tensors of Save Σ Prompt Embeddings
 
@@ -55,6 +57,8 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     components = find_components(path)
     if components:
         return _describe_pipeline(path, components, variant)
+    if is_adapter_folder(path):
+        return _describe_lora(path)
     header = read_header(path)
     found = [_Model(owner, kind_of(choice.names), choice) for owner, choice in models(header).items()]
     known = [model for model in found if model.kind is not None]
@@ -94,7 +98,7 @@ def _describe_one(path: Path, model: _Model, header: dict, variant: str | None) 
             lines.append(f"averages        {AVERAGES[model.choice.average]}")
         return "\n".join(lines)
     if kind is not None and kind.words == "a LoRA":
-        return _describe_lora(path, header)
+        return _describe_lora(path)
     if kind is not None and kind.words == "a ControlNet" and is_controlnet(path):
         return f"{describe_controlnet(path)}\nuse             {CONTROLNET_USE}"
     words = kind.words if kind is not None else "an unknown model"
@@ -161,19 +165,42 @@ def _describe_vae(path: Path) -> str:
     )
 
 
-def _describe_lora(path: Path, header: dict) -> str:
-    layers = [name for name in header if SIGMA_LAYER.search(name) and "attentions" not in name]
-    if not layers:
-        raise CheckpointError(f"{path} is a LoRA of another model than PixArt. Choose another file.")
-    ranks = {shape[0] for name, (shape, _) in header.items() if name.endswith(LORA_DOWN) and shape}
-    rank = f", rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
-    return "\n".join(
-        [
-            f"{path}: a LoRA of a PixArt transformer",
-            f"weights         {len(header)} tensors{rank}",
-            f"{_recipe_line(path)}use             ComfyUI's Load LoRA with the MODEL of Load Σ Transformer",
-        ]
+def _describe_lora(path: Path) -> str:
+    contents = read_contents(path)
+    check_contents(contents)
+    layers = contents.layers
+    kinds = ", ".join(f"{words} of {count}" for words, count in kinds_of(contents).items())
+    fused = sum(len(layer.modules) > 1 for layer in layers)
+    lines = [
+        f"{path}: an adapter (LoRA) of a PixArt transformer",
+        f"written by      {written_by(contents)}",
+        f"changes         {len(layers)} layers: {kinds}" + (f"; {fused} of them fused" if fused else ""),
+    ]
+    if ranks := ranks_of(contents):
+        lines.append(
+            f"rank            {_numbers(ranks)}, alpha {_numbers(alphas_of(contents)) or 'as the rank'}"
+        )
+    if contents.unmatched:
+        named = ", ".join(contents.unmatched[:3])
+        lines.append(
+            f"not known       {len(contents.unmatched)} tensors, such as {named}: it will be refused"
+        )
+    if contents.text_encoder:
+        lines.append(f"text encoder    {contents.text_encoder} tensors, which are not used")
+    if contents.embeddings:
+        lines.append(f"embeddings      {contents.embeddings} tensors, which are not used")
+    recipe = _recipe_line(contents.file)
+    return (
+        "\n".join(lines)
+        + f"\n{recipe}use             --lora, or ComfyUI's Load LoRA with the MODEL of Load Σ "
+        + ("Transformer")
     )
+
+
+def _numbers(found: set) -> str:
+    """Few numbers one by one, of many the smallest and largest."""
+    numbers = [f"{number:g}" for number in sorted(found)]
+    return ", ".join(numbers) if len(numbers) < 5 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _describe_embedding(path: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from . import DEMO
+from .adapter_files import AdapterFile
 from .aspect_ratio import crop_back
 from .choices import DTYPES, T5_PRECISIONS
 from .components import Components
@@ -136,12 +137,25 @@ class SigmaPipeline:
             stages=stages,
         )
 
+    def with_adapters(self, adapters: Iterable[AdapterFile | str | Path]) -> "SigmaPipeline":
+        """The same models, with adapters (LoRA and its kin; files or folders, or `AdapterFile` with a
+        strength) that change the transformer's weights, in this order. This pipeline stays as it is.
+
+        Raises CheckpointError for an adapter that does not fit the transformer.
+        """
+        components = self.components.with_adapters(adapters)
+        changed = self._with_stages(Stages(self.device, self.ways.release, self.ways.measure))
+        transformer = replace(changed.transformer, adapters=components.adapters)
+        return replace(changed, components=components, transformer=transformer)
+
     def apart(self) -> "SigmaPipeline":
         """The same models in stages of their own, each freed after its use: what this one holds stays."""
-        stages = Stages(self.device, "free")
+        apart = self._with_stages(Stages(self.device, "free"))
+        return replace(apart, ways=replace(self.ways, release="free", measure=False))
+
+    def _with_stages(self, stages: Stages) -> "SigmaPipeline":
         return replace(
             self,
-            ways=replace(self.ways, release="free", measure=False),
             stages=stages,
             text=replace(self.text, stages=stages, _held=None),
             transformer=replace(self.transformer, stages=stages, _held_place=""),
@@ -236,9 +250,8 @@ class SigmaPipeline:
             image_sha256=start.image_sha256,
             mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
-            variant=self.checkpoint.variant,
-            noise_schedule=self.checkpoint.noise_schedule,
             controls=tuple(control.describe() for control in controls),
+            **self.components.said_of_transformer,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 

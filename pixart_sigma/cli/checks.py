@@ -188,6 +188,13 @@ def tell_guess(checkpoint) -> None:
         tell(f"{checkpoint.variant_notice} If it was trained for another, say so with --variant.")
 
 
+def tell_adapters(components) -> None:
+    """What of the adapters' files is not used."""
+    for adapter, _ in components.adapters:
+        for notice in adapter.notices:
+            tell(notice)
+
+
 def tell_recipe(checkpoint, settings: Settings) -> None:
     """That the transformer is called as known few-step weights are, where nothing says how to run such."""
     from ..inspection import find_recipe

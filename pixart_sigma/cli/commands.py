@@ -21,6 +21,7 @@ from .checks import (
     read_settings,
     read_ways,
     take_prompt,
+    tell_adapters,
     tell_guess,
 )
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
@@ -98,6 +99,11 @@ def _calibrate(arguments) -> int:
     budget = parse_share(arguments.error_budget)
     if arguments.out:
         check_writable(Path(arguments.out))
+    elif arguments.adapters:
+        raise SigmaError(
+            "A calibration with --lora is not the checkpoint's own; name its file with --out, and use it "
+            "with --speed FILE and the same --lora."
+        )
     if arguments.plot:
         check_picture_file(arguments.plot)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else None
@@ -108,7 +114,9 @@ def _calibrate(arguments) -> int:
     from ..transformer.calibration import calibration_path
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    pipeline = pipeline.with_adapters(arguments.adapters or ())
     tell_guess(pipeline.checkpoint)
+    tell_adapters(pipeline.components)
     out = Path(arguments.out) if arguments.out else calibration_path(pipeline.checkpoint.path)
     check_writable(out)
 
@@ -150,7 +158,9 @@ def _compare(arguments) -> int:
     from ..studies.precision_picture import draw
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    pipeline = pipeline.with_adapters(arguments.adapters or ())
     tell_guess(pipeline.checkpoint)
+    tell_adapters(pipeline.components)
     with progress() as bar:
         comparison = compare_t5(
             pipeline,

@@ -17,11 +17,20 @@ from .checks import (
     read_ways,
     take_prompt,
     tell,
+    tell_adapters,
     tell_guess,
     tell_recipe,
     with_aspect,
 )
-from .like import check_given, check_models, own_transformer, taken_as, tell_differences, tell_other_controls
+from .like import (
+    check_adapters,
+    check_given,
+    check_models,
+    own_transformer,
+    taken_as,
+    tell_differences,
+    tell_other_controls,
+)
 from .output import check_out, write_pictures
 from .progress import progress
 
@@ -47,6 +56,7 @@ def generate(arguments) -> int:
     start, controls = _read_start(arguments), _read_controls(arguments)
     pipeline = _open(arguments, like, ways, start)
     tell_guess(pipeline.checkpoint)
+    tell_adapters(pipeline.components)
     tell_recipe(pipeline.checkpoint, settings)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
@@ -138,16 +148,18 @@ def _open(arguments, like: Metadata | None, ways: Ways, start):
     for."""
     from ..pipeline import SigmaPipeline
 
+    adapters = arguments.adapters or ()
     named = model_arguments(arguments) | {"ways": ways, "needs_text_encoder": arguments.embeddings is None}
     if like is None:
-        return SigmaPipeline.from_path(**named)
+        return SigmaPipeline.from_path(**named).with_adapters(adapters)
     named["transformer"] = named["transformer"] or own_transformer(arguments, like)
-    pipeline = SigmaPipeline.from_path(**named)
+    pipeline = SigmaPipeline.from_path(**named).with_adapters(adapters)
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
+    check_adapters(arguments, like, pipeline.components.used_adapters)
     tell_differences(arguments, like, start)
     taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
-    return SigmaPipeline.from_path(**named | taken) if taken else pipeline
+    return SigmaPipeline.from_path(**named | taken).with_adapters(adapters) if taken else pipeline
 
 
 def embedding_cache(arguments):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import SigmaError
-from ..files.metadata import Metadata, current_versions
+from ..files.metadata import Metadata, UsedAdapter, current_versions
 from ..noise_schedule import NoiseSchedule
 from .checks import tell
 
@@ -63,6 +63,22 @@ def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> Non
                 f"or {option}{and_}."
             )
         tell(f"The {name} is another one than {arguments.like} was made with.")
+
+
+def check_adapters(arguments, like: Metadata, used: tuple[UsedAdapter, ...]) -> None:
+    """SigmaError where the picture was made with adapters and none are given; others than those are told."""
+    if not arguments.adapters and like.adapters:
+        options = " ".join(f"--lora {adapter.name}:{adapter.strength:g}" for adapter in like.adapters)
+        raise SigmaError(
+            f"{arguments.like} was made with adapters, which are not kept in it; give them with {options}, "
+            "or others."
+        )
+    was, now = (
+        [(adapter.fingerprint, adapter.strength) for adapter in adapters]
+        for adapters in (like.adapters, used)
+    )
+    if was != now:
+        tell(f"The adapters (--lora) are not those that {arguments.like} was made with.")
 
 
 def taken_as(arguments, like: Metadata, fingerprints: dict[str, str], found: NoiseSchedule) -> dict:

@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from ..adapter_files import parse_adapter
 from ..choices import DECODES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 from ..noise_schedule import SPACINGS
 from ..recipes import RECIPES
@@ -57,6 +58,15 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     command.add_argument(
         "--transformer",
         help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
+    )
+    command.add_argument(
+        "--lora",
+        action="append",
+        dest="adapters",
+        type=parse_adapter,
+        metavar="FILE[:STRENGTH]",
+        help="an adapter of the transformer (LoRA, LoHa, LoKr, DoRA, OFT), of any trainer, by its file or "
+        "folder; may be given several times (default strength: 1)",
     )
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(

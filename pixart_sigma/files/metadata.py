@@ -35,6 +35,15 @@ class ControlModel:
 
 
 @dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter of the transformer that took part: its name for people, its strength and its fingerprint."""
+
+    name: str
+    strength: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Metadata:
     """All that makes a picture again.
 
@@ -42,6 +51,7 @@ class Metadata:
     this package and of those that compute. variant: what the transformer was taken to be trained for.
     image_sha256, mask_sha256: of the picture that it started from, and of the mask.
     noise_schedule: that the transformer was run with; an earlier version had the published one for all.
+    adapters: of the transformer, in their order.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
     """
 
@@ -55,6 +65,7 @@ class Metadata:
     variant: str = ""
     noise_schedule: NoiseSchedule = PUBLISHED
     controls: tuple[ControlModel, ...] = ()
+    adapters: tuple[UsedAdapter, ...] = ()
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
@@ -98,6 +109,7 @@ class Metadata:
             versions=dict(content.get("versions", {})),
             noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
             controls=tuple(ControlModel(**control) for control in content.get("controls", ())),
+            adapters=tuple(UsedAdapter(**adapter) for adapter in content.get("adapters", ())),
             **{name: str(value) for name, value in known.items()},
         )
 

@@ -176,7 +176,7 @@ def _find_kv_weights(header: dict, source: Path) -> KVWeights | None:
     return KVWeights(ratios[layers[0]], tuple(layers)) if layers else None
 
 
-def _expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Every weight that a transformer of this config has."""
     width, patch = config.cross_attention_dim, config.patch_size
 
@@ -210,7 +210,7 @@ def _expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 def check_keys(header: dict, config: TransformerConfig, source: Path) -> None:
     """Raise CheckpointError naming a key that is missing, left over or of the wrong shape."""
-    expected = _expected_shapes(config)
+    expected = expected_shapes(config)
     for key, shape in expected.items():
         if key not in header:
             raise missing_key(key, source)

@@ -12,16 +12,19 @@ import torch
 
 from ..choices import MAX_SEQUENCE_LENGTH, TRANSFORMER_DEVICES
 from ..errors import SigmaError
+from ..files.quantised_weights import dequantised
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..settings import Settings, Ways
 from .calibrated_speed import follow
 from .calibration import Calibration, find_calibration, fingerprint_of
+from .changes import Change
 from .checkpoint import Checkpoint, Quantised, load_transformer_state_dict
 from .config import TransformerConfig
 from .cost import activation_bytes
 from .kv_rules import KVCompression, resolve
 from .loading import UNCHANGED, load_transformer
+from .lora import Adapter, adapter_changes
 from .network import SigmaTransformer, build_transformer
 from .quantised import put_layers, working_nbytes
 from .streaming import parameter_nbytes, parked_nbytes, window_nbytes
@@ -89,12 +92,14 @@ def _weight_bytes(
 
 @dataclass
 class TransformerStage:
-    """The transformer by its files, the device and dtype it runs in, and the run's stages."""
+    """The transformer by its files, the device and dtype it runs in, the run's stages, and the adapters that
+    change its weights, in order, each with its strength."""
 
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     stages: Stages = field(repr=False)
+    adapters: tuple[tuple[Adapter, float], ...] = field(default=(), repr=False)
     _held_place: str = field(default="", repr=False)
 
     def run(
@@ -113,7 +118,11 @@ class TransformerStage:
     def load(self, place: str) -> SigmaTransformer:
         """Load the transformer for a place."""
         return load_transformer(
-            self.checkpoint, dtype=self.dtype, device=self.device, stream=place == "stream"
+            self.checkpoint,
+            dtype=self.dtype,
+            device=self.device,
+            stream=place == "stream",
+            changes=self._changes(),
         )
 
     def kv_compression(self, setting: str | None, width: int, height: int) -> tuple[KVCompression, ...]:
@@ -151,7 +160,21 @@ class TransformerStage:
         return calibration
 
     def _fingerprint(self) -> tuple[float, ...]:
-        return fingerprint_of(load_transformer_state_dict(self.checkpoint))
+        """Of the weights as the adapters leave them: a calibration of the checkpoint is followed with those
+        that change them by no more than rounding could."""
+        weights, changes = load_transformer_state_dict(self.checkpoint), self._changes()
+        seen = {name: weight for name, weight in weights.items() if name.endswith(".attn1.to_k.weight")}
+        return fingerprint_of(
+            {
+                name: changes[name](dequantised(weight).float()) if name in changes else weight
+                for name, weight in seen.items()
+            }
+        )
+
+    def _changes(self) -> dict[str, Change]:
+        """What the adapters do. The file is read once more only for one that has to see other weights too."""
+        weights = functools.cache(partial(load_transformer_state_dict, self.checkpoint))
+        return adapter_changes(self.adapters, lambda name: dequantised(weights()[name]))
 
     def _ways(self, work: Pass, ways: Ways) -> list[Way]:
         """As it is asked for, then in smaller ways. On a CPU nothing is smaller for being streamed."""

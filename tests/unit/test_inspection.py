@@ -12,18 +12,18 @@ from pixart_sigma.errors import CheckpointError
 from pixart_sigma.inspection import describe
 
 LORA = ("transformer_blocks.0.attn1.to_q.lora_A.weight", "transformer_blocks.0.attn1.to_q.lora_B.weight")
+KOHYA = ("lora_down.weight", "lora_up.weight")
+# Whose names they are, and the tensors.
 LORAS = {
     "PEFT": [f"base_model.model.{name}" for name in LORA],
     "diffusers": [f"transformer.{name}" for name in LORA],
-    "kohya": [
-        f"lora_unet_blocks_0_attn_qkv.{name}" for name in ("lora_down.weight", "lora_up.weight", "alpha")
-    ],
-    "OneTrainer": ["lora_transformer_transformer_blocks_0_attn1_to_q.lora_down.weight"],
-    "LyCORIS": ["lycoris_transformer_blocks_0_ff_net_0_proj.lokr_w1"],
-    "ComfyUI": ["diffusion_model.blocks.0.cross_attn.kv_linear.lora_A.weight"],
+    "kohya": [f"lora_unet_blocks_0_attn_qkv.{name}" for name in KOHYA],
+    "OneTrainer": [f"lora_transformer_transformer_blocks_0_attn1_to_q.{name}" for name in KOHYA],
+    "LyCORIS": [f"lycoris_transformer_blocks_0_ff_net_0_proj.lokr_{name}" for name in ("w1", "w2_a", "w2_b")],
+    "ComfyUI": [f"diffusion_model.blocks.0.cross_attn.kv_linear.{name[-13:]}" for name in LORA],
 }
 OTHERS = {
-    "a LoRA of another model": [
+    "an adapter of Stable Diffusion or SDXL": [
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1.lora_down.weight"
     ],
     "a ControlNet": [
@@ -98,8 +98,40 @@ def test_a_checkpoint_of_another_model(tmp_path, pipeline_folder):
 @pytest.mark.parametrize("writer", LORAS)
 def test_a_lora(tmp_path, writer):
     text = describe(write(tmp_path / "lora.safetensors", LORAS[writer]))
-    assert "a LoRA of a PixArt transformer" in text and "Load LoRA" in text
-    assert ("rank 4" in text) == (writer not in ("LyCORIS",))
+    assert "of a PixArt transformer" in text and "Load LoRA" in text and "--lora" in text
+    assert writer in next(line for line in text.splitlines() if line.startswith("written by"))
+    assert "changes         1 layers: " + ("LoKr" if writer == "LyCORIS" else "LoRA") in text
+    assert ("1 of them fused" in text) == (writer in ("kohya", "ComfyUI"))
+
+
+def test_what_an_adapter_is(tmp_path):
+    layer = "lora_transformer_transformer_blocks_{}_attn1_to_q"
+    tensors = {}
+    for index, rank in enumerate((4, 16)):
+        tensors[f"{layer.format(index)}.lora_down.weight"] = torch.zeros(rank, 1152)
+        tensors[f"{layer.format(index)}.lora_up.weight"] = torch.zeros(1152, rank)
+        tensors[f"{layer.format(index)}.alpha"] = torch.tensor(8.0)
+    tensors[f"{layer.format(1)}.dora_scale"] = torch.ones(1, 1152)
+    tensors["lora_te_encoder_block_0_layer_0_SelfAttention_q.alpha"] = torch.tensor(1.0)
+    tensors["bundle_emb.cat.t5"] = torch.zeros(1, 4096)
+    tensors["something.else"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "lora.safetensors", {"ot_branch": "master"})
+    lines = describe(tmp_path / "lora.safetensors").splitlines()
+    assert lines[1:7] == [
+        "written by      OneTrainer, in the names of OneTrainer or ai-toolkit",
+        "changes         2 layers: LoRA of 1, LoRA with DoRA of 1",
+        "rank            4, 16, alpha 8",
+        "not known       1 tensors, such as something.else: it will be refused",
+        "text encoder    1 tensors, which are not used",
+        "embeddings      1 tensors, which are not used",
+    ]
+
+
+def test_an_adapter_folder_of_peft(tmp_path):
+    write(tmp_path / "adapter_model.safetensors", LORAS["PEFT"])
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 2}')
+    text = describe(tmp_path)
+    assert "PEFT (LORA)" in text and "rank            4, alpha 2" in text
 
 
 @pytest.mark.parametrize("words", OTHERS)

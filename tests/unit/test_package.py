@@ -20,6 +20,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."
 
 SETTINGS_OBJECTS = ("settings", "ways")
 BASE = {
+    "adapter_files",
     "aspect_ratio",
     "choices",
     "devices",
