@@ -181,7 +181,7 @@ def test_the_loaders_offer_every_folder_and_no_single_shard(root):
 
 
 def test_files_are_found_as_another_packs_nodes_name_them(root):
-    """ExtraModels, whose nodes ours replace: by the name in models/checkpoints or models/t5, T5 by a shard."""
+    """ExtraModels', which ours replace: by the name in models/checkpoints or models/t5, T5 by a shard."""
     shutil.copy(
         DEMO / "transformer" / "diffusion_pytorch_model.safetensors", root / "checkpoints" / "old.pth"
     )
