@@ -21,7 +21,8 @@ from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
 from .prompt_embeds import Encoded, Prompts
-from .sampling.denoise import Step, denoise
+from .refiner import Refiner, check_refiner
+from .sampling.denoise import Step, Unfinished, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
 from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
@@ -74,6 +75,7 @@ class SigmaPipeline:
     transformer: TransformerStage
     vae: VAEStage
     stages: Stages = field(repr=False)
+    refiner: Refiner | None = None
 
     @classmethod
     def from_path(
@@ -125,6 +127,11 @@ class SigmaPipeline:
             stages=stages,
         )
 
+    def with_refiner(self, path: str | Path) -> "SigmaPipeline":
+        """The same pipeline with a second transformer, a file or folder, which takes over at the settings'
+        `refiner_start`. Raises SigmaError where it does not fit the first."""
+        return replace(self, refiner=Refiner.find(path, self.transformer))
+
     def apart(self) -> "SigmaPipeline":
         """The same models in stages of their own, each freed after its use: what this one holds stays."""
         stages = Stages(self.device, "free")
@@ -135,6 +142,7 @@ class SigmaPipeline:
             text=replace(self.text, stages=stages, _held=None),
             transformer=replace(self.transformer, stages=stages, _held_place=""),
             vae=replace(self.vae, stages=stages),
+            refiner=self.refiner and self.refiner.within(stages),
         )
 
     @property
@@ -197,8 +205,8 @@ class SigmaPipeline:
         ways = self._run_ways(ways)
         settings = check_settings(settings).complete(self.base_size)
         start = Start.of(image, mask)
-        settings = self._check(settings, embeddings, start)
-        fingerprints = self.components.fingerprints()
+        check_refiner(self.refiner, settings, ways, self.transformer)
+        settings, fingerprints = self._check(settings, embeddings, start), self._fingerprints()
         if ways.budget is not None:
             ways = self.plan(settings, ways).ways
         stage = on_stage or (lambda name: None)
@@ -245,12 +253,15 @@ class SigmaPipeline:
 
     def fingerprints(self) -> dict[str, str]:
         """What the files of each component are known by; of T5 only where it can be used."""
-        found = self.components.fingerprints()
+        found = self._fingerprints()
         encoder = self.text.identify(self.ways.t5_precision)
         return found | ({"text_encoder": encoder.fingerprint} if encoder else {})
 
+    def _fingerprints(self) -> dict[str, str]:
+        return self.components.fingerprints() | (self.refiner.fingerprints() if self.refiner else {})
+
     def _models(self, fingerprints: dict[str, str], tokenizer: str) -> dict[str, Model]:
-        names = self.components.names()
+        names = self.components.names() | (self.refiner.names() if self.refiner else {})
         if tokenizer:  # the text encoder's fingerprint covers it
             names["tokenizer"], fingerprints = tokenizer, fingerprints | {"tokenizer": ""}
         return {component: Model(names.get(component, ""), sha) for component, sha in fingerprints.items()}
@@ -283,6 +294,8 @@ class SigmaPipeline:
         get_timesteps(scheduler, settings)
         size = settings.made_size(self.base_size)
         rules = self.transformer.kv_compression(settings.kv_compression, *size)
+        if self.refiner:
+            self.refiner.stage.kv_compression(settings.kv_compression, *size)
         if settings.kv_compression == "auto" or str(settings.kv_compression).endswith(".json"):
             settings = replace(settings, kv_compression=spell(rules))  # what it is today
         return settings
@@ -313,21 +326,29 @@ class SigmaPipeline:
         channels = self.checkpoint.config.in_channels
         noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
         prompts = prompted.prompts(self.device, self.dtype)
-        state = generator.get_state()
+        work = Pass(height, width, settings.count, settings.guided)
 
-        def use(transformer, in_turn: bool) -> torch.Tensor:
-            return denoise(
-                guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
-                noise,
-                settings,
-                noise_schedule=self.checkpoint.noise_schedule,
-                image_latents=image_latents,
-                mask=painted,
-                generator=generator.set_state(state),
-                callback=callback,
-            )
+        def part(begun: torch.Tensor | Unfinished, on_step, stage: TransformerStage, ways: Ways):
+            state = generator.get_state()  # for a smaller way, where memory runs out
 
-        return self.transformer.run(use, Pass(height, width, settings.count, settings.guided), ways)
+            def use(transformer, in_turn: bool) -> torch.Tensor:
+                return denoise(
+                    guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
+                    begun,
+                    settings,
+                    noise_schedule=self.checkpoint.noise_schedule,
+                    image_latents=image_latents,
+                    mask=painted,
+                    generator=generator.set_state(state),
+                    callback=on_step,
+                )
+
+            return stage.run(use, work, ways)
+
+        if self.refiner is None:
+            return part(noise, callback, self.transformer, ways)
+        switch = settings.refiner_step - settings.skipped_steps
+        return self.refiner.run_after(self.transformer, part, noise, switch, ways, callback)
 
 
 def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tuple[_Prompted, Settings, Ways]:

@@ -15,6 +15,7 @@ from .checks import (
     read_settings,
     read_ways,
     take_prompt,
+    take_refiner,
     tell,
     tell_guess,
     tell_recipe,
@@ -36,6 +37,7 @@ def generate(arguments) -> int:
     take_prompt(arguments)
     check_prompt(arguments)
     like = Metadata.read(arguments.like) if arguments.like else None
+    take_refiner(arguments, like)
     settings, ways = read_run(arguments, like)
     if arguments.negative and not settings.uses_negative:
         tell("Without guidance the negative prompt is not used; --nag 5 lets it act there.")
@@ -114,16 +116,20 @@ def _open(arguments, like: Metadata | None, ways: Ways, start):
     for."""
     from ..pipeline import SigmaPipeline
 
+    def find(**named) -> SigmaPipeline:
+        found = SigmaPipeline.from_path(**named)
+        return found.with_refiner(arguments.refiner) if arguments.refiner else found
+
     named = model_arguments(arguments) | {"ways": ways, "needs_text_encoder": arguments.embeddings is None}
     if like is None:
-        return SigmaPipeline.from_path(**named)
+        return find(**named)
     named["transformer"] = named["transformer"] or own_transformer(arguments, like)
-    pipeline = SigmaPipeline.from_path(**named)
+    pipeline = find(**named)
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
     tell_differences(arguments, like, start)
     taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
-    return SigmaPipeline.from_path(**named | taken) if taken else pipeline
+    return find(**named | taken) if taken else pipeline
 
 
 def embedding_cache(arguments):
