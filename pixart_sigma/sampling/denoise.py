@@ -81,10 +81,8 @@ def denoise(
     dtype, unit_noise = latents.dtype, latents.float()
     if image_latents is not None:
         image_latents = image_latents.to(unit_noise).expand_as(unit_noise)
-    if begun is None:
-        done, current = 0, _start(scheduler, unit_noise, image_latents, timesteps[:1])
-    else:
-        done, current = _go_on(scheduler, begun, len(timesteps))
+    first = _start(scheduler, unit_noise, image_latents, timesteps[:1])
+    done, current = (0, first) if begun is None else _go_on(scheduler, begun, len(timesteps))
 
     for index, timestep in list(enumerate(timesteps))[done:]:
         scaled = scheduler.scale_model_input(current, timestep)
