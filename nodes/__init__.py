@@ -6,6 +6,11 @@ OLDEST_HOST = (0, 26)
 
 
 class SigmaExtension(ComfyExtension):
+    async def on_load(self):
+        from .host.replacements import register
+
+        await register()
+
     async def get_node_list(self):
         version = tuple(int(part) for part in HOST_VERSION.split(".")[:2])
         if version < OLDEST_HOST:
@@ -21,6 +26,7 @@ class SigmaExtension(ComfyExtension):
             kv_compression,
             loaders,
             memory,
+            old_graphs,
             planner,
             precision_comparison,
             sampling,
@@ -43,5 +49,6 @@ class SigmaExtension(ComfyExtension):
             few_step,
             decode,
             memory,
+            old_graphs,
         )
         return [node for module in modules for node in module.NODES]

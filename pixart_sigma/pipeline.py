@@ -10,19 +10,19 @@ from PIL import Image
 from . import DEMO
 from .adapter_files import AdapterFile
 from .aspect_ratio import crop_back
-from .choices import DTYPES, T5_PRECISIONS
+from .choices import DTYPES
 from .components import Components
 from .devices import pick_device, pick_dtype
-from .errors import SettingError, SigmaError
-from .files.fingerprint import digest
+from .errors import SettingError
 from .files.metadata import Metadata, Model
 from .files.pictures import Start, latent_mask
 from .memory.stages import Stages
 from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
-from .prompt_embeds import Encoded, Prompts
-from .sampling.denoise import Step, denoise
+from .refiner import Refiner, check_refiner
+from .run_inputs import GivenPictures, Prompted, as_prompted, check_embeddings
+from .sampling.denoise import Step, Unfinished, denoise
 from .sampling.guidance import guide
 from .sampling.noise import get_noise
 from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
@@ -31,6 +31,7 @@ from .text.cache import EmbeddingCache
 from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
 from .transformer.checkpoint import Checkpoint
+from .transformer.config import TransformerConfig
 from .transformer.control_pictures import ControlledTransformer, ControlPicture, check_controls
 from .transformer.kv_rules import spell
 from .transformer.stage import Pass, TransformerStage
@@ -51,31 +52,6 @@ class Result:
     truncated: str = ""
 
 
-@dataclass(frozen=True)
-class _Prompted:
-    """The prompts of a run as the text encoder made them, or as they were given."""
-
-    positive: Encoded
-    negative: Encoded | None
-    fingerprint: str
-    tokenizer: str = ""  # its name, where it is not the encoder's own
-    digest: str = ""  # of embeddings that were given, where nobody knows who made them
-
-    def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
-        negative = None if self.negative is None else self.negative.prompt_embeds.to(device, dtype)
-        return Prompts(self.positive.prompt_embeds.to(device, dtype), None, negative)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What pictures a run is given: latents (count, 4, h, w) to start from, where they are painted anew
-    (1, H, W), and what ControlNets follow, with its latents (1, 4, h, w)."""
-
-    image_latents: torch.Tensor | None
-    mask: torch.Tensor | None
-    controls: tuple[tuple[ControlPicture, torch.Tensor], ...]
-
-
 @dataclass
 class SigmaPipeline:
     """PixArt-Sigma from files on disk. `from_path` finds the components; `generate` runs the stages."""
@@ -86,6 +62,7 @@ class SigmaPipeline:
     transformer: TransformerStage
     vae: VAEStage
     stages: Stages = field(repr=False)
+    refiner: Refiner | None = None
 
     @classmethod
     def from_path(
@@ -148,6 +125,11 @@ class SigmaPipeline:
         transformer = replace(changed.transformer, adapters=components.adapters)
         return replace(changed, components=components, transformer=transformer)
 
+    def with_refiner(self, path: str | Path) -> "SigmaPipeline":
+        """The same pipeline with a second transformer, a file or folder, which takes over at the settings'
+        `refiner_start`. Raises SigmaError where it does not fit the first."""
+        return replace(self, refiner=Refiner.find(path, self.transformer))
+
     def apart(self) -> "SigmaPipeline":
         """The same models in stages of their own, each freed after its use: what this one holds stays."""
         apart = self._with_stages(Stages(self.device, "free"))
@@ -160,6 +142,7 @@ class SigmaPipeline:
             text=replace(self.text, stages=stages, _held=None),
             transformer=replace(self.transformer, stages=stages, _held_place=""),
             vae=replace(self.vae, stages=stages),
+            refiner=self.refiner and self.refiner.within(stages),
         )
 
     @property
@@ -223,9 +206,9 @@ class SigmaPipeline:
         ways = self._run_ways(ways)
         settings = check_settings(settings).complete(self.base_size)
         start = Start.of(image, mask)
-        controls = check_controls(controls, self.checkpoint.config, ways.budget)
-        settings = self._check(settings, embeddings, start)
-        fingerprints = self.components.fingerprints()
+        controls = check_controls(controls, self._configs(), ways.budget)
+        check_refiner(self.refiner, settings, ways, self.transformer)
+        settings, fingerprints = self._check(settings, embeddings, start), self._fingerprints()
         if ways.budget is not None:
             ways = self.plan(settings, ways).ways
         stage = on_stage or (lambda name: None)
@@ -234,7 +217,7 @@ class SigmaPipeline:
             stage("text encoder")
             prompted, ways = self._encode(settings, ways, embedding_cache)
         else:
-            prompted, settings, ways = _given(embeddings, settings, ways)
+            prompted, settings, ways = as_prompted(embeddings, settings, ways)
         given = self._encode_pictures(start, controls, settings, stage)
         stage("transformer")
         latents, ways = self._denoise(settings, ways, prompted, given, callback)
@@ -269,12 +252,20 @@ class SigmaPipeline:
 
     def fingerprints(self) -> dict[str, str]:
         """What the files of each component are known by; of T5 only where it can be used."""
-        found = self.components.fingerprints()
+        found = self._fingerprints()
         encoder = self.text.identify(self.ways.t5_precision)
         return found | ({"text_encoder": encoder.fingerprint} if encoder else {})
 
+    def _fingerprints(self) -> dict[str, str]:
+        return self.components.fingerprints() | (self.refiner.fingerprints() if self.refiner else {})
+
+    def _configs(self) -> list[TransformerConfig]:
+        """Of the transformers of a run."""
+        second = [self.refiner.stage.checkpoint] if self.refiner else []
+        return [checkpoint.config for checkpoint in (self.checkpoint, *second)]
+
     def _models(self, fingerprints: dict[str, str], tokenizer: str) -> dict[str, Model]:
-        names = self.components.names()
+        names = self.components.names() | (self.refiner.names() if self.refiner else {})
         if tokenizer:  # the text encoder's fingerprint covers it
             names["tokenizer"], fingerprints = tokenizer, fingerprints | {"tokenizer": ""}
         return {component: Model(names.get(component, ""), sha) for component, sha in fingerprints.items()}
@@ -300,23 +291,25 @@ class SigmaPipeline:
         if start.image is None and settings.strength != 1:
             raise SettingError("strength", settings.strength, "there is no picture to start from")
         if embeddings is not None:
-            _check_embeddings(embeddings, settings, self.checkpoint)
+            check_embeddings(embeddings, settings, self.checkpoint)
         settings = self.transformer.at_speed(settings)
         scheduler = scheduler_for(settings, self.checkpoint.noise_schedule)
         get_step_arguments(scheduler, None, settings.eta, settings.count)
         get_timesteps(scheduler, settings)
         size = settings.made_size(self.base_size)
         rules = self.transformer.kv_compression(settings.kv_compression, *size)
+        if self.refiner:
+            self.refiner.stage.kv_compression(settings.kv_compression, *size)
         if settings.kv_compression == "auto" or str(settings.kv_compression).endswith(".json"):
             settings = replace(settings, kv_compression=spell(rules))  # what it is today
         return settings
 
-    def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[_Prompted, Ways]:
+    def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[Prompted, Ways]:
         texts = (settings.prompt, settings.negative) if settings.uses_negative else (settings.prompt,)
         encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
         positive, *negative = encoded
         unwanted = negative[0] if negative else None
-        return _Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
+        return Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
 
     def _encode_pictures(
         self,
@@ -324,7 +317,7 @@ class SigmaPipeline:
         controls: tuple[ControlPicture, ...],
         settings: Settings,
         stage: Callable[[str], None],
-    ) -> _Given:
+    ) -> GivenPictures:
         if start.image is not None or controls:
             stage("VAE encode")
 
@@ -333,14 +326,14 @@ class SigmaPipeline:
 
         image_latents = None if start.image is None else encode(start.image).repeat(settings.count, 1, 1, 1)
         controlled = tuple((control, encode(control.image)) for control in controls)
-        return _Given(image_latents, start.mask, controlled)
+        return GivenPictures(image_latents, start.mask, controlled)
 
     def _denoise(
         self,
         settings: Settings,
         ways: Ways,
-        prompted: _Prompted,
-        given: _Given,
+        prompted: Prompted,
+        given: GivenPictures,
         callback: Callable[[Step], bool | None] | None,
     ) -> tuple[torch.Tensor, Ways]:
         width, height = settings.made_size(self.base_size)
@@ -349,62 +342,31 @@ class SigmaPipeline:
         channels = self.checkpoint.config.in_channels
         noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
         prompts = prompted.prompts(self.device, self.dtype)
-        state = generator.get_state()
+        work = Pass(height, width, settings.count, settings.guided)
 
-        def use(transformer, in_turn: bool) -> torch.Tensor:
-            if given.controls:
-                transformer = ControlledTransformer(transformer, given.controls, self.dtype)
-            return denoise(
-                guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
-                noise,
-                settings,
-                noise_schedule=self.checkpoint.noise_schedule,
-                image_latents=given.image_latents,
-                mask=painted,
-                generator=generator.set_state(state),
-                callback=callback,
-            )
+        def part(begun: torch.Tensor | Unfinished, on_step, stage: TransformerStage, ways: Ways):
+            state = generator.get_state()  # for a smaller way, where memory runs out
 
-        return self.transformer.run(use, Pass(height, width, settings.count, settings.guided), ways)
+            def use(transformer, in_turn: bool) -> torch.Tensor:
+                if given.controls:
+                    transformer = ControlledTransformer(transformer, given.controls, self.dtype)
+                return denoise(
+                    guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
+                    begun,
+                    settings,
+                    noise_schedule=self.checkpoint.noise_schedule,
+                    image_latents=given.image_latents,
+                    mask=painted,
+                    generator=generator.set_state(state),
+                    callback=on_step,
+                )
 
+            return stage.run(use, work, ways)
 
-def _given(embeddings: PromptEmbeddings, settings: Settings, ways: Ways) -> tuple[_Prompted, Settings, Ways]:
-    """Prompts that are encoded already, and what they decide."""
-    unknown = "" if embeddings.fingerprint else digest(embeddings.positive, embeddings.negative)
-    prompted = _Prompted(
-        Encoded(embeddings.positive, embeddings.positive_truncated),
-        Encoded(embeddings.negative, embeddings.negative_truncated) if settings.uses_negative else None,
-        embeddings.fingerprint,
-        digest=unknown,
-    )
-    settings = replace(
-        settings,
-        prompt=embeddings.positive_text,
-        negative=embeddings.negative_text,
-        clean_caption=embeddings.clean_caption,
-        max_sequence_length=embeddings.max_sequence_length,
-    )
-    precision = embeddings.precision if embeddings.precision in T5_PRECISIONS else None
-    return prompted, settings, replace(ways, t5_precision=precision)
-
-
-def _check_embeddings(embeddings: PromptEmbeddings, settings: Settings, checkpoint: Checkpoint) -> None:
-    if not isinstance(embeddings, PromptEmbeddings):
-        raise SigmaError(
-            f"embeddings is a {type(embeddings).__name__}; give PromptEmbeddings, such as "
-            "PromptEmbeddings.load(file)."
-        )
-    if settings != settings.without_prompts():
-        raise SigmaError(
-            "Encoded prompts bring their words, cleaned or not and cut already; leave prompt, negative, "
-            "clean_caption and max_sequence_length out."
-        )
-    expected = checkpoint.config.caption_channels
-    if embeddings.width != expected:
-        raise SigmaError(
-            f"The prompt embeddings are {embeddings.width} wide, and {checkpoint.path} reads "
-            f"{expected}. Encode the prompt with the text encoder that belongs to the transformer."
-        )
+        if self.refiner is None:
+            return part(noise, callback, self.transformer, ways)
+        switch = settings.refiner_step - settings.skipped_steps
+        return self.refiner.run_after(self.transformer, part, noise, switch, ways, callback)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

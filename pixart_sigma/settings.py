@@ -58,6 +58,8 @@ class Settings:
     clean_caption: clean the prompts as the training captions were.
     max_sequence_length: how many tokens of a prompt are read, end token included. The model was trained with
         300.
+    refiner_start: the share of the steps after which a second transformer takes over, between 0 and 1; None
+        is a run of one.
 
     Raises SettingError, naming the first field that is wrong.
     """
@@ -83,6 +85,7 @@ class Settings:
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
     recipe: str | None = None
     nag_scale: float | None = None
+    refiner_start: float | None = None
 
     def __post_init__(self):
         check_texts(self, "prompt", "negative")
@@ -123,6 +126,7 @@ class Settings:
         if self.spacing is not None:
             check_word(self, "spacing", SPACINGS)
         _check_nag_scale(self)
+        _check_refiner_start(self)
 
     @property
     def guidance(self) -> float:
@@ -165,6 +169,18 @@ class Settings:
         if self.sigmas is not None:
             return len(self.sigmas) - 1
         return 1 if self.scheduler == "one_step" else self.steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """The first steps of a run from pure noise that `strength` leaves out."""
+        return self.schedule_length - int(self.schedule_length * self.strength)
+
+    @property
+    def refiner_step(self) -> int:
+        """The first step of the second transformer, of a run from pure noise; after them all without one."""
+        if self.refiner_start is None:
+            return self.schedule_length
+        return round(self.schedule_length * self.refiner_start)
 
     def complete(self, base_size: int) -> "Settings":
         """These settings with what is left open filled in, for a checkpoint of this base (a side in
@@ -326,6 +342,31 @@ def _check_nag_scale(settings: Settings) -> None:
             scale,
             f"it takes the place of guidance, which is {settings.guidance:g}; set guidance to 1",
         )
+
+
+def _check_refiner_start(settings: Settings) -> None:
+    """A second transformer: both have a step, and nothing was measured with one or is forecast from it."""
+    start = settings.refiner_start
+    if start is None:
+        return
+    if not is_finite(start) or not 0 < start < 1:
+        raise SettingError(
+            "refiner_start", start, "give a share of the steps above 0 and below 1, such as 0.8"
+        )
+    measured = settings.kv_compression is not None and (
+        settings.kv_compression == "auto" or settings.kv_compression.endswith(".json")
+    )
+    for name, wrong, why in (
+        ("recipe", settings.recipe is not None, "it is for one transformer"),
+        ("speed", settings.speed_is_open or bool(settings.savings), "steps are forecast from one's own"),
+        ("kv_compression", measured, "it was measured with one; spell it out, such as mean:2:14-27"),
+    ):
+        if wrong:
+            advice = f"{why}, and here a second transformer takes over; leave one of the two out"
+            raise SettingError(name, getattr(settings, name), advice)
+    if not 0 < settings.refiner_step < settings.schedule_length:
+        steps = f"of {settings.schedule_length} steps it leaves none to one of the two transformers"
+        raise SettingError("refiner_start", start, f"{steps}; give more steps, or another share")
 
 
 CHECKS = {"timesteps": check_timesteps, "sigmas": check_sigmas}

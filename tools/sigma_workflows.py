@@ -164,6 +164,52 @@ def sigma_controlnet() -> Graph:
     return graph
 
 
+def sigma_two_stage() -> Graph:
+    graph = Graph(
+        "Two transformers in a row, as the 900M finetunes are made: the first does 80 % of the steps, the "
+        "second the rest, from the same noise, with the same prompts. Put their folders into "
+        "models/diffusion_models (terminusresearch/pixart-900m-1024-ft-v0.7-stage1 and -stage2 on Hugging "
+        "Face). For other steps set SplitSigmas to 80 % of them. " + T5_PARTS
+    )
+    load_transformer(graph, "pixart-900m-1024-ft-v0.7-stage1", variant="1024")
+    graph.add(
+        "refiner",
+        "PixArtSigmaLoadTransformer",
+        transformer="pixart-900m-1024-ft-v0.7-stage2",
+        variant="1024",
+        dtype="auto",
+    )
+    load_t5_and_vae(graph, T5, SDXL_VAE, "int8")
+    encode(graph, "a glass of water with a slice of lemon on a wooden table")
+    bucket(graph, "1:1")
+    graph.column("Noise levels")
+    graph.add(
+        "schedule", "PixArtSigmaReferenceSchedule", model=graph["transformer", 0], steps=20, denoise=1.0
+    )
+    graph.add("split", "SplitSigmas", sigmas=graph["schedule", 0], step=16)
+    graph.add("solver", "KSamplerSelect", sampler_name="dpmpp_2m")
+    for name, model, latent, sigmas in (
+        ("first", "transformer", graph["size", 0], 0),
+        ("second", "refiner", graph["first", 0], 1),
+    ):
+        graph.column(f"Denoise, {name} model")
+        graph.add(
+            name,
+            "SamplerCustom",
+            model=graph[model, 0],
+            add_noise=name == "first",
+            noise_seed=0,
+            cfg=4.5,
+            positive=graph["prompt", 0],
+            negative=graph["prompt", 1],
+            sampler=graph["solver", 0],
+            sigmas=graph["split", sigmas],
+            latent_image=latent,
+        )
+    show(graph, graph["second", 0])
+    return graph
+
+
 def within_a_budget(
     note: str, budget: float, size: str, prompt: str, ratio: str, base="auto", speed="off"
 ) -> Graph:
@@ -216,6 +262,7 @@ SIGMA_WORKFLOWS = (
     sigma_4k_kv_compression,
     sigma_few_step,
     sigma_controlnet,
+    sigma_two_stage,
     sigma_under_4_gb,
     sigma_under_2_gb,
     sigma_4k_wallpaper,

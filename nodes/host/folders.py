@@ -44,9 +44,10 @@ def choices(kind: str) -> list[str]:
 
 def find(kind: str, choice: str) -> Path:
     """The file or folder of a choice; ValueError for one that is not offered (any more)."""
-    path = (_offered(kind) | _built_in(kind)).get(choice)
-    if path is not None:
-        return path
+    offered = _offered(kind) | _built_in(kind)
+    for name in (choice, *_as_others_write(kind, choice)):
+        if name in offered:
+            return offered[name]
     if parts := parts_of_shard(choice):
         raise ValueError(
             f"{choice!r} is one of {parts} parts of a model. Choose the folder that they are in, which is "
@@ -66,6 +67,21 @@ def check(kind: str, choice: str | None) -> bool | str:
         return choice is None or find(kind, choice) is not None
     except ValueError as error:
         return str(error)
+
+
+def _as_others_write(kind: str, choice: str) -> Iterator[str]:
+    """What a choice of a node that ours replaces can mean: a file by its name in models/checkpoints or
+    models/t5, and a shard for the folder that it is in, or for the index beside it."""
+    for category in CATEGORIES[kind][1:-1]:
+        yield f"{category}/{choice}"
+        if not parts_of_shard(choice):
+            continue
+        inside = PurePath(choice).parent
+        if inside != PurePath():
+            yield f"{category}/{inside}"
+        else:
+            indexes = [name for name in _offered(kind) if is_index(PurePath(name))]
+            yield from (name for name in indexes if PurePath(name).parent == PurePath(category))
 
 
 def _built_in(kind: str) -> dict[str, Path]:

@@ -27,6 +27,8 @@ RECIPE_DECIDES = (
     "guidance_scale",
     "speed",
 )
+# Where two-stage finetunes of PixArt-Sigma were trained to hand over.
+REFINER_START = 0.8
 MOST_TEXT = 2**20  # bytes of a file of prompts
 
 
@@ -167,6 +169,21 @@ def take_prompt(arguments) -> None:
     arguments.prompt = read_text(arguments.prompt_file).rstrip("\r\n")
     if not arguments.prompt.strip():
         raise SigmaError(f"--prompt-file {arguments.prompt_file} holds no prompt; write one in it.")
+
+
+def take_refiner(arguments, like) -> None:
+    """FILE and START of --refiner; START is else that of the picture that it shall be `like`, or 0.8."""
+    arguments.refiner_start = None
+    if arguments.refiner is None:
+        return
+    file, colon, start = arguments.refiner.rpartition(":")
+    try:
+        arguments.refiner_start = float(start)
+    except ValueError:
+        file, colon = arguments.refiner, ""
+    arguments.refiner = file if colon else arguments.refiner
+    if not colon:
+        arguments.refiner_start = (like and like.settings.refiner_start) or REFINER_START
 
 
 def read_prompts(path: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from .checks import (
     read_settings,
     read_ways,
     take_prompt,
+    take_refiner,
     tell,
     tell_adapters,
     tell_guess,
@@ -46,6 +47,7 @@ def generate(arguments) -> int:
     take_prompt(arguments)
     check_prompt(arguments)
     like = Metadata.read(arguments.like) if arguments.like else None
+    take_refiner(arguments, like)
     settings, ways = read_run(arguments, like)
     if arguments.negative and not settings.uses_negative:
         tell("Without guidance the negative prompt is not used; --nag 5 lets it act there.")
@@ -148,18 +150,21 @@ def _open(arguments, like: Metadata | None, ways: Ways, start):
     for."""
     from ..pipeline import SigmaPipeline
 
-    adapters = arguments.adapters or ()
+    def find(**named) -> SigmaPipeline:
+        found = SigmaPipeline.from_path(**named).with_adapters(arguments.adapters or ())
+        return found.with_refiner(arguments.refiner) if arguments.refiner else found
+
     named = model_arguments(arguments) | {"ways": ways, "needs_text_encoder": arguments.embeddings is None}
     if like is None:
-        return SigmaPipeline.from_path(**named).with_adapters(adapters)
+        return find(**named)
     named["transformer"] = named["transformer"] or own_transformer(arguments, like)
-    pipeline = SigmaPipeline.from_path(**named).with_adapters(adapters)
+    pipeline = find(**named)
     fingerprints = pipeline.fingerprints()
     check_models(arguments, like, fingerprints)
     check_adapters(arguments, like, pipeline.components.used_adapters)
     tell_differences(arguments, like, start)
     taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
-    return SigmaPipeline.from_path(**named | taken).with_adapters(adapters) if taken else pipeline
+    return find(**named | taken) if taken else pipeline
 
 
 def embedding_cache(arguments):

@@ -8,7 +8,12 @@ from ..noise_schedule import NoiseSchedule
 from .checks import tell
 
 # The options that name a component, by the component.
-OPTIONS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
+OPTIONS = {
+    "transformer": "--transformer",
+    "text_encoder": "--text-encoder",
+    "vae": "--vae",
+    "refiner": "--refiner",
+}
 
 
 def check_given(arguments, like: Metadata) -> None:

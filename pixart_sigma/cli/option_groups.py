@@ -78,6 +78,15 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     add_variant(command)
 
 
+def add_refiner(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--refiner",
+        metavar="FILE[:START]",
+        help="a second transformer for the last steps, as two-stage finetunes have it; START is the share of "
+        "the steps after which it takes over (default: 0.8)",
+    )
+
+
 def add_variant(command: argparse.ArgumentParser):
     command.add_argument("--variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
 

@@ -17,6 +17,7 @@ from .option_groups import (
     add_encoding,
     add_model,
     add_prompt_file,
+    add_refiner,
     add_sampling,
     add_savings,
     add_schedule,
@@ -31,6 +32,7 @@ from .option_groups import (
 OPTIONS = {
     "guidance_scale": "--guidance",
     "nag_scale": "--nag",
+    "refiner_start": "--refiner",
 }
 
 
@@ -79,6 +81,7 @@ def _add_generate(commands):
         "changes that one thing",
     )
     add_model(generate)
+    add_refiner(generate)
     add_encoding(generate)
     add_size(generate)
     generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")

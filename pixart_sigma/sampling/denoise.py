@@ -28,10 +28,20 @@ class Step:
     predicted: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that a callback has ended after `done` steps: its latents (B, 4, h, w), float32, in the
+    scheduler's own scale, and the unit noise (B, 4, h, w) that it began with."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    done: int
+
+
 @torch.no_grad()
 def denoise(
     predict: Predict,
-    latents: torch.Tensor,
+    latents: torch.Tensor | Unfinished,
     settings: Settings | None = None,
     *,
     noise_schedule: NoiseSchedule = PUBLISHED,
@@ -41,7 +51,8 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callable[[Step], bool | None] | None = None,
 ) -> torch.Tensor:
-    """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor.
+    """Denoise `latents`, unit noise (B, 4, h, w), to clean latents (B, 4, h, w) scaled by the VAE's factor;
+    or do the steps that an `Unfinished` run has left, with a scheduler that knows nothing of those before.
 
     predict: what the model predicts, see `guide`. settings: read are scheduler, steps, timesteps,
     sigmas, eta, recipe and strength; what is drawn and how large it is is decided by the other arguments.
@@ -57,6 +68,7 @@ def denoise(
     Raises SigmaError for input that cannot work, and if a step's latents are not finite.
     """
     settings = Settings() if settings is None else check_settings(settings)
+    begun, latents = (latents, latents.noise) if isinstance(latents, Unfinished) else (None, latents)
     _check_latents("latents", latents)
     _check_image_latents(image_latents, latents, settings.strength)
     _check_mask(mask, image_latents, latents)
@@ -69,22 +81,23 @@ def denoise(
     dtype, unit_noise = latents.dtype, latents.float()
     if image_latents is not None:
         image_latents = image_latents.to(unit_noise).expand_as(unit_noise)
-    latents = _start(scheduler, unit_noise, image_latents, timesteps[:1])
+    first = _start(scheduler, unit_noise, image_latents, timesteps[:1])
+    done, current = (0, first) if begun is None else _go_on(scheduler, begun, len(timesteps))
 
-    for index, timestep in enumerate(timesteps):
-        scaled = scheduler.scale_model_input(latents, timestep)
+    for index, timestep in list(enumerate(timesteps))[done:]:
+        scaled = scheduler.scale_model_input(current, timestep)
         noise = predict(scaled, timestep)
         _check_prediction(noise, scaled)
-        latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
+        current = scheduler.step(noise, timestep, current, **step_arguments, return_dict=False)[0]
         if mask is not None:
             kept = _noised(scheduler, image_latents, unit_noise, timesteps[index + 1 : index + 2])
-            latents = torch.lerp(kept, latents, mask.to(latents))
-        _check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {float(timestep):g}")
+            current = torch.lerp(kept, current, mask.to(current))
+        _check_finite(current, f"step {index + 1} of {len(timesteps)}, timestep {float(timestep):g}")
         if callback is not None:
             predicted = predict_clean(scheduler, scaled, noise, timestep)
-            if callback(Step(index, len(timesteps), float(timestep), latents, predicted)) is False:
+            if callback(Step(index, len(timesteps), float(timestep), current, predicted)) is False:
                 break
-    return latents.to(dtype)
+    return current.to(dtype)
 
 
 def _start(scheduler, noise, image_latents, first_timestep):
@@ -93,6 +106,16 @@ def _start(scheduler, noise, image_latents, first_timestep):
     if image_latents is None:
         return noise * scheduler.init_noise_sigma
     return _noised(scheduler, image_latents, noise, first_timestep)
+
+
+def _go_on(scheduler, unfinished: Unfinished, count: int) -> tuple[int, torch.Tensor]:
+    """The steps that are done, of `count`, and the latents to go on from."""
+    _check_latents("latents", unfinished.latents)
+    if not 0 <= unfinished.done < count or unfinished.latents.shape != unfinished.noise.shape:
+        raise SigmaError(f"Of a run of {count} steps {unfinished.done} are said to be done; none is left.")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index((scheduler.begin_index or 0) + unfinished.done * scheduler.order)
+    return unfinished.done, unfinished.latents.float()
 
 
 def _noised(scheduler, image_latents, noise, timestep):

@@ -54,10 +54,10 @@ class ControlPicture:
 
 
 def check_controls(
-    controls: Any, config: TransformerConfig, budget: float | None
+    controls: Any, configs: Iterable[TransformerConfig], budget: float | None
 ) -> tuple[ControlPicture, ...]:
-    """The control pictures, once it is known from their files' headers that each fits a transformer of this
-    config. Raises SigmaError for anything else, and for a run with a budget."""
+    """The control pictures, once it is known from their files' headers that each fits transformers of these
+    configs. Raises SigmaError for anything else, and for a run with a budget."""
     controls = tuple(controls)
     if controls and budget is not None:
         raise SettingError("budget", budget, "a run with ControlNets is not planned; leave it out")
@@ -67,7 +67,8 @@ def check_controls(
                 f"controls has a {type(control).__name__}; give ControlPictures, such as "
                 "ControlPicture('edges.safetensors', picture)."
             )
-        check_fits(inspect_controlnet(control.controlnet), config)
+        for config in configs:
+            check_fits(inspect_controlnet(control.controlnet), config)
     return controls
 
 

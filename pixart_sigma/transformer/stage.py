@@ -93,13 +93,14 @@ def _weight_bytes(
 @dataclass
 class TransformerStage:
     """The transformer by its files, the device and dtype it runs in, the run's stages, and the adapters that
-    change its weights, in order, each with its strength."""
+    change its weights, in order, each with its strength; name: among the stages, and in messages."""
 
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     stages: Stages = field(repr=False)
     adapters: tuple[tuple[Adapter, float], ...] = field(default=(), repr=False)
+    name: str = "transformer"
     _held_place: str = field(default="", repr=False)
 
     def run(
@@ -112,7 +113,7 @@ class TransformerStage:
             in_turn = way.chosen["guidance_in_turn"]
             return self._hold(way.chosen["transformer_device"], lambda transformer: use(transformer, in_turn))
 
-        result, way = first_that_fits("transformer", self._ways(work, ways), run_in)
+        result, way = first_that_fits(self.name, self._ways(work, ways), run_in)
         return result, replace(ways, **way.chosen)
 
     def load(self, place: str) -> SigmaTransformer:
@@ -192,6 +193,6 @@ class TransformerStage:
     def _hold(self, place: str, use: Callable[[SigmaTransformer], Result]) -> Result:
         """use(transformer), the transformer in this place, also where another run left it in another one."""
         if self._held_place != place:
-            self.stages.drop("transformer")
+            self.stages.drop(self.name)
         self._held_place = place
-        return self.stages.run("transformer", partial(self.load, place), use)
+        return self.stages.run(self.name, partial(self.load, place), use)

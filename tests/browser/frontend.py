@@ -110,6 +110,12 @@ class Frontend:
             " ({type: node.type, known: node.type in LiteGraph.registered_node_types}))"
         )
 
+    def replace_all(self):
+        """Presses Replace All, where the frontend lists the nodes that it does not know."""
+        self.page.get_by_role("button", name="View details").click()
+        self.page.get_by_role("button", name="Replace All").click()
+        self.page.wait_for_timeout(1000)
+
     def missing_models(self) -> str:
         """The text in which the frontend names the files that a workflow needs and offers them."""
         self.page.get_by_role("button", name="View details").click()

@@ -180,5 +180,28 @@ def test_the_loaders_offer_every_folder_and_no_single_shard(root):
     assert LoadTextEncoder.validate_inputs(None) is True
 
 
+def test_files_are_found_as_another_packs_nodes_name_them(root):
+    """ExtraModels', which ours replace: by the name in models/checkpoints or models/t5, T5 by a shard."""
+    shutil.copy(
+        DEMO / "transformer" / "diffusion_pytorch_model.safetensors", root / "checkpoints" / "old.pth"
+    )
+    encoder = T5EncoderModel.from_pretrained(DEMO / "text_encoder")
+    for folder in (root / "t5", root / "t5" / "inside"):
+        encoder.save_pretrained(folder, max_shard_size="500KB")
+    (root / "t5" / "config.json").unlink()
+    shutil.copytree(DEMO / "text_encoder", root / "t5" / "other")
+    shard = sorted((root / "t5").glob("*-00001-of-*"))[0].name
+    for kind, written, meant in (
+        ("transformer", "old.pth", root / "checkpoints" / "old.pth"),
+        ("text_encoder", "other/model.safetensors", root / "t5" / "other" / "model.safetensors"),
+        ("text_encoder", f"inside/{shard}", root / "t5" / "inside"),
+        ("text_encoder", shard, root / "t5" / "model.safetensors.index.json"),
+    ):
+        assert folders.find(kind, written) == meant
+    assert "There is no model 'old.pth'" in LoadVAE.validate_inputs("old.pth"), "it holds no VAE"
+    for outside in ("../t5/other/model.safetensors", "../checkpoints/old.pth"):
+        assert "There is no model" in LoadTextEncoder.validate_inputs(outside)
+
+
 def vae_weights():
     return load_file(DEMO / "vae" / "diffusion_pytorch_model.safetensors")

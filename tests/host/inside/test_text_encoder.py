@@ -10,10 +10,12 @@ import folder_paths
 import pytest
 import torch
 from comfy.text_encoders.pixart_t5 import PixArtT5XXL, PixArtTokenizer
+from comfy.text_encoders.sd3_clip import SD3ClipModel, SD3Tokenizer
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from comfy_extras.nodes_hunyuan import CLIPTextEncodeHunyuanDiT
 from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
+from pack.nodes.host.t5_alone import t5_alone
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.files.weight_files import read_state_dict
@@ -93,6 +95,45 @@ def test_a_clones_layer_is_its_own_and_as_in_the_hosts_own_t5(clip, expected, th
     deep.clip_layer(-9)
     with pytest.raises(ValueError, match="no layer -9"):
         encode(deep, PROMPT)
+
+
+@pytest.fixture
+def sd3_clip(theirs):
+    """The host's CLIP for SD3, of which the T5 has the demo's weights, and the others are not loaded."""
+    made = comfy.sd.CLIP(no_init=True)
+    small = {"t5xxl_model_config": CONFIG}
+    made.cond_stage_model = SD3ClipModel(False, False, dtype=torch.float32, model_options=small)
+    made.cond_stage_model.t5xxl.transformer = theirs.t5xxl.transformer
+    made.tokenizer, made.layer_idx, made.tokenizer_options = SD3Tokenizer(), None, {}
+    made.use_clip_schedule, made.apply_hooks_to_conds = False, None
+    cpu = torch.device("cpu")
+    made.patcher = comfy.model_patcher.ModelPatcher(made.cond_stage_model, cpu, cpu)
+    return made
+
+
+def test_the_t5_of_an_sd3_clip_encodes_as_the_hosts_clip_for_pixart(sd3_clip, theirs, clip):
+    before = sd3_clip.encode_from_tokens(sd3_clip.tokenize("a"))
+    alone = t5_alone(sd3_clip, 1)
+    assert [len(alone.tokenize(text)["t5xxl"][0]) for text in ("", "a red circle")] == [1, 5]
+    padded = t5_alone(sd3_clip, 12).tokenize("a red circle")["t5xxl"][0]
+    assert len(padded) == 12 and padded[5:] == [(0, 1.0)] * 7
+    for prompt in ("a (red:1.3) circle", PROMPT, ""):
+        tokens = clip.tokenize(prompt)
+        expected = theirs.encode_token_weights(tokens)[0]
+        assert torch.equal(alone.encode_from_tokens(tokens), expected), prompt
+    # The CLIP that it is of has its own words for nothing still, and other tokens.
+    assert sd3_clip.cond_stage_model.t5xxl.special_tokens == {"end": 1, "pad": 0}
+    assert len(sd3_clip.tokenize("a")["t5xxl"][0]) == 77
+    assert torch.equal(sd3_clip.encode_from_tokens(sd3_clip.tokenize("a")), before)
+    weights = [key for key in sd3_clip.cond_stage_model.state_dict() if key.startswith("t5xxl.")]
+    assert weights == list(alone.cond_stage_model.state_dict()), "a LoRA's patches find them by name"
+
+
+def test_a_clip_without_t5_is_told_apart(sd3_clip, clip):
+    sd3_clip.cond_stage_model.t5xxl = None
+    for other in (sd3_clip, clip):
+        with pytest.raises(ValueError, match="no T5-XXL in this CLIP"):
+            t5_alone(other, 1)
 
 
 def test_cleaned_captions_have_no_weights(clip, engine):
