@@ -121,7 +121,7 @@ class LayerNames:
                 for modules in spelled.get(rest, ()):
                     found[modules] = prefixes[prefix]
         if len(found) > 1:
-            one, other = (" and ".join(modules) for modules in list(found)[:2])
+            one, other = sorted(" and ".join(modules) for modules in found)[:2]
             raise SigmaError(f"{name} may be {one} or {other}.")
         return next((Found(*item) for item in found.items()), None)
 
