@@ -24,6 +24,8 @@ CATEGORIES = {
     "vae": ("vae", "checkpoints", "diffusers"),
     "controlnet": ("controlnet",),
 }
+# The host's own lists leave GGUF out; these are of the same folders, under the names of ComfyUI-GGUF.
+GGUF = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"}
 # Of a whole pipeline in one file: how the keys of the parts beside the transformer begin, and what only
 # PixArt's transformer has.
 PARTS = {
@@ -35,6 +37,9 @@ MOST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 # Other packs keep T5 there too; the host knows it only where somebody says so.
 folder_paths.add_model_folder_path("t5", os.path.join(folder_paths.models_dir, "t5"))
+for _category, _listed in GGUF.items():
+    _folders_of_it = folder_paths.folder_names_and_paths[_category][0]
+    folder_paths.folder_names_and_paths.setdefault(_listed, (_folders_of_it, {".gguf"}))
 
 
 def choices(kind: str) -> list[str]:
@@ -106,8 +111,11 @@ def _offered(kind: str) -> dict[str, Path]:
 def _files(category: str, kind: str) -> Iterator[tuple[str, Path]]:
     """The host's files of a category as (name, path); in place of shards the folder that they are in, or
     their index where that is the category's own."""
-    for name in folder_paths.get_filename_list(category):
-        path = folder_paths.get_full_path(category, name)
+    listed = [(name, category) for name in folder_paths.get_filename_list(category)]
+    if category in GGUF:
+        listed += [(name, GGUF[category]) for name in folder_paths.get_filename_list(GGUF[category])]
+    for name, where in listed:
+        path = folder_paths.get_full_path(where, name)
         if path is None or category == "t5" and not name.endswith(EXTENSIONS):
             continue
         if parts_of_shard(name):

@@ -145,6 +145,9 @@ def test_the_loaders_offer_every_folder_and_no_single_shard(root):
     whole = weights | {f"vae.{key}": tensor for key, tensor in vae_weights().items()}
     save_file(whole, root / "checkpoints" / "whole.safetensors")
     save_file(weights, root / "checkpoints" / "transformer.safetensors")
+    for place in ("diffusion_models", "text_encoders"):
+        (root / place / "quantised").mkdir()
+        (root / place / "quantised" / "Q5_0.gguf").write_bytes(b"GGUF")
 
     offered = {kind: set(folders.choices(kind)) for kind in folders.CATEGORIES}
     assert offered["transformer"] >= {
@@ -154,9 +157,11 @@ def test_the_loaders_offer_every_folder_and_no_single_shard(root):
         "diffusers/models--owner--cached",
         "checkpoints/whole.safetensors",
         "checkpoints/transformer.safetensors",
+        "quantised/Q5_0.gguf",
     }
     index = "t5/model.safetensors.index.json"
-    assert offered["text_encoder"] >= {"diffusers/owner/whole", "t5/encoder", "encoder", index}
+    encoders = {"diffusers/owner/whole", "t5/encoder", "encoder", index, "quantised/Q5_0.gguf"}
+    assert offered["text_encoder"] >= encoders
     assert offered["vae"] >= {"diffusers/owner/whole", "checkpoints/whole.safetensors"}
     assert not {
         "diffusers/only",
