@@ -161,16 +161,8 @@ class TransformerStage:
         return calibration
 
     def _fingerprint(self) -> tuple[float, ...]:
-        """Of the weights as the adapters leave them: a calibration of the checkpoint is followed with those
-        that change them by no more than rounding could."""
-        weights, changes = load_transformer_state_dict(self.checkpoint), self._changes()
-        seen = {name: weight for name, weight in weights.items() if name.endswith(".attn1.to_k.weight")}
-        return fingerprint_of(
-            {
-                name: changes[name](dequantised(weight).float()) if name in changes else weight
-                for name, weight in seen.items()
-            }
-        )
+        """Of the checkpoint: its calibration is followed with adapters too, as in ComfyUI."""
+        return fingerprint_of(load_transformer_state_dict(self.checkpoint))
 
     def _changes(self) -> dict[str, Change]:
         """What the adapters do. The file is read once more only for one that has to see other weights too."""

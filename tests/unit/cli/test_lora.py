@@ -123,18 +123,15 @@ def test_a_pipeline_that_keeps_its_transformer_stays_as_it_is(lora):
     assert torch.equal(changed.with_adapters([]).generate(settings).latents, before)
 
 
-def test_a_calibration_is_of_the_weights_as_the_adapters_leave_them(lora):
-    """--speed auto follows the checkpoint's calibration with an adapter that changes little, and no other."""
+def test_the_calibration_of_the_checkpoint_is_followed_with_an_adapter(lora):
     from pixart_sigma.transformer.calibration import Calibration, fingerprint_of
     from pixart_sigma.transformer.checkpoint import load_transformer_state_dict
 
     own = fingerprint_of(load_transformer_state_dict(inspect(DEMO)))
     calibration = Calibration((), 0, 0, 0, 1, 1, 1, (), {}, own)
-    key = "transformer_blocks.0.attn1.to_k"
-    for size, fits in ((1e-5, True), (1.0, False)):
-        file = lora(f"k{size}.safetensors", key, size)
-        stage = SigmaPipeline.from_path("demo", Ways(device="cpu")).with_adapters([file]).transformer
-        assert calibration.fits(stage._fingerprint()) == fits
+    file = lora("k.safetensors", "transformer_blocks.0.attn1.to_k", 1.0)
+    stage = SigmaPipeline.from_path("demo", Ways(device="cpu")).with_adapters([file]).transformer
+    assert calibration.fits(stage._fingerprint())
 
 
 @pytest.mark.parametrize(
