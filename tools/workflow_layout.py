@@ -52,7 +52,7 @@ def node_height(kind: str, info: dict, linked: set[str], may_lack_a_file: bool) 
     height = 14 + SLOT * max(len(inputs) - len(widgets), len(info["output"]), 1)
     height += max(sum(map(_height_in_classic, widgets)), nodes_2)
     height += MORE_TEXT * sum(bool(options.get("multiline")) for _, options in widgets)
-    return height + (PICTURE if kind in ("SaveImage", "PreviewImage", "PreviewAny") else 0)
+    return height + (PICTURE if kind in ("LoadImage", "SaveImage", "PreviewImage", "PreviewAny") else 0)
 
 
 def _height_in_classic(widget: tuple) -> int:

@@ -10,11 +10,18 @@ from collections.abc import Iterable
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
+from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
+from ...pixart_sigma.transformer.lora_names import LayerNames
 from .bypass import RefusedRows
 from .merging import rows_of_merge
 
 PREFIX = "diffusion_model."
+WEIGHT = ".weight"
+# The host's adapters that turn blocks of rows, and where in the others' weights the magnitudes of DoRA are.
+TURNS = ("oft", "boft")
+MAGNITUDES = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5}
+BIAS = ".bias"
 
 
 def authors_names(weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -26,6 +33,53 @@ def authors_names(weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _authors_names(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     found = to_original_keys(name.removeprefix(PREFIX) for name in names)
     return {PREFIX + name: tuple(PREFIX + part for part in ours) for name, ours in found.items()}
+
+
+class SpelledName(str):
+    """The name of a weight or layer, that is written as a trainer spells it.
+
+    The host writes the names of layers into its list of a LoRA's targets by `format`, and finds them by the
+    names themselves. Several are of one weight, so each equals itself alone.
+    """
+
+    def __new__(cls, weight: str, spelled: str):
+        made = super().__new__(cls, weight)
+        made.spelled = spelled
+        return made
+
+    def __getitem__(self, part):
+        found = super().__getitem__(part)
+        return SpelledName(found, self.spelled) if part == slice(None, -len(WEIGHT)) else found
+
+    def __format__(self, form):
+        return self.spelled
+
+    def __hash__(self):
+        return hash((str(self), self.spelled))
+
+    def __eq__(self, other):
+        return isinstance(other, SpelledName) and (str(self), self.spelled) == (str(other), other.spelled)
+
+
+@functools.lru_cache(8)
+def _layer_names(names: tuple[str, ...]) -> LayerNames:
+    return LayerNames(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+
+
+@functools.lru_cache(8)
+def _spelled_names(names: tuple[str, ...]) -> tuple[SpelledName, ...]:
+    """A name for each spelling of each layer."""
+    weights = {
+        tuple(part.removesuffix(WEIGHT) for part in ours): authors
+        for authors, ours in authors_names(names).items()
+    }
+    weights |= {(name.removesuffix(WEIGHT),): name for name in names}
+    spelled = []
+    for spelling, modules in _layer_names(names).spellings():
+        weight = weights.get(tuple(PREFIX + module for module in modules))
+        if weight is not None and not weight.endswith(".bias"):
+            spelled.append(SpelledName(weight, spelling))
+    return tuple(spelled)
 
 
 class NamedTwice(dict):
@@ -46,20 +100,29 @@ class NamedTwice(dict):
         ]
 
     def keys(self):
-        return dict.fromkeys((*super().keys(), *self._authors, *self._refused)).keys()
+        # What stands last is the one that the host takes of two that it spells alike.
+        spelled = _spelled_names(tuple(super().keys()))
+        return dict.fromkeys((*spelled, *super().keys(), *self._authors, *self._refused)).keys()
 
     def __missing__(self, name):
+        name = str(name)
+        if name in self:
+            return self[name]
         parts = [self[part] for part in self._authors[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def add_translated(add, patches: dict, width: int) -> list:
-    """Give `add(patches)` our patches for the host's; returns those of the host's keys that were applied."""
+def add_translated(add, patches: dict, width: int, weights: Iterable[str]) -> list:
+    """Give `add(patches)` our patches for the host's; returns those of the host's keys that were applied.
+
+    weights: our names of all.
+    """
+    names = _layer_names(tuple(weights))
     # A file may hold one patch for q, k and v together and another for q: the same key twice.
     rounds = []
     targets = defaultdict(list)
     for key, patch in patches.items():
-        for target, part in translate(key, patch, width):
+        for target, part in translate(key, patch, width, names):
             chosen = next((made for made in rounds if target not in made), None)
             if chosen is None:
                 chosen = {}
@@ -70,14 +133,17 @@ def add_translated(add, patches: dict, width: int) -> list:
     return [key for key in patches if all(target in applied for target in targets[key])]
 
 
-def translate(key, patch, width: int) -> list[tuple]:
+def translate(key, patch, width: int, layers: LayerNames) -> list[tuple]:
     """(key, patch) for each of our weights that a patch of the host is for.
 
     Keys are a weight's name or (name, (dimension, start, length)). `width` is the rows that q, k and v have
     each. What can not be translated is returned as it is.
     """
     name, *where = (key,) if isinstance(key, str) else key
-    names = to_diffusers_keys(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else ()
+    if isinstance(name, SpelledName):
+        name = str(name)
+        key = (name, *where) if where else name
+    names = _names_of(name, layers)
     if len(names) == 1:
         renamed = PREFIX + names[0]
         return [((renamed, *where) if where else renamed, patch)]
@@ -90,9 +156,18 @@ def translate(key, patch, width: int) -> list[tuple]:
     return split if split and all(part is not None for _, part in split) else [(key, patch)]
 
 
+def _names_of(name: str, layers: LayerNames) -> tuple[str, ...]:
+    """diffusers' names for a weight of the authors, or for the bias of a layer as a trainer spells it."""
+    if name.startswith(PREFIX):
+        return to_diffusers_keys(name.removeprefix(PREFIX))
+    found = layers.find(name.removesuffix(BIAS)) if name.endswith(BIAS) else None
+    return tuple(module + BIAS for module in found.modules) if found else ()
+
+
 def rows_of(patch, start: int, count: int, total: int):
     """The part of a patch for `total` rows that changes `count` rows from `start`, or None."""
     if isinstance(patch, WeightAdapterBase):
+        _check_rows(patch, count, total)
         return RowsAdapter(patch.loaded_keys, (patch, start, total))
     if isinstance(patch, list):
         return rows_of_merge(patch, start, count)
@@ -101,6 +176,22 @@ def rows_of(patch, start: int, count: int, total: int):
         if len(tensor) == total:
             return patch[0], (tensor.narrow(0, start, count), *settings)
     return None
+
+
+def _check_rows(patch: WeightAdapterBase, count: int, total: int) -> None:
+    """Raise SigmaError for an adapter of a fused weight that can not be told for some rows without the
+    others."""
+    if patch.name in TURNS:
+        apart = count % patch.weights[0].shape[-1] == 0
+    else:
+        magnitudes = patch.weights[MAGNITUDES[patch.name]] if patch.name in MAGNITUDES else None
+        apart = magnitudes is None or len(magnitudes) == total
+    if not apart:
+        raise SigmaError(
+            f"This LoRA ({'OFT' if patch.name in TURNS else 'DoRA'}) changes q, k and v as one matrix, whose "
+            "rows depend on each other, and in this MODEL they are three. Use it in the terminal (--lora), "
+            "or export it in diffusers' names."
+        )
 
 
 class RowsAdapter(WeightAdapterBase):

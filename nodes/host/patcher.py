@@ -34,12 +34,17 @@ class SigmaPatcher(ModelPatcher):
         add = super().add_patches
         weights = self.model_state_dict()
         patches = check_merge(patches, authors_names(weights), weights)
-        return add_translated(lambda ours: add(ours, *strengths, **named_strengths), patches, self._width())
+        return add_translated(
+            lambda ours: add(ours, *strengths, **named_strengths), patches, self._width(), weights
+        )
 
     def add_hook_patches(self, hook, patches, *strengths, **named_strengths):
         add = super().add_hook_patches
         return add_translated(
-            lambda ours: add(hook, ours, *strengths, **named_strengths), patches, self._width()
+            lambda ours: add(hook, ours, *strengths, **named_strengths),
+            patches,
+            self._width(),
+            self.model_state_dict(),
         )
 
     def set_injections(self, key, injections):

@@ -15,6 +15,7 @@ from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMe
 from pack.nodes.few_step import FewStepRecipe
 from pack.nodes.host.transformer import load_model
 from pack.pixart_sigma.errors import SigmaError
+from pack.pixart_sigma.transformer.lora import adapter_changes, read_adapter
 from random_models import conditioning, difference, ksampler, normal, transformer
 from safetensors.torch import load_file, save_file
 
@@ -170,6 +171,76 @@ def test_a_bypassed_lora_does_what_a_loaded_one_does(ours):
     for name in ("transformer.", "base_model.model."):
         with pytest.raises(SigmaError, match="Load it with Load LoRA"):
             comfy.sd.load_bypass_lora_for_models(ours, None, LORAS[name], 0.8, 0)
+
+
+def spelled_loras():
+    """By the writer: the weights of a file in its spelling, which the host by itself does not find."""
+    plain = {name: shape for name, shape in BLOCKS.items() if name != "proj_out"}
+    flat = {name.replace(".", "_"): shape for name, shape in plain.items()}
+    kohya = "lora_down lora_up"
+    made = {
+        "OneTrainer": lora({f"lora_transformer_{name}": shape for name, shape in flat.items()}, kohya),
+        "ai-toolkit": lora({f"lora_transformer__{name}": shape for name, shape in flat.items()}, kohya),
+        "LyCORIS": lora({f"lycoris_{name}": shape for name, shape in flat.items()}, kohya),
+        "no prefix": lora(plain),
+        "OneTrainer's original": lora(FUSED),
+        "a table and biases": {
+            "transformer_blocks.0.scale_shift_table.diff": normal(6, WIDTH, seed=7),
+            "lora_transformer_transformer_blocks_0_attn1_to_k.diff_b": normal(WIDTH, seed=8),
+            "lycoris_blocks_0_attn_qkv.diff_b": normal(3 * WIDTH, seed=9),
+        },
+    }
+    made["OneTrainer"]["lora_transformer_transformer_blocks_0_attn1_to_q.alpha"] = torch.tensor(2.0)
+    return made
+
+
+@pytest.mark.parametrize("writer", spelled_loras())
+def test_every_spelling_is_what_the_engine_makes_of_it(ours, file, tmp_path, writer):
+    weights = spelled_loras()[writer]
+    save_file(weights, tmp_path / "adapter.safetensors")
+    adapter = read_adapter(tmp_path / "adapter.safetensors", ours.model.diffusion_model.sigma_config)
+    expected = load_file(file)
+    changes = adapter_changes([(adapter, 0.8)], expected.__getitem__)
+    expected |= {name: change(expected[name]) for name, change in changes.items()}
+    patched = comfy.sd.load_lora_for_models(ours, None, weights, 0.8, 0)[0]
+    found = weights_of(patched)
+    assert len(changes) > 2
+    assert_same(found, {name: expected[name] for name in found})
+    plain = weights_of(ours)
+    assert {name for name in plain if not torch.equal(plain[name], found[name])} == set(changes)
+
+
+def test_a_spelled_lora_is_bypassed_too(ours):
+    weights = spelled_loras()["OneTrainer's original"]
+    loaded = comfy.sd.load_lora_for_models(ours, None, weights, 0.8, 0)[0]
+    bypassed = comfy.sd.load_bypass_lora_for_models(ours, None, weights, 0.8, 0)[0]
+    expected = sample(loaded, **QUICK)
+    assert difference(expected, sample(ours, **QUICK)) > 1e-3
+    assert difference(sample(bypassed, **QUICK), expected) < 1e-4
+    weights = spelled_loras()["LyCORIS"]
+    loaded = comfy.sd.load_lora_for_models(ours, None, weights, 0.8, 0)[0]
+    bypassed = comfy.sd.load_bypass_lora_for_models(ours, None, weights, 0.8, 0)[0]
+    assert difference(sample(bypassed, **QUICK), sample(loaded, **QUICK)) < 1e-4
+
+
+def test_rows_of_a_fused_weight_that_depend_on_each_other_are_refused(ours, native):
+    """ComfyUI's own PixArt has them as one. Magnitudes of rows and blocks within q, k and v are no matter."""
+    name = "diffusion_model.blocks.0.attn.qkv"
+    low_rank = lora({name: FUSED["blocks.0.attn.qkv"]})
+    by_rows = low_rank | {f"{name}.dora_scale": 30 + normal(3 * WIDTH, 1, seed=3)}
+    by_columns = low_rank | {f"{name}.dora_scale": 50 + normal(1, WIDTH, seed=3)}
+    within = {f"{name}.oft_blocks": normal(36, 96, 96, seed=4) / 30}
+    across = {f"{name}.oft_blocks": normal(2, 1728, 1728, seed=4) / 30}
+    for weights in (by_rows, within):
+        results = [
+            sample(comfy.sd.load_lora_for_models(model, None, weights, 0.8, 0)[0], **QUICK)
+            for model in (ours, native)
+        ]
+        assert difference(*results) < 1e-4
+        assert difference(results[0], sample(ours, **QUICK)) > 1e-4
+    for weights in (by_columns, across):
+        with pytest.raises(SigmaError, match="as one matrix, whose rows depend on each other"):
+            comfy.sd.load_lora_for_models(ours, None, weights, 0.8, 0)
 
 
 def test_what_is_not_a_loras_target_is_named_once(ours):
