@@ -6,6 +6,7 @@ to the changed one, as in ComfyUI.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +26,15 @@ def _pair(first: torch.Tensor, second: torch.Tensor, core: torch.Tensor | None) 
     return torch.einsum("i j ..., i p, j q -> p q ...", core, first, second)
 
 
-class Additive:
+class Additive(ABC):
     """What adds a matrix to the weight."""
 
     words = "additive"
     rowwise = True
 
+    @abstractmethod
     def delta(self, shape: tuple[int, ...], rows: slice, device: torch.device) -> torch.Tensor:
         """`rows` of the matrix of `shape` that is added, in float32."""
-        raise NotImplementedError
 
     def apply(self, weight: torch.Tensor, shape: tuple[int, ...], rows: slice, strength: float):
         return weight + strength * self.delta(shape, rows, weight.device)
