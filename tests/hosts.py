@@ -56,6 +56,8 @@ def host_python() -> str:
 
 def start_server(folder: Path, base: Path, variable: str = "COMFYUI_PATH") -> Server:
     """A server that runs. Skips the test where the host cannot start, as `find_host` does from then on."""
+    if folder in _refused:
+        _leave(variable, _refused[folder])
     try:
         return Server(folder, base, host_python())
     except DidNotStart as error:
