@@ -18,6 +18,7 @@ from pixart_sigma.transformer.controlnet_file import (
     load_controlnet,
 )
 from pixart_sigma.transformer.hooks import Hooks
+from pixart_sigma.transformer.kv_rules import KVCompression
 from pixart_sigma.transformer.network import build_transformer
 from pixart_sigma.transformer.streaming import StreamedTransformer, stream_blocks
 
@@ -229,8 +230,13 @@ def test_with_negative_prompts_in_the_attention(transformer, controlnet):
     made = transformer(LATENTS, 500.0, both, mask, nag_scale=5.0, hooks=ControlHooks(control))
     expected = transformer(LATENTS, 500.0, EMBEDS, mask[2:], hooks=ControlHooks(control))
     assert error(made, expected) < 1e-5
+    read = []
+    first = controlnet.controlnet_blocks[0]
+    handle = first.register_forward_pre_hook(lambda module, arguments: read.append(arguments[2]))
     other = torch.cat([normal(2, 5, CAPTION, seed=7), EMBEDS])
-    assert error(transformer(LATENTS, 500.0, other, nag_scale=5.0, hooks=ControlHooks(control)), made) > 1e-4
+    transformer(LATENTS, 500.0, other, nag_scale=5.0, hooks=ControlHooks(control))
+    handle.remove()
+    assert torch.equal(read[0], transformer.project_prompt(other)[2:])
 
 
 def test_what_is_hooked_in_stays_outside_it(transformer, controlnet):
@@ -258,6 +264,16 @@ def test_kv_compression_acts_on_it_too_but_for_a_trained_one(transformer, contro
     dense = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control))
     made = transformer(LATENTS, 500.0, EMBEDS, None, "mean:2:1", hooks=ControlHooks(control))
     assert error(made, dense) > 1e-3
+
+    class Compressing(Hooks):
+        """The rule for the transformer's own block alone."""
+
+        def run_block(self, block, hidden_states, prompt_embeds, call):
+            rule = KVCompression("mean", 2, (1,)) if call.index == 1 else None
+            return super().run_block(block, hidden_states, prompt_embeds, replace(call, kv_compression=rule))
+
+    beside = transformer(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control, Compressing()))
+    assert error(made, beside) > 1e-5
     trained = config_of(kv_compression=KVWeights(2, (1, 2)))
     network = randomize(build_transformer(trained), 0)
     assert network(LATENTS, 500.0, EMBEDS, hooks=ControlHooks(control)).isfinite().all()
