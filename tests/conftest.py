@@ -1,12 +1,32 @@
 import gc
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+MOST_WORKERS = 4  # each may run a ComfyUI, which takes a gigabyte
+
+
+def cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before torch is imported, and for what the tests start: more threads than cores wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(workers))))
+
 sys.path.insert(0, str(Path(__file__).parent))
 from hosts import find_host, host_python, start_server  # noqa: E402
 from old_graphs import place_old_models  # noqa: E402
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means."""
+    return min(cores(), MOST_WORKERS)
 
 
 def pytest_configure():
