@@ -48,9 +48,7 @@ def write_gguf(path: Path, outline: Outline, tensors: Tensors, kind: str, texts:
     import gguf
     import numpy
 
-    # ComfyUI-GGUF refuses names of models that it does not know, "pixart" among them; by this one it looks at
-    # the names of the weights.
-    writer = gguf.GGUFWriter(path, "pig")
+    writer = gguf.GGUFWriter(path, "pixart")  # as gguf-node calls it
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     for name, text in texts.items():

@@ -18,7 +18,8 @@ from ..table import align
 from ..text.embeddings import PromptEmbeddings
 from ..text.stage import TextStage
 from ..transformer.checkpoint import inspect, load_transformer_state_dict
-from ..transformer.converting import LayerError, convert, first_of_each
+from ..transformer.converting import LayerError, convert
+from ..transformer.keys import to_original_keys
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass, TransformerStage
 
@@ -179,7 +180,8 @@ def convert_and_measure(
     ways, checkpoint = ways or Ways(), stage.checkpoint
     weights = load_transformer_state_dict(checkpoint)
     bytes_before = sum(weight.nbytes for weight in weights.values())
-    layers = [name for name in first_of_each(weights, to) if _is_layer(name, weights[name])]
+    first = (parts[0] for parts in to_original_keys(weights).values())
+    layers = [name for name in first if weights[name].ndim == 2 and name.endswith(".weight")]
     latents: torch.Tensor | None = None
     inputs: dict[str, torch.Tensor] = {}
     if trial is not None:
@@ -196,10 +198,6 @@ def convert_and_measure(
     again = trial.run(replace(stage, checkpoint=written, _held_place=""), ways, on_step)[0]
     error = float((again - latents).norm() / latents.norm())
     return replace(made, settings=trial.settings, run_error=error)
-
-
-def _is_layer(name: str, weight) -> bool:
-    return weight.ndim == 2 and name.endswith(".weight")
 
 
 def _share(error: float | None) -> str:

@@ -50,19 +50,14 @@ def convert(
     """Write a checkpoint's transformer to `out` as one of TRANSFORMER_FORMS, whole or not at all.
 
     inputs: of layers by diffusers' names, (n, in), which their outputs' errors are measured on. Quantised
-    weights are dequantised first. No more than one tensor is in memory beside the mapped file. Safetensors
-    have the authors' names, which ComfyUI's own loader knows as PixArt-Sigma; GGUF has diffusers', by which
-    ComfyUI-GGUF finds out what it is. Raises CheckpointError for numbers that are not finite.
+    weights are dequantised first. No more than one tensor is in memory beside the mapped file. The names are
+    the authors', by which ComfyUI's own loader knows PixArt-Sigma. Raises CheckpointError for numbers that
+    are not finite.
     """
     conversion = _Conversion(checkpoint, to, inputs, on_progress)
     with beside(out) as made:
         conversion.write(made)
     return conversion.errors
-
-
-def first_of_each(names, to: str) -> list[str]:
-    """Of diffusers' names of weights those that are first in a tensor that is written."""
-    return [parts[0] for parts in _named(names, to).values()]
 
 
 @dataclass
@@ -75,7 +70,7 @@ class _Conversion:
 
     def write(self, path: Path) -> None:
         weights = load_transformer_state_dict(self.checkpoint)
-        names = _named(weights, self.to)
+        names = to_original_keys(weights)
         outline = {}
         for name, parts in names.items():
             rows = [torch.empty(tuple(weights[part].shape), device="meta") for part in parts]
@@ -120,13 +115,6 @@ class _Conversion:
 def _relative(off: torch.Tensor, of: torch.Tensor) -> float:
     size = of.norm()
     return float(off.norm() / size) if size else 0.0
-
-
-def _named(names, to: str) -> dict[str, tuple[str, ...]]:
-    """By each name in the file diffusers' names of the weights whose rows it joins."""
-    if TRANSFORMER_FORMS[to] == ".gguf":
-        return {name: (name,) for name in names}
-    return to_original_keys(names)
 
 
 def _store(part: str, weight: torch.Tensor, to: str) -> torch.Tensor | QuantisedWeight:

@@ -52,7 +52,7 @@ def test_a_pipelines_transformer_is_written_and_measured(convert, tmp_path, pipe
 def test_the_demo_is_what_is_converted_where_nothing_is_named(convert):
     status, out, _ = convert("--to", "q5_0", "--out", "a.gguf", "--steps", 1, "--json")
     made = json.loads(out)
-    assert status == 0 and made["to"] == "q5_0" and len(made["layers"]) == 56
+    assert status == 0 and made["to"] == "q5_0" and len(made["layers"]) == 41
     assert made["run"]["prompt"] == "a large yellow star on a blue background"
     assert (made["run"]["width"], made["run"]["steps"]) == (256, 1)
     assert 0.01 < made["run"]["error"] < 0.5 and made["bytes_after"] < made["bytes_before"] / 2
@@ -147,7 +147,7 @@ def test_numbers_that_are_not_finite_are_named(convert, tmp_path, diffusers_stat
     weights = diffusers_state_dict | {"proj_out.bias": torch.full((32,), torch.nan)}
     save_file(weights, tmp_path / "nan_512.safetensors")
     asked = ("--transformer", "nan_512.safetensors", "--to", "q8_0", "--out", "a.gguf", "--no-run")
-    assert_mistake(convert(*asked), "numbers in proj_out.bias that are not finite")
+    assert_mistake(convert(*asked), "numbers in final_layer.linear.bias that are not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["nan_512.safetensors"]
 
 

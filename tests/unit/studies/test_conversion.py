@@ -65,11 +65,8 @@ def test_the_error_is_that_of_the_same_run_by_hand(tmp_path, trial, to, ending):
         weight.nbytes for weight in load_transformer_state_dict(inspect(DEMO)).values()
     )
     # Its output's error, on all tokens of all steps where the study takes some of them.
-    name = "transformer_blocks.0.attn1.to_q" if ending == "gguf" else "blocks.0.attn.qkv"
-    error = next(layer for layer in made.layers if layer.name == f"{name}.weight")
-    names = [
-        f"transformer_blocks.0.attn1.to_{letter}.weight" for letter in ("q" if ending == "gguf" else "qkv")
-    ]
+    error = next(layer for layer in made.layers if layer.name == "blocks.0.attn.qkv.weight")
+    names = [f"transformer_blocks.0.attn1.to_{letter}.weight" for letter in "qkv"]
     weight, changed = (_joined(path, names) for path in (DEMO, out))
     inputs = torch.cat(seen)
     expected = (inputs @ (changed - weight).T).norm() / (inputs @ weight.T).norm()
