@@ -26,6 +26,7 @@ def convert(arguments) -> int:
     from ..memory.stages import Stages
     from ..studies.conversion import convert_and_measure
     from ..transformer.checkpoint import inspect
+    from ..transformer.config import is_published_shape
     from ..transformer.stage import TransformerStage
 
     source = arguments.transformer or arguments.model or "demo"
@@ -35,6 +36,11 @@ def convert(arguments) -> int:
         tell(
             f"{checkpoint.path.name} is quantised ({checkpoint.storage}): it is dequantised first, and "
             "errors are counted from that."
+        )
+    if TRANSFORMER_FORMS[arguments.to] == ".safetensors" and not is_published_shape(checkpoint.config):
+        tell(
+            "ComfyUI's own loader knows the published widths alone, without KV compression and qk-norm; this "
+            "file is for Load Σ Transformer."
         )
     device = pick_device(ways.device)
     stage = TransformerStage(checkpoint, device, pick_dtype(device), Stages(device))

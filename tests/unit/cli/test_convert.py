@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,14 @@ from pixart_sigma.cli import commands as cli
 from pixart_sigma.studies import conversion
 from pixart_sigma.transformer import converting
 from pixart_sigma.transformer.checkpoint import inspect
+from pixart_sigma.transformer.config import XL_2, KVWeights, is_published_shape
 
 QUICK = ("--size", "64x64", "--steps", 2, "--device", "cpu", "--t5-precision", "fp32")
+
+FOR_OURS = (
+    "ComfyUI's own loader knows the published widths alone, without KV compression and qk-norm; this file is "
+    "for Load Σ Transformer.\n"
+)
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def assert_mistake(result, *words):
 
 def test_a_pipelines_transformer_is_written_and_measured(convert, tmp_path, pipeline_folder):
     status, out, err = convert("--model", pipeline_folder, "--to", "int8", "--out", "a.safetensors", *QUICK)
-    assert status == 0 and not err
+    assert status == 0 and err == FOR_OURS
     lines = out.splitlines()
     assert lines[0].split() == ["layer", "form", "weight", "output"] and lines[-1] == "a.safetensors"
     assert re.fullmatch(r"int8: [\d.]+ MB -> [\d.]+ MB \(\d+%\)", lines[-3])
@@ -69,7 +76,7 @@ def test_a_transformer_alone_is_run_with_embeddings(convert, tmp_path, transform
         *asked, "--out", "b.safetensors", "--embeddings", "prompt.safetensors", *QUICK, "--json"
     )
     made = json.loads(out)
-    assert status == 0 and not err
+    assert status == 0 and err == FOR_OURS
     assert made["run"]["prompt"] == "a boat" and made["run"]["error"] > 0
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
@@ -86,6 +93,12 @@ def test_a_quantised_one_is_said_to_be(convert, pipeline_folder):
     assert convert("--transformer", pipeline_folder, *asked, "q4_0", "--out", "a.gguf")[2] == ""
     status, _, err = convert("--transformer", "a.gguf", *asked[:1], "--to", "int8", "--out", "b.safetensors")
     assert status == 0 and "a.gguf is quantised (" in err and "it is dequantised first" in err
+
+
+def test_a_transformer_of_the_published_shape_is_for_any_loader():
+    assert is_published_shape(replace(XL_2, sample_size=64, interpolation_scale=1.0, num_layers=42))
+    for change in ({"qk_norm": True}, {"kv_compression": KVWeights(2, (1,))}, {"cross_attention_dim": 144}):
+        assert not is_published_shape(replace(XL_2, **change))
 
 
 def test_a_guessed_size_is_told(convert, diffusers_file):
