@@ -82,6 +82,16 @@ def _joined(path, names):
     ).float()
 
 
+def test_what_goes_into_a_layer_is_seen_at_each_step(trial):
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    latents, inputs = trial.run(make_stage(DEMO), Ways(), watched=[name])
+    by_hands, seen = by_hand(DEMO, trial)
+    assert torch.equal(latents, by_hands) and inputs.keys() == {name}
+    # Two steps of a guided picture of 4 x 4 tokens, of which 8 are kept, the first and the last among them.
+    chosen = torch.tensor([0, 4, 8, 13, 17, 22, 26, 31])
+    assert torch.equal(inputs[name], torch.cat([tokens[chosen] for tokens in seen]))
+
+
 def test_nothing_is_lost_where_nothing_changes(tmp_path, trial):
     weights = {name: weight.bfloat16() for name, weight in load_transformer_state_dict(inspect(DEMO)).items()}
     folder = tmp_path / "demo"
