@@ -42,6 +42,16 @@ DEFAULT_T5_PRECISION = "int8"
 QUANTIZED = tuple(name for name, precision in T5_PRECISIONS.items() if precision.bitsandbytes)
 # Of the transformer and the VAE, with torch's names; auto is what the device computes best in.
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What a transformer can be converted to, and how its file ends: float8 with scales and int8 as ComfyUI stores
+# them, and three types of GGUF.
+TRANSFORMER_FORMS = {
+    "int8": ".safetensors",
+    "fp8": ".safetensors",
+    "bf16": ".safetensors",
+    "q8_0": ".gguf",
+    "q5_0": ".gguf",
+    "q4_0": ".gguf",
+}
 # Where a model's weights are. auto: on the device; stream: in RAM, two blocks at a time on the device.
 T5_DEVICES: tuple[str, ...] = ("auto", "cpu", "stream")
 TRANSFORMER_DEVICES: tuple[str, ...] = ("auto", "stream")

@@ -1,4 +1,5 @@
-"""The terminal: `pixart-sigma generate|encode|plan|calibrate|compare-t5|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma COMMAND`, with generate, encode, plan, calibrate, compare-t5, convert, inspect,
+quantize-t5 and download.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -24,6 +25,7 @@ from .checks import (
     tell_adapters,
     tell_guess,
 )
+from .convert import convert
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
 from .options import OPTIONS, make_parser
 from .output import check_picture_file
@@ -211,6 +213,7 @@ COMMANDS = {
     "plan": _plan,
     "calibrate": _calibrate,
     "compare": _compare,
+    "convert": convert,
     "inspect": _inspect,
     "quantize": _quantize,
     "download": _download,

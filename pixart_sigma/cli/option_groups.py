@@ -15,8 +15,9 @@ def add_prompt_file(command: argparse.ArgumentParser):
     )
 
 
-def add_size(command: argparse.ArgumentParser):
-    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="default: the checkpoint's base")
+def add_size(command: argparse.ArgumentParser, most: str = ""):
+    usual = "the checkpoint's base" + (f", {most}" if most else "")
+    command.add_argument("--size", metavar="WIDTHxHEIGHT", help=f"default: {usual}")
 
 
 def add_binning(command: argparse.ArgumentParser):
@@ -29,9 +30,9 @@ def add_binning(command: argparse.ArgumentParser):
     )
 
 
-def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from"):
+def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from", steps: int = 20):
     """How many steps, how much guidance, from which noise."""
-    command.add_argument("--steps", type=int, help="default: 20")
+    command.add_argument("--steps", type=int, help=f"default: {steps}")
     command.add_argument(
         "--guidance",
         type=float,

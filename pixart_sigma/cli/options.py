@@ -6,7 +6,7 @@ import argparse
 from .. import __version__
 from ..choices import CALIBRATION_COSTS as COSTS
 from ..choices import CALIBRATION_REFERENCES as REFERENCES
-from ..choices import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, VARIANTS
+from ..choices import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, TRANSFORMER_FORMS, VARIANTS
 from ..errors import SigmaError
 from ..files.writing import say
 from .option_groups import (
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_calibrate,
         _add_compare,
+        _add_convert,
         _add_inspect,
         _add_quantize,
         _add_download,
@@ -199,6 +200,31 @@ def _add_compare(commands):
     )
     compare.add_argument("--json", action="store_true", help="print JSON, with every token, not a table")
     compare.add_argument("--out", default="comparison.png")
+
+
+def _add_convert(commands):
+    convert = commands.add_parser(
+        "convert",
+        help="write a transformer in int8, fp8 or bf16, which ComfyUI's own loader takes, or as GGUF; and "
+        "say what that costs",
+    )
+    convert.set_defaults(command="convert")
+    convert.add_argument(
+        "--to",
+        choices=tuple(TRANSFORMER_FORMS),
+        required=True,
+        help="int8: a scale for each row, rotated; fp8: float8 with scales; q8_0, q5_0, q4_0: GGUF",
+    )
+    convert.add_argument("--out", metavar="FILE", required=True, help="a new .safetensors or .gguf file")
+    convert.add_argument("--transformer", help="transformer file or folder, instead of the model's")
+    add_variant(convert)
+    add_text_encoder(convert)
+    convert.add_argument("--prompt", help="of the run that measures the error (default: one of our own)")
+    convert.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompt")
+    add_size(convert, "at most 512x512")
+    add_sampling(convert, steps=8)
+    convert.add_argument("--no-run", action="store_true", help="compare the weights alone: no run, no T5")
+    convert.add_argument("--json", action="store_true", help="print JSON, with every layer, not a table")
 
 
 def _add_inspect(commands):

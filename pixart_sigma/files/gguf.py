@@ -16,6 +16,7 @@ import torch
 from ..errors import CheckpointError
 from .gguf_blocks import FORMULAS, dequantise_blocks
 from .gguf_names import to_transformers_names
+from .parts import FACTS
 from .quantised_weights import QuantisedWeight
 
 MAX_TENSORS = 100_000
@@ -28,6 +29,7 @@ SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, LIST = 8, 9
 UNSIGNED = {0, 2, 4, 10}
 ARCHITECTURE = "general.architecture"
+TEXTS = (ARCHITECTURE, FACTS)
 ALIGNMENT = "general.alignment"
 # The shape of a tensor that was flattened so that blocks fit into its rows (city96's ComfyUI-GGUF).
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
@@ -83,6 +85,23 @@ def read_gguf_header(path: Path) -> dict[str, Entry]:
     Raises CheckpointError for a file that is cut off or damaged, is of another version, holds nothing or has
     a type that is not known, and without the package gguf.
     """
+    return _read(path)[0]
+
+
+def read_gguf_facts(path: Path) -> str:
+    """What this package wrote of its model into a GGUF file, JSON, or "". Raises as `read_gguf_header`."""
+    return _read(path)[1].get(FACTS, "")
+
+
+def block_type(name: str) -> BlockType:
+    """The block type of this name. Raises CheckpointError without the package gguf."""
+    found = next((kind for kind in _block_types().values() if getattr(kind, "name", "") == name), None)
+    if not isinstance(found, BlockType):
+        raise CheckpointError(f"The installed package gguf does not know {name}: pip install -U gguf.")
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -112,7 +131,8 @@ class _Reader:
         self.file, self.size, self.path = file, size, path
         self.types = _block_types()
 
-    def read(self) -> dict[str, Entry]:
+    def read(self) -> tuple[dict[str, Entry], dict[str, Any]]:
+        """The tensors, and of the metadata what somebody asks for."""
         self.skip(4)  # GGUF
         version = self.number(4)
         if version not in (2, 3):
@@ -131,7 +151,7 @@ class _Reader:
         if not found:
             made_for = f" for the architecture {metadata[ARCHITECTURE]!r}" if ARCHITECTURE in metadata else ""
             raise CheckpointError(f"{self.path} is GGUF{made_for} without any weights. Choose another file.")
-        return self.place(found, metadata)
+        return self.place(found, metadata), metadata
 
     def place(self, found: dict[str, tuple], metadata: dict) -> dict[str, Entry]:
         """The tensors with where they are, each inside of the file."""
@@ -183,7 +203,7 @@ class _Reader:
         if kind in SCALARS:
             return self.number(SCALARS[kind]) if kind in UNSIGNED else self.skip(SCALARS[kind])
         if kind == STRING:
-            return self.text(MAX_NAME) if name == ARCHITECTURE else self.skip(self.number(8))
+            return self.text(MAX_NAME) if name in TEXTS else self.skip(self.number(8))
         if kind != LIST:
             raise _damaged(self.path, f"{name} has a value of type {kind}")
         held = self.number(4)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
-from .gguf import BlockType, read_gguf_header, read_gguf_tensors
+from .gguf import BlockType, read_gguf_facts, read_gguf_header, read_gguf_tensors
 from .locating import is_index, locate, shards_of
 from .parts import FACTS, PARTS, TRAINING_STATE, Choice, choose, kind_of, models
 from .quantised_layers import FORMAT
@@ -114,16 +114,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_facts(path: str | Path) -> dict:
-    """What this package wrote into a safetensors file beside the weights, {} where it wrote nothing.
+    """What this package wrote into a safetensors or GGUF file beside the weights, {} where it wrote nothing.
 
-    A tensor of JSON in bytes: who saves by ComfyUI's nodes can add tensors, and no metadata.
+    JSON: in safetensors a tensor of bytes, because who saves by ComfyUI's nodes can add tensors and no
+    metadata, in GGUF an entry of the metadata.
     """
     located = locate(Path(path))
-    if is_index(located) or _format(located) != "safetensors":
+    format = "" if is_index(located) else _format(located)
+    if format not in ("safetensors", "gguf"):
         return {}
     try:
-        with safe_open(located, framework="np") as file:
-            found = json.loads(file.get_tensor(FACTS).tobytes()) if FACTS in file.keys() else {}
+        if format == "gguf":
+            found = json.loads(read_gguf_facts(located) or "{}")
+        else:
+            with safe_open(located, framework="np") as file:
+                found = json.loads(file.get_tensor(FACTS).tobytes()) if FACTS in file.keys() else {}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"What {located} says of itself can not be read: {error}. {DAMAGED}") from error
     return found if isinstance(found, dict) else {}

@@ -16,7 +16,8 @@ from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Prompts
 from ..sampling.noise import get_noise
 from ..settings import Settings
-from ..transformer.calibration import Calibration, Choice, Point
+from ..transformer.calibration import Calibration, Choice, Point, fingerprint_of
+from ..transformer.checkpoint import load_transformer_state_dict
 from ..transformer.kv_rules import as_trained
 from ..transformer.network import SigmaTransformer
 from ..transformer.stage import Pass
@@ -176,6 +177,7 @@ def calibrate_pipeline(
     on_stage("transformer")
     device, dtype = pipeline.device, pipeline.dtype
     channels = pipeline.checkpoint.config.in_channels
+    fingerprint = fingerprint_of(load_transformer_state_dict(pipeline.checkpoint))
 
     def measure(transformer: SigmaTransformer, in_turn: bool) -> Calibration:
         unwanted = negative.prompt_embeds.to(device, dtype)
@@ -186,7 +188,8 @@ def calibrate_pipeline(
             )
             for index, prompt in enumerate(encoded)
         ]
-        runs = EngineRuns(transformer, starts, settings, in_turn, pipeline.checkpoint.noise_schedule)
+        noise_schedule = pipeline.checkpoint.noise_schedule
+        runs = EngineRuns(transformer, starts, settings, in_turn, noise_schedule, fingerprint)
         return calibrate(
             runs,
             prompts,

@@ -62,17 +62,21 @@ class Runs(Protocol):
 
 @dataclass
 class EngineRuns:
-    """Runs of a `SigmaTransformer`, from the noise (1, 4, h, w) and the prompts of each."""
+    """Runs of a `SigmaTransformer`, from the noise (1, 4, h, w) and the prompts of each.
+
+    fingerprint: the checkpoint's, which a transformer with adapters or quantised weights does not have.
+    """
 
     transformer: SigmaTransformer
     starts: list[tuple[torch.Tensor, Prompts]]
     settings: Settings
     in_turn: bool = False
     noise_schedule: NoiseSchedule = PUBLISHED
+    fingerprint: tuple[float, ...] = ()
 
     def __post_init__(self):
         self.config = self.transformer.sigma_config
-        self.fingerprint = fingerprint_of(self.transformer.state_dict())
+        self.fingerprint = self.fingerprint or fingerprint_of(self.transformer.state_dict())
 
     def run(self, index: int, choice: Choice, see: See | None = None) -> Ran:
         noise, prompts = self.starts[index]

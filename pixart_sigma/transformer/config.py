@@ -1,7 +1,7 @@
 """The sizes of a PixArt-Sigma transformer, read from the shapes of its weights, and which weights it has."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -74,6 +74,12 @@ XL_2 = TransformerConfig(
     caption_channels=4096,
     cross_attention_dim=1152,
 )
+
+
+def is_published_shape(config: TransformerConfig) -> bool:
+    """Whether it has the published weights' shapes, with any number of layers."""
+    free = ("sample_size", "interpolation_scale", "num_layers")
+    return replace(XL_2, **{name: getattr(config, name) for name in free}) == config
 
 
 def read_config(header: dict, settings: dict, source: Path) -> TransformerConfig:

@@ -47,7 +47,7 @@ ALLOWED = {
     "refiner": BASE | {"files", "memory"} | STAGES,
     "run_inputs": BASE | {"files", "memory"} | STAGES,
     "pipeline": BASE | {"files", "memory", "components", "planner", "refiner", "run_inputs"} | STAGES,
-    "studies": BASE | {"files", "memory", "components", "planner", "pipeline"} | STAGES,
+    "studies": BASE | {"files", "memory", "components", "planner", "pipeline", "run_inputs"} | STAGES,
     "cli": BASE | {"files", "memory", "components", "inspection", "planner", "pipeline", "studies"} | STAGES,
     "__main__": {"cli"},
 }

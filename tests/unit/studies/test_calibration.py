@@ -16,7 +16,8 @@ from pixart_sigma.sampling.denoise import denoise
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.sampling.schedulers import make_scheduler
 from pixart_sigma.setting_checks import LAST_TIMESTEP
-from pixart_sigma.settings import Settings
+from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.studies import calibration as studies
 from pixart_sigma.studies.calibration import DEMO_PROMPTS, calibrate
 from pixart_sigma.studies.calibration_picture import draw
 from pixart_sigma.studies.calibrator import SEARCHES, Calibrator
@@ -30,7 +31,9 @@ from pixart_sigma.transformer.calibration import (
     find_calibration,
     fingerprint_of,
 )
+from pixart_sigma.transformer.checkpoint import inspect, load_transformer_state_dict
 from pixart_sigma.transformer.config import TransformerConfig
+from pixart_sigma.transformer.converting import convert
 from pixart_sigma.transformer.cost import multiply_adds
 from pixart_sigma.transformer.kv_rules import KVCompression, acting, parse, spell
 from pixart_sigma.transformer.loading import load_transformer
@@ -330,6 +333,17 @@ def test_weights_are_known_again_in_another_precision(measured, transformer_fold
         name: weight + 0.1 * weight.std() * torch.randn_like(weight) for name, weight in state_dict.items()
     }
     assert not measured.fits(fingerprint_of(others))
+
+
+def test_a_quantised_transformer_is_known_by_its_file(pipeline_folder, tmp_path, monkeypatch):
+    file = tmp_path / "int8.safetensors"
+    convert(inspect(pipeline_folder), "int8", file)
+    pipeline = SigmaPipeline.from_path(
+        pipeline_folder, Ways(device="cpu", t5_precision="fp32"), transformer=file
+    )
+    monkeypatch.setattr(studies, "calibrate", lambda runs, *_, **__: runs.fingerprint)
+    found = studies.calibrate_pipeline(pipeline, ("a boat",), Settings(width=64, height=64, steps=1))
+    assert found == fingerprint_of(load_transformer_state_dict(inspect(file)))
 
 
 def test_it_lies_with_its_checkpoint_and_serves_no_other(measured, tmp_path, caplog):

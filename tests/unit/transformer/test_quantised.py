@@ -125,19 +125,6 @@ def test_the_network_equals_the_dequantised_one_bit_for_bit(write, tmp_path, for
     assert isinstance(transformer, StreamedTransformer) == stream
 
 
-@pytest.fixture
-def parked(monkeypatch):
-    """Blocks go through two buffers on the CPU too, as on a GPU but without CUDA's streams."""
-    move = StreamedTransformer.to
-
-    def to(self, device):
-        if not self._parked:
-            self._park(torch.device(device))
-        return move(self, device)
-
-    monkeypatch.setattr(StreamedTransformer, "to", to)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
 def test_changes_are_made_of_the_dequantised_weight(write, tmp_path, stream, parked):
     path, expected = write("gguf Q8_0")

@@ -30,19 +30,6 @@ GB = 10**9
 TRAINED = KVWeights(2, (1, 2))
 
 
-@pytest.fixture
-def parked(monkeypatch):
-    """Blocks go through two buffers on the CPU too, as on a GPU but without CUDA's streams."""
-    move = StreamedTransformer.to
-
-    def to(self, device):
-        if not self._parked:
-            self._park(torch.device(device))
-        return move(self, device)
-
-    monkeypatch.setattr(StreamedTransformer, "to", to)
-
-
 def make(kv=None, qk_norm=False, dtype=torch.float32):
     """A random transformer of three blocks; the same one at every call."""
     config = replace(
