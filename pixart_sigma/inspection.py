@@ -190,11 +190,7 @@ def _describe_lora(path: Path) -> str:
     if contents.embeddings:
         lines.append(f"embeddings      {contents.embeddings} tensors, which are not used")
     recipe = _recipe_line(contents.file)
-    return (
-        "\n".join(lines)
-        + f"\n{recipe}use             --lora, or ComfyUI's Load LoRA with the MODEL of Load Σ "
-        + ("Transformer")
-    )
+    return "\n".join(lines) + f"\n{recipe}use             Load Σ LoRA, or --lora"
 
 
 def _numbers(found: set) -> str:

@@ -77,7 +77,11 @@ def read_adapter(source: str | Path, config: TransformerConfig) -> Adapter:
 
     Raises CheckpointError for a file that is damaged, that is none, or that was made for another model.
     """
-    shapes = expected_shapes(config)
+    return fit_adapter(source, expected_shapes(config))
+
+
+def fit_adapter(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
+    """`read_adapter`, for a transformer whose weights, by diffusers' names, have these shapes."""
     contents = read_contents(source, LayerNames(shapes))
     check_contents(contents)
     if contents.unmatched:
