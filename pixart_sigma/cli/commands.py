@@ -1,4 +1,4 @@
-"""The terminal: `pixart-sigma generate|encode|plan|calibrate|compare-t5|inspect|quantize-t5|download`.
+"""The terminal: `pixart-sigma COMMAND`, of COMMANDS.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -25,6 +25,7 @@ from .checks import (
     tell_guess,
 )
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
+from .merge import merge
 from .options import OPTIONS, make_parser
 from .output import check_picture_file
 from .progress import progress
@@ -212,6 +213,7 @@ COMMANDS = {
     "calibrate": _calibrate,
     "compare": _compare,
     "inspect": _inspect,
+    "merge": merge,
     "quantize": _quantize,
     "download": _download,
 }

@@ -21,7 +21,9 @@ from pack.nodes.host.adapters import patch_model
 from pack.nodes.host.lora import PREFIX, authors_names
 from pack.nodes.host.transformer import load_model
 from pack.pixart_sigma.errors import SigmaError
+from pack.pixart_sigma.transformer.checkpoint import inspect
 from pack.pixart_sigma.transformer.lora import adapter_changes, read_adapter
+from pack.pixart_sigma.transformer.merging import Merge, write_merged
 from random_models import conditioning, difference, ksampler, normal, transformer
 from safetensors.torch import load_file, save_file
 
@@ -526,6 +528,20 @@ def test_the_hosts_own_model_merges_ours_as_its_own(native, other):
         merged.append(weights_of(ModelMergeSimple().merge(native, patched, 0.3)[0]))
     assert_same(*merged)
     assert difference(merged[0][fused], unmerged) > 0.1
+
+
+def test_what_the_terminal_merged_loads_in_both(file, native, tmp_path):
+    """In the authors' names, as the host's own loader needs them."""
+    adapter = write(tmp_path, joined_loras(WIDTH)["DoRA by columns"])
+    checkpoint = inspect(file)
+    merge = Merge(checkpoint, ((read_adapter(adapter, checkpoint.config), 0.8),))
+    write_merged(tmp_path / "merged_1024.safetensors", merge, "original")
+    name = "blocks.0.attn.qkv.weight"
+    expected = patched_weight(patch_model(native, adapter, 0.8)[0], name)
+    for load in (load_model, comfy.sd.load_diffusion_model):
+        merged = load(str(tmp_path / "merged_1024.safetensors"))
+        assert difference(patched_weight(merged, name), expected) < 1e-5
+        assert not set(merged.model_state_dict()) - set(load(str(file)).model_state_dict())
 
 
 def test_a_merge_with_another_kind_of_model_is_refused(ours, tmp_path):
