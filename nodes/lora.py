@@ -1,4 +1,4 @@
-"""Adapters of the transformer: LoRA and its kin."""
+"""Adapters of the transformer and of T5: LoRA and its kin."""
 
 from .host.api import io
 from .host.folders import check, choices, find
@@ -15,8 +15,9 @@ class LoadLoRA(io.ComfyNode):
             category="PixArt Sigma",
             description="Changes PixArt-Σ by a LoRA, LoHa, LoKr, DoRA or OFT of any trainer, as the trainer "
             "itself would: with the alpha that lies beside the weights (PEFT's adapter_config.json, the "
-            "metadata of diffusers), which ComfyUI's Load LoRA does not read. A file that does not fit as a "
-            "whole is refused. Several may follow one another, of either kind.",
+            "metadata of diffusers), which ComfyUI's Load LoRA does not read. T5 is changed too, where the "
+            "file has something for it. A file that does not fit as a whole is refused. Several may follow "
+            "one another, of either kind.",
             search_aliases=[
                 "pixart lora",
                 "lora",
@@ -50,8 +51,29 @@ class LoadLoRA(io.ComfyNode):
                     tooltip="1 is as it was trained, 0 is exactly off, and below 0 it acts the other way "
                     "round.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="T5, for files that change it too, which few do: the node says so when it runs. "
+                    "Not one that was saved in 8 or 4 bit.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    optional=True,
+                    default=1.0,
+                    min=-MOST_STRENGTH,
+                    max=MOST_STRENGTH,
+                    step=0.01,
+                    tooltip="The same for T5.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The transformer with the LoRA; the one that came in stays.")],
+            outputs=[
+                io.Model.Output(tooltip="The transformer with the LoRA; the one that came in stays."),
+                io.Clip.Output(
+                    tooltip="T5 with its part of the LoRA, or as it came in where there is none. Nothing "
+                    "where no clip is connected."
+                ),
+            ],
         )
 
     @classmethod
@@ -59,13 +81,18 @@ class LoadLoRA(io.ComfyNode):
         return check("lora", lora)
 
     @classmethod
-    def execute(cls, model, lora, strength_model):
-        from .host.adapters import patch_model
+    def execute(cls, model, lora, strength_model, clip=None, strength_clip=1.0):
+        from .host.adapters import patch_clip, patch_model
         from .host.notice import show_notice
 
-        patched, notices = patch_model(model, find("lora", lora), strength_model)
-        show_notice("\n".join(notices))
-        return io.NodeOutput(patched)
+        patched, adapter = patch_model(model, find("lora", lora), strength_model)
+        left_out: tuple[str, ...] = ()
+        if clip is not None:
+            clip, left_out = patch_clip(clip, adapter, strength_clip)
+        elif adapter.text:
+            left_out = (f"{adapter.text.left_out} Connect the CLIP to this node.",)
+        show_notice("\n".join([*adapter.notices, *left_out]))
+        return io.NodeOutput(patched, clip)
 
 
 NODES = [LoadLoRA]

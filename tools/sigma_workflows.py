@@ -177,6 +177,7 @@ def sigma_lora() -> Graph:
         model=graph["transformer", 0],
         lora="pixart-sigma-lora",
         strength_model=0.8,
+        strength_clip=1.0,
     )
     encode(graph, "a mountain village in winter, ink on paper")
     bucket(graph, "1:1")

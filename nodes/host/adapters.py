@@ -1,4 +1,5 @@
-"""The engine's adapters (LoRA and its kin) on the host's MODEL, ours or the host's own PixArt, as patches."""
+"""The engine's adapters (LoRA and its kin) on a MODEL, ours or the host's own PixArt, as the host's patches;
+and on a CLIP, of either kind too."""
 
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from ...pixart_sigma.transformer.lora import Adapter, fit_adapter
 from ...pixart_sigma.transformer.other_models import ALPHA_KEYS
 from .kv_compression import is_ours
 from .lora import PREFIX
+from .text_encoder import SigmaClip
 from .whole_matrix import KindAdapter
 
+T5 = "t5xxl.transformer."  # in front of the weights of the host's own T5
 Shapes = dict[str, tuple[int, ...]]
 
 
 def patch_model(model, path: Path, strength: float):
-    """(a clone of the MODEL with an adapter of the transformer, what of its file is not used).
+    """(a clone of the MODEL with an adapter, the adapter).
 
     Raises CheckpointError for an adapter that does not fit, SigmaError for a MODEL that is not PixArt-Sigma.
     """
@@ -28,7 +31,29 @@ def patch_model(model, path: Path, strength: float):
         done = patched.add_patches(patches, strength)
         if left := [key for key in patches if key not in done]:
             raise SigmaError(f"This MODEL has no {left[0]}, which {path} changes.")
-    return patched, adapter.notices
+    return patched, adapter
+
+
+def patch_clip(clip, adapter: Adapter, strength: float):
+    """(a clone of the CLIP with what an adapter has for T5, what of that is not done, for people).
+
+    Raises CheckpointError for what does not fit the encoder, SigmaError for a CLIP without T5.
+    """
+    if adapter.text is None or not strength:
+        return clip, ()
+    if isinstance(clip, SigmaClip):
+        return clip.with_adapter(adapter, strength)
+    weights = clip.cond_stage_model.state_dict()
+    shapes = {
+        name.removeprefix(T5): tuple(weight.shape) for name, weight in weights.items() if name.startswith(T5)
+    }
+    if not shapes:
+        raise SigmaError("This CLIP has no T5-XXL, which the LoRA changes. Load T5 with CLIPLoader (pixart).")
+    patches = {T5 + edit.names[0]: KindAdapter.of(edit) for edit in adapter.text.edits(shapes)}
+    patched = clip.clone()
+    if left := patches.keys() - set(patched.add_patches(patches, strength)):
+        raise SigmaError(f"This CLIP has no {min(left)}, which {adapter.source} changes.")
+    return patched, ()
 
 
 def _shapes_of(model) -> Shapes:

@@ -69,6 +69,8 @@ def _encode(arguments) -> int:
     from ..pipeline import SigmaPipeline
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    pipeline = pipeline.with_adapters(arguments.adapters or ())
+    tell_adapters(pipeline.components)
     with progress() as bar:
         bar.stage("text encoder")
         embeddings = pipeline.encode_prompts(settings, embedding_cache=embedding_cache(arguments))

@@ -33,8 +33,12 @@ def merge(arguments) -> int:
     second = inspect(DEMOS.get(other, other), arguments.variant) if other else None
     read = [(read_adapter(one.path, base.config), one.strength) for one in adapters if one.strength]
     for adapter, _ in read:
+        if not adapter.edits:
+            raise SigmaError(f"{adapter.source} changes T5 alone: it has nothing to merge here.")
         for notice in adapter.notices:
             tell(notice)
+        if adapter.text:
+            tell(adapter.text.left_out)
     for checkpoint in filter(None, (base, second)):
         if checkpoint.quantised:
             tell(f"{checkpoint.path.name} is quantised ({checkpoint.storage}): it is dequantised first.")

@@ -86,8 +86,8 @@ def add_adapters(command: argparse.ArgumentParser):
         dest="adapters",
         type=parse_adapter,
         metavar="FILE[:STRENGTH]",
-        help="an adapter of the transformer (LoRA, LoHa, LoKr, DoRA, OFT), of any trainer, by its file or "
-        "folder; may be given several times (default strength: 1)",
+        help="an adapter of the transformer or T5 (LoRA, LoHa, LoKr, DoRA, OFT), of any trainer, by its "
+        "file or folder; may be given several times (default strength: 1)",
     )
 
 

@@ -120,6 +120,7 @@ def _add_encode(commands):
     encode.add_argument("prompt").required = False
     add_prompt_file(encode)
     add_text_encoder(encode)
+    add_adapters(encode)
     add_encoding(encode)
     encode.add_argument("--out", default="prompt.safetensors")
 

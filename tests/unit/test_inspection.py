@@ -122,7 +122,7 @@ def test_what_an_adapter_is(tmp_path):
         "changes         2 layers: LoRA of 1, LoRA with DoRA of 1",
         "rank            4, 16, alpha 8",
         "not known       1 tensors, such as something.else: it will be refused",
-        "text encoder    1 tensors, which are not used",
+        "text encoder    1 tensors, for T5",
         "embeddings      1 tensors, which are not used",
     ]
 
