@@ -5,6 +5,20 @@ from .host.folders import check, choices, find
 
 MOST_STRENGTH = 100.0  # as in ComfyUI's Load LoRA
 
+ALIASES = [
+    "pixart lora",
+    "lora",
+    "load lora",
+    "lora loader",
+    "peft",
+    "adapter",
+    "dora",
+    "lokr",
+    "loha",
+    "oft",
+    "lycoris",
+]
+
 
 class LoadLoRA(io.ComfyNode):
     @classmethod
@@ -18,19 +32,7 @@ class LoadLoRA(io.ComfyNode):
             "metadata of diffusers), which ComfyUI's Load LoRA does not read. T5 is changed too, where the "
             "file has something for it. A file that does not fit as a whole is refused. Several may follow "
             "one another, of either kind.",
-            search_aliases=[
-                "pixart lora",
-                "lora",
-                "load lora",
-                "lora loader",
-                "peft",
-                "adapter",
-                "dora",
-                "lokr",
-                "loha",
-                "oft",
-                "lycoris",
-            ],
+            search_aliases=ALIASES,
             inputs=[
                 io.Model.Input(
                     "model",
