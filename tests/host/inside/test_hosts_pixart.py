@@ -458,6 +458,21 @@ def test_load_lora_says_which_alpha_it_does_not_read(narrow, caplog):
         assert words in caplog.text and ("Load Σ LoRA" in caplog.text) == bool(words)
 
 
+def test_the_host_finds_and_moves_what_a_patch_holds(narrow, tmp_path):
+    """As it does ahead of time for weights that come to the device when they are used."""
+    weights = joined_loras(NARROW)["DoRA by columns"]
+    patched, _ = patch_model(narrow, write(tmp_path, weights), 0.8)
+    name = "diffusion_model.transformer_blocks.0.attn1.to_k.weight"
+    ahead = comfy.model_patcher.LowVramPatch(name, patched.patches)
+    size = ahead.memory_required()
+    assert size >= sum(tensor.nbytes for tensor in weights.values())
+    weight = narrow.model_state_dict()[name]
+    expected = ahead(weight.clone())
+    ahead.prepare(torch.zeros(size, dtype=torch.uint8), None)
+    assert torch.equal(ahead(weight.clone()), expected)
+    assert difference(expected, weight) > 1e-3
+
+
 def test_load_sigma_lora_refuses_what_does_not_fit_as_a_whole(narrow, ours, tmp_path):
     good = lora({"transformer.transformer_blocks.0.attn1.to_q": (NARROW, NARROW)})
     elsewhere = lora({"transformer.transformer_blocks.9.attn1.to_q": (NARROW, NARROW)})
