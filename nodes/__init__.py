@@ -25,6 +25,7 @@ class SigmaExtension(ComfyExtension):
             few_step,
             kv_compression,
             loaders,
+            lora,
             memory,
             old_graphs,
             planner,
@@ -38,6 +39,7 @@ class SigmaExtension(ComfyExtension):
         modules = (
             planner,
             loaders,
+            lora,
             text,
             embeddings,
             precision_comparison,

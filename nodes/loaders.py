@@ -14,11 +14,10 @@ class LoadTransformer(io.ComfyNode):
             category="PixArt Sigma",
             description="Loads a PixArt-Σ transformer from any published format, or the small demo model "
             "that comes with the pack. What it loads is an ordinary MODEL: LoRAs of PixArt-Σ go into "
-            "ComfyUI's own Load LoRA behind it.",
+            "Load Σ LoRA or ComfyUI's own Load LoRA behind it.",
             search_aliases=[
                 "pixart",
                 "pixart sigma",
-                "pixart lora",
                 "load diffusion model",
                 "unet loader",
                 "model loader",

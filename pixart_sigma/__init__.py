@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 # The folder of the model that comes with the pack, and that of its transformer trained with KV compression.
 DEMO = Path(__file__).parent / "demo"
 DEMO_KV = Path(__file__).parent / "demo_kv"
+# By the names that a transformer can be given by.
+BUILT_IN = {"demo": DEMO, "demo-kv": DEMO_KV}
 
 if TYPE_CHECKING:  # what is written out here for editors and type checkers is found at run time below
     from .adapter_files import AdapterFile

@@ -14,6 +14,8 @@ from .files.metadata import UsedAdapter
 from .files.parts import models
 from .files.weight_files import read_header, read_state_dict
 from .noise_schedule import NoiseSchedule
+from .text.changes import WeightChanges
+from .text_adapters import text_changes
 from .transformer.checkpoint import (
     COMPONENTS,
     Checkpoint,
@@ -28,14 +30,16 @@ from .vae.loading import read_vae
 @dataclass(frozen=True)
 class Components:
     """Where the models are on disk. `text_encoder` and `tokenizer` are None where there is none, or where the
-    tokenizer is looked for beside the encoder and with other models. `adapters` of the transformer, each with
-    its strength, act in this order."""
+    tokenizer is looked for beside the encoder and with other models. `adapters`, each with its strength, act
+    in this order; `text_changes` is what they do to T5, and `text_notices` what of that is not done."""
 
     checkpoint: Checkpoint
     text_encoder: Path | None
     tokenizer: Path | None
     vae: Path
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    text_changes: WeightChanges | None = None
+    text_notices: tuple[str, ...] = ()
 
     @classmethod
     def find(
@@ -79,10 +83,11 @@ class Components:
         )
 
     def with_adapters(self, chosen: Iterable[AdapterFile | str | Path]) -> "Components":
-        """These with adapters. Raises CheckpointError for one that does not fit the transformer."""
+        """These with adapters. Raises CheckpointError for one that does not fit the transformer, or T5."""
         files = [file if isinstance(file, AdapterFile) else AdapterFile(file) for file in chosen]
         read = [(read_adapter(file.path, self.checkpoint.config), file.strength) for file in files]
-        return replace(self, adapters=tuple(read))
+        changes, notices = text_changes(read, self.text_encoder)
+        return replace(self, adapters=tuple(read), text_changes=changes, text_notices=notices)
 
     @property
     def used_adapters(self) -> tuple[UsedAdapter, ...]:

@@ -185,16 +185,12 @@ def _describe_lora(path: Path) -> str:
         lines.append(
             f"not known       {len(contents.unmatched)} tensors, such as {named}: it will be refused"
         )
-    if contents.text_encoder:
-        lines.append(f"text encoder    {contents.text_encoder} tensors, which are not used")
+    if contents.text:
+        lines.append(f"text encoder    {len(contents.text.tensors)} tensors, for T5")
     if contents.embeddings:
         lines.append(f"embeddings      {contents.embeddings} tensors, which are not used")
     recipe = _recipe_line(contents.file)
-    return (
-        "\n".join(lines)
-        + f"\n{recipe}use             --lora, or ComfyUI's Load LoRA with the MODEL of Load Σ "
-        + ("Transformer")
-    )
+    return "\n".join(lines) + f"\n{recipe}use             Load Σ LoRA, or --lora"
 
 
 def _numbers(found: set) -> str:

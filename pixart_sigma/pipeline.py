@@ -116,14 +116,16 @@ class SigmaPipeline:
 
     def with_adapters(self, adapters: Iterable[AdapterFile | str | Path]) -> "SigmaPipeline":
         """The same models, with adapters (LoRA and its kin; files or folders, or `AdapterFile` with a
-        strength) that change the transformer's weights, in this order. This pipeline stays as it is.
+        strength) that change the transformer's weights, and T5's, in this order. This pipeline stays as it
+        is. Weights of T5 that are saved in 8 or 4 bit are not changed, which `components.text_notices` says.
 
-        Raises CheckpointError for an adapter that does not fit the transformer.
+        Raises CheckpointError for an adapter that does not fit the transformer, or T5.
         """
         components = self.components.with_adapters(adapters)
         changed = self._with_stages(Stages(self.device, self.ways.release, self.ways.measure))
         transformer = replace(changed.transformer, adapters=components.adapters)
-        return replace(changed, components=components, transformer=transformer)
+        text = replace(changed.text, changes=components.text_changes)
+        return replace(changed, components=components, text=text, transformer=transformer)
 
     def with_refiner(self, path: str | Path) -> "SigmaPipeline":
         """The same pipeline with a second transformer, a file or folder, which takes over at the settings'

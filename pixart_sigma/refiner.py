@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import DEMO, DEMO_KV
+from . import BUILT_IN
 from .errors import SettingError, SigmaError
 from .files.fingerprint import fingerprint
 from .files.weight_files import read_state_dict
@@ -17,7 +17,6 @@ from .settings import Settings, Ways
 from .transformer.checkpoint import Checkpoint, inspect
 from .transformer.stage import TransformerStage
 
-BUILT_IN = {"demo": DEMO, "demo-kv": DEMO_KV}
 # (what to begin with, the callback, whose steps they are, the ways) -> latents, and the ways as it ran.
 Part = Callable[
     [torch.Tensor | Unfinished, Callable[[Step], bool | None] | None, TransformerStage, Ways],

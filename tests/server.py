@@ -94,7 +94,7 @@ def with_the_demo(prompt: dict):
 
 def write_inputs(base: Path):
     """What the example workflows name beside the models that the demo stands for: a picture, and a ControlNet
-    for the demo, as a training begins with it, when it adds nothing."""
+    and a LoRA for the demo, as a training begins with them, when they add nothing."""
     from safetensors.numpy import save_file
 
     from pixart_sigma import DEMO as folder
@@ -110,8 +110,21 @@ def write_inputs(base: Path):
         made / "diffusion_pytorch_model.safetensors",
     )
     (made / "config.json").write_text(json.dumps({"num_attention_heads": config.num_attention_heads}))
+    _write_lora(base / "models" / "loras" / "pixart-sigma-lora", config.cross_attention_dim)
     (base / "input").mkdir(exist_ok=True)
     Image.radial_gradient("L").convert("RGB").save(base / "input" / "example.png")
+
+
+def _write_lora(folder: Path, width: int):
+    """As PEFT writes it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    layer = "base_model.model.transformer_blocks.0.attn1.to_q"
+    zeros = {"A": np.zeros((4, width), np.float32), "B": np.zeros((width, 4), np.float32)}
+    tensors = {f"{layer}.lora_{part}.weight": tensor for part, tensor in zeros.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
 
 
 class Server:

@@ -25,6 +25,7 @@ PROMPTS = {
     "sigma_4_bit_t5": "a white square on a black background",
     "sigma_controlnet": "a large white star on a green background",
     "sigma_few_step": "a large red circle on a white background",
+    "sigma_lora": "a yellow star on a red background",
     "sigma_two_stage": "a green circle on a white background",
     "sigma_2k": "a white star on a purple background",
     "sigma_4k_wallpaper": "a small yellow square in the top right on a blue background",

@@ -164,6 +164,28 @@ def sigma_controlnet() -> Graph:
     return graph
 
 
+def sigma_lora() -> Graph:
+    graph = Graph(
+        "Σ with a LoRA. Put one that was trained for PixArt-Σ into models/loras, a file or PEFT's folder, "
+        "and choose it in Load Σ LoRA. More of them, also by ComfyUI's Load LoRA, may stand behind it. "
+        + T5_PARTS
+    )
+    sigma_loaders(graph, "1024-MS")
+    graph.add(
+        "lora",
+        "PixArtSigmaLoadLoRA",
+        model=graph["transformer", 0],
+        lora="pixart-sigma-lora",
+        strength_model=0.8,
+        strength_clip=1.0,
+    )
+    encode(graph, "a mountain village in winter, ink on paper")
+    bucket(graph, "1:1")
+    sample(graph, model=graph["lora", 0])
+    show(graph)
+    return graph
+
+
 def sigma_two_stage() -> Graph:
     graph = Graph(
         "Two transformers in a row, as the 900M finetunes are made: the first does 80 % of the steps, the "
@@ -262,6 +284,7 @@ SIGMA_WORKFLOWS = (
     sigma_4k_kv_compression,
     sigma_few_step,
     sigma_controlnet,
+    sigma_lora,
     sigma_two_stage,
     sigma_under_4_gb,
     sigma_under_2_gb,

@@ -86,7 +86,13 @@ def bucket(
 
 
 def sample(
-    graph: Graph, latent: Link | None = None, words="prompt", name="sampler", column="Denoise", **settings
+    graph: Graph,
+    latent: Link | None = None,
+    words="prompt",
+    name="sampler",
+    column="Denoise",
+    model: Link | None = None,
+    **settings,
 ):
     graph.column(column)
     defaults = {
@@ -102,7 +108,7 @@ def sample(
     graph.add(
         name,
         "PixArtSigmaSampler",
-        model=graph["transformer", 0],
+        model=model or graph["transformer", 0],
         positive=graph[words, 0],
         negative=graph[words, 1],
         latent_image=latent or graph["size", 0],

@@ -11,6 +11,7 @@ from comfy.patcher_extension import PatcherInjection
 
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.keys import to_diffusers_keys
+from .whole_matrix import rows_are_apart
 
 
 class PartOfName:
@@ -61,11 +62,20 @@ class FusedLayer:
             adapter, start, total = changed.__self__.adapter, 0, len(self.weight)
             changed = []
             for layer in self._layers:
+                _check_apart(adapter, len(layer.weight), total)
                 rows = slice(start, start + len(layer.weight))
                 changed.append(functools.partial(_forward_rows, adapter, layer.forward, rows, total))
                 start = rows.stop
         for layer, forward in zip(self._layers, changed, strict=True):
             layer.forward = forward
+
+
+def _check_apart(adapter, count: int, total: int) -> None:
+    if not rows_are_apart(adapter, count, total):
+        raise SigmaError(
+            "This LoRA (DoRA by columns, or OFT) changes q, k and v as one matrix, whose rows depend on each "
+            "other, which ComfyUI's bypass loaders can not do here. Load it with Load Σ LoRA or Load LoRA."
+        )
 
 
 def _forward_rows(adapter, original, rows: slice, total: int, x):

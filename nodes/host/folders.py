@@ -23,7 +23,9 @@ CATEGORIES = {
     "text_encoder": ("text_encoders", "t5", "checkpoints", "diffusers"),
     "vae": ("vae", "checkpoints", "diffusers"),
     "controlnet": ("controlnet",),
+    "lora": ("loras",),
 }
+WITHOUT_DEMO = ("controlnet", "lora")
 # The host's own lists leave GGUF out; these are of the same folders, under the names of ComfyUI-GGUF.
 GGUF = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"}
 # Of a whole pipeline in one file: how the keys of the parts beside the transformer begin, and what only
@@ -90,7 +92,7 @@ def _as_others_write(kind: str, choice: str) -> Iterator[str]:
 
 
 def _built_in(kind: str) -> dict[str, Path]:
-    if kind == "controlnet":
+    if kind in WITHOUT_DEMO:
         return {}
     return {DEMO_CHOICE: DEMO} | ({DEMO_KV_CHOICE: DEMO_KV} if kind == "transformer" else {})
 
@@ -150,6 +152,10 @@ def _model_folders(root: Path, kind: str) -> Iterator[tuple[str, Path]]:
 
 def _has_model(folder: Path, kind: str) -> bool:
     """Whether it is a model's own folder, or a pipeline's with that component."""
+    if kind == "lora":
+        from ...pixart_sigma.transformer.lora import is_adapter_folder
+
+        return is_adapter_folder(folder)
     return (folder / kind).is_dir() or (folder / "config.json").is_file()
 
 

@@ -10,17 +10,14 @@ from collections.abc import Iterable
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.transformer.keys import to_diffusers_keys, to_original_keys
 from ...pixart_sigma.transformer.lora_names import LayerNames
 from .bypass import RefusedRows
 from .merging import rows_of_merge
+from .whole_matrix import JoinedAdapter, KindAdapter, rows_are_apart
 
 PREFIX = "diffusion_model."
 WEIGHT = ".weight"
-# The host's adapters that turn blocks of rows, and where in the others' weights the magnitudes of DoRA are.
-TURNS = ("oft", "boft")
-MAGNITUDES = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5}
 BIAS = ".bias"
 
 
@@ -152,7 +149,7 @@ def translate(key, patch, width: int, layers: LayerNames) -> list[tuple]:
     if offset is not None:
         exact = dict(parts).get(tuple(offset))
         return [((exact, None, *function) if function else exact, patch)] if exact else [(key, patch)]
-    split = [(part, rows_of(patch, rows[1], width, width * len(names))) for rows, part in parts]
+    split = [(part, rows_of(patch, rows, [part for _, part in parts])) for rows, part in parts]
     return split if split and all(part is not None for _, part in split) else [(key, patch)]
 
 
@@ -164,10 +161,16 @@ def _names_of(name: str, layers: LayerNames) -> tuple[str, ...]:
     return tuple(module + BIAS for module in found.modules) if found else ()
 
 
-def rows_of(patch, start: int, count: int, total: int):
-    """The part of a patch for `total` rows that changes `count` rows from `start`, or None."""
+def rows_of(patch, rows: tuple[int, int, int], names: list[str]):
+    """The part of a patch for several weights as one that is for `rows`, (dimension, start, length), or None.
+    names: ours of those weights, of as many rows each."""
+    _, start, count = rows
+    total = count * len(names)
     if isinstance(patch, WeightAdapterBase):
-        _check_rows(patch, count, total)
+        if not rows_are_apart(patch, count, total):
+            return JoinedAdapter(patch.loaded_keys, (patch, tuple(names), start // count))
+        if isinstance(patch, KindAdapter):
+            return patch.narrow(start, count)
         return RowsAdapter(patch.loaded_keys, (patch, start, total))
     if isinstance(patch, list):
         return rows_of_merge(patch, start, count)
@@ -176,22 +179,6 @@ def rows_of(patch, start: int, count: int, total: int):
         if len(tensor) == total:
             return patch[0], (tensor.narrow(0, start, count), *settings)
     return None
-
-
-def _check_rows(patch: WeightAdapterBase, count: int, total: int) -> None:
-    """Raise SigmaError for an adapter of a fused weight that can not be told for some rows without the
-    others."""
-    if patch.name in TURNS:
-        apart = count % patch.weights[0].shape[-1] == 0
-    else:
-        magnitudes = patch.weights[MAGNITUDES[patch.name]] if patch.name in MAGNITUDES else None
-        apart = magnitudes is None or len(magnitudes) == total
-    if not apart:
-        raise SigmaError(
-            f"This LoRA ({'OFT' if patch.name in TURNS else 'DoRA'}) changes q, k and v as one matrix, whose "
-            "rows depend on each other, and in this MODEL they are three. Use it in the terminal (--lora), "
-            "or export it in diffusers' names."
-        )
 
 
 class RowsAdapter(WeightAdapterBase):

@@ -12,6 +12,8 @@ from .bypass import one_after_the_other
 from .hooks import REPLACEABLE, check_set, replaced_block
 from .lora import PREFIX, add_translated, authors_names
 from .merging import check_merge, in_authors_names
+from .unread_alpha import tell_of_metadata, tell_of_peft
+from .whole_matrix import refuse_joined, with_siblings
 
 
 def make_patcher(model, disable_dynamic: bool = False) -> ModelPatcher:
@@ -33,19 +35,29 @@ class SigmaPatcher(ModelPatcher):
     def add_patches(self, patches, *strengths, **named_strengths):
         add = super().add_patches
         weights = self.model_state_dict()
+        tell_of_peft(patches)
         patches = check_merge(patches, authors_names(weights), weights)
         return add_translated(
-            lambda ours: add(ours, *strengths, **named_strengths), patches, self._width(), weights
+            lambda ours: add(with_siblings(ours, self), *strengths, **named_strengths),
+            patches,
+            self._width(),
+            weights,
         )
 
     def add_hook_patches(self, hook, patches, *strengths, **named_strengths):
         add = super().add_hook_patches
         return add_translated(
-            lambda ours: add(hook, ours, *strengths, **named_strengths),
+            lambda ours: add(hook, refuse_joined(ours), *strengths, **named_strengths),
             patches,
             self._width(),
             self.model_state_dict(),
         )
+
+    def set_attachments(self, key, attachment):
+        """The host's Load LoRA gives the file's metadata so."""
+        super().set_attachments(key, attachment)
+        if key == "lora_metadata":
+            tell_of_metadata(attachment)
 
     def set_injections(self, key, injections):
         """A second bypassed LoRA joins the first, in whose place the host would put it."""

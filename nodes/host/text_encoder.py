@@ -54,6 +54,22 @@ class SigmaClip(comfy.sd.CLIP):
         twin.tokenizer_options = self.tokenizer_options.copy()
         return twin
 
+    def with_adapter(self, adapter, strength: float) -> tuple["SigmaClip", tuple[str, ...]]:
+        """(a clone whose T5 is changed when it is read, what of that is not done, for people). It has weights
+        of its own. Raises CheckpointError for an adapter of another encoder."""
+        from ...pixart_sigma.text_adapters import text_changes
+
+        model = self.patcher.model
+        adapters = (*model.adapters, (adapter, strength))
+        changes, notices = text_changes(adapters, model.path)
+        if changes is None:
+            return self, notices
+        twin = self.clone()
+        twin.cond_stage_model = SigmaTextModel(model.path, model.precision, model.stream, adapters, changes)
+        twin.patcher.model = twin.cond_stage_model
+        twin.tokenizer = SigmaTokenizer(twin.patcher)
+        return twin, notices
+
     def get_sd(self):
         raise SigmaError(
             "This text encoder can not be saved from a workflow. Quantise and save it in a terminal with "
@@ -79,8 +95,10 @@ class SigmaTextModel(torch.nn.Module):
     It has no parameters of its own, so the host finds nothing here to move, cast or patch.
     """
 
-    def __init__(self, path: Path, precision: str | None, stream: bool = False):
+    def __init__(self, path: Path, precision: str | None, stream: bool = False, adapters=(), changes=None):
+        """adapters, each with its strength: make `changes` of the weights when they are read."""
         super().__init__()
+        self.adapters, self.changes = adapters, changes
         self.path, self.precision, self.stream = path, precision, stream
         self.encoder = None
         self.identity = None  # of the encoder that is loaded
@@ -108,6 +126,7 @@ class SigmaTextModel(torch.nn.Module):
                     device=device,
                     progress=_progress(),
                     stream=self.stream,
+                    changes=self.changes,
                 )
 
     def identify(self):
@@ -118,7 +137,7 @@ class SigmaTextModel(torch.nn.Module):
         if self.encoder is not None:
             return self.identity
         try:
-            return identify(self.path, self.tokenizer(), self.precision)
+            return identify(self.path, self.tokenizer(), self.precision, self.changes)
         except (SigmaError, OSError):
             return None
 
@@ -259,8 +278,7 @@ class TextEncoderPatcher(comfy.model_patcher.ModelPatcher):
             self.model.told_about_patches = True
             logging.getLogger(__name__).warning(
                 "LoRA: nothing is applied to the T5 text encoder of PixArt-Sigma, whose weights can not be "
-                "patched; the transformer's part is applied as usual. To patch T5, load it with CLIPLoader "
-                "(type pixart)."
+                "patched; the transformer's part is applied as usual. Load Σ LoRA changes T5 too."
             )
         return []
 

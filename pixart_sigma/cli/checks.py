@@ -205,11 +205,15 @@ def tell_guess(checkpoint) -> None:
         tell(f"{checkpoint.variant_notice} If it was trained for another, say so with --variant.")
 
 
-def tell_adapters(components) -> None:
-    """What of the adapters' files is not used."""
-    for adapter, _ in components.adapters:
+def tell_adapters(components, encodes: bool = True) -> None:
+    """What of the adapters' files is not used. encodes: whether T5 is to encode prompts."""
+    for adapter, strength in components.adapters:
         for notice in adapter.notices:
             tell(notice)
+        if adapter.text and strength and not encodes:
+            tell(adapter.text.left_out)
+    for notice in components.text_notices if encodes else ():
+        tell(notice)
 
 
 def tell_recipe(checkpoint, settings: Settings) -> None:

@@ -1,5 +1,4 @@
-"""The terminal: `pixart-sigma COMMAND`, with generate, encode, plan, calibrate, compare-t5, convert, inspect,
-quantize-t5 and download.
+"""The terminal: `pixart-sigma COMMAND`, of COMMANDS.
 
 Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
 """
@@ -27,6 +26,7 @@ from .checks import (
 )
 from .convert import convert
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
+from .merge import merge
 from .options import OPTIONS, make_parser
 from .output import check_picture_file
 from .progress import progress
@@ -70,6 +70,8 @@ def _encode(arguments) -> int:
     from ..pipeline import SigmaPipeline
 
     pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=ways)
+    pipeline = pipeline.with_adapters(arguments.adapters or ())
+    tell_adapters(pipeline.components)
     with progress() as bar:
         bar.stage("text encoder")
         embeddings = pipeline.encode_prompts(settings, embedding_cache=embedding_cache(arguments))
@@ -215,6 +217,7 @@ COMMANDS = {
     "compare": _compare,
     "convert": convert,
     "inspect": _inspect,
+    "merge": merge,
     "quantize": _quantize,
     "download": _download,
 }

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from .. import DEMO, DEMO_KV
+from .. import BUILT_IN, DEMO
 from ..choices import TRANSFORMER_FORMS
 from ..errors import SigmaError
 from ..files.writing import say
@@ -13,7 +13,6 @@ from .checks import check_writable, read_settings, read_ways, tell, tell_guess
 from .progress import progress
 
 STEPS, PIXELS = 8, 512  # of the run that measures, which has to be quick on a CPU too
-DEMOS = {"demo": DEMO, "demo-kv": DEMO_KV}
 
 
 def convert(arguments) -> int:
@@ -30,7 +29,7 @@ def convert(arguments) -> int:
     from ..transformer.stage import TransformerStage
 
     source = arguments.transformer or arguments.model or "demo"
-    checkpoint = inspect(DEMOS.get(source, source), arguments.variant)
+    checkpoint = inspect(BUILT_IN.get(source, source), arguments.variant)
     tell_guess(checkpoint)
     if checkpoint.quantised:
         tell(
@@ -118,7 +117,9 @@ def _find_text_encoder(arguments) -> tuple[Path | None, Path | None, bool]:
     tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
     if arguments.text_encoder:
         return resolve(arguments.text_encoder), tokenizer, False
-    demo = arguments.model == "demo" or (arguments.model is None and arguments.transformer in (None, *DEMOS))
+    demo = arguments.model == "demo" or (
+        arguments.model is None and arguments.transformer in (None, *BUILT_IN)
+    )
     folder = DEMO if demo else arguments.model
     found = find_components(folder) if folder else {}
     return found.get("text_encoder"), tokenizer or found.get("tokenizer"), demo

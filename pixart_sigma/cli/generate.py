@@ -58,7 +58,7 @@ def generate(arguments) -> int:
     start, controls = _read_start(arguments), _read_controls(arguments)
     pipeline = _open(arguments, like, ways, start)
     tell_guess(pipeline.checkpoint)
-    tell_adapters(pipeline.components)
+    tell_adapters(pipeline.components, encodes=embeddings is None)
     tell_recipe(pipeline.checkpoint, settings)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
     plan = pipeline.plan(settings) if ways.budget else None
@@ -160,8 +160,8 @@ def _open(arguments, like: Metadata | None, ways: Ways, start):
     named["transformer"] = named["transformer"] or own_transformer(arguments, like)
     pipeline = find(**named)
     fingerprints = pipeline.fingerprints()
-    check_models(arguments, like, fingerprints)
     check_adapters(arguments, like, pipeline.components.used_adapters)
+    check_models(arguments, like, fingerprints)
     tell_differences(arguments, like, start)
     taken = taken_as(arguments, like, fingerprints, pipeline.checkpoint.noise_schedule)
     return find(**named | taken) if taken else pipeline

@@ -60,15 +60,7 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
         "--transformer",
         help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
     )
-    command.add_argument(
-        "--lora",
-        action="append",
-        dest="adapters",
-        type=parse_adapter,
-        metavar="FILE[:STRENGTH]",
-        help="an adapter of the transformer (LoRA, LoHa, LoKr, DoRA, OFT), of any trainer, by its file or "
-        "folder; may be given several times (default strength: 1)",
-    )
+    add_adapters(command)
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")
     command.add_argument(
         "--transformer-device",
@@ -85,6 +77,18 @@ def add_refiner(command: argparse.ArgumentParser):
         metavar="FILE[:START]",
         help="a second transformer for the last steps, as two-stage finetunes have it; START is the share of "
         "the steps after which it takes over (default: 0.8)",
+    )
+
+
+def add_adapters(command: argparse.ArgumentParser):
+    command.add_argument(
+        "--lora",
+        action="append",
+        dest="adapters",
+        type=parse_adapter,
+        metavar="FILE[:STRENGTH]",
+        help="an adapter of the transformer or T5 (LoRA, LoHa, LoKr, DoRA, OFT), of any trainer, by its "
+        "file or folder; may be given several times (default strength: 1)",
     )
 
 

@@ -6,10 +6,19 @@ import argparse
 from .. import __version__
 from ..choices import CALIBRATION_COSTS as COSTS
 from ..choices import CALIBRATION_REFERENCES as REFERENCES
-from ..choices import DEFAULT_T5_PRECISION, QUANTIZED, RELEASES, T5_PRECISIONS, TRANSFORMER_FORMS, VARIANTS
+from ..choices import (
+    DEFAULT_T5_PRECISION,
+    DTYPES,
+    QUANTIZED,
+    RELEASES,
+    T5_PRECISIONS,
+    TRANSFORMER_FORMS,
+    VARIANTS,
+)
 from ..errors import SigmaError
 from ..files.writing import say
 from .option_groups import (
+    add_adapters,
     add_attention_guidance,
     add_binning,
     add_control,
@@ -57,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_compare,
         _add_convert,
         _add_inspect,
+        _add_merge,
         _add_quantize,
         _add_download,
     ):
@@ -119,6 +129,7 @@ def _add_encode(commands):
     encode.add_argument("prompt").required = False
     add_prompt_file(encode)
     add_text_encoder(encode)
+    add_adapters(encode)
     add_encoding(encode)
     encode.add_argument("--out", default="prompt.safetensors")
 
@@ -232,6 +243,30 @@ def _add_inspect(commands):
     inspect.set_defaults(command="inspect")
     inspect.add_argument("path")
     add_variant(inspect)
+
+
+def _add_merge(commands):
+    merge = commands.add_parser(
+        "merge", help="write a transformer with adapters, or another transformer, merged into it"
+    )
+    merge.set_defaults(command="merge")
+    merge.add_argument("--transformer", required=True, help="file or folder; demo, demo-kv")
+    add_adapters(merge)
+    merge.add_argument(
+        "--with",
+        dest="other",
+        metavar="FILE:SHARE",
+        help="another transformer, such as other.safetensors:0.3 for 0.3 of it and 0.7 of the first; "
+        "adapters come after it",
+    )
+    add_variant(merge)
+    merge.add_argument(
+        "--keys", choices=("diffusers", "original"), default="diffusers", help="whose names the weights get"
+    )
+    merge.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="auto", help="default: the transformer's; else bf16"
+    )
+    merge.add_argument("--out", metavar="FILE", required=True, help="a new .safetensors file")
 
 
 def _add_quantize(commands):

@@ -9,6 +9,7 @@ from ..choices import MAX_SEQUENCE_LENGTH
 from ..devices import pick_device
 from ..errors import SigmaError
 from ..prompt_embeds import Encoded
+from .changes import WeightChanges
 from .cleaning import prepare_prompt, refuse_embeddings
 from .loading import read_encoder, stream_model
 from .model import build_model
@@ -38,6 +39,7 @@ class TextEncoder:
         device="cpu",
         progress=None,
         stream: bool = False,
+        changes: WeightChanges | None = None,
     ) -> "TextEncoder":
         """Load a T5 encoder.
 
@@ -56,12 +58,14 @@ class TextEncoder:
             stops the loading.
         stream: leave the weights in RAM or in the file and pass two blocks at a time through the device, see
             `text_streaming`. The same output from less memory on the device, not for nf4 and fp4.
+        changes: made of the weights when they are read, before they are rounded or quantised; where they
+            are read again for every prompt, they are changed again.
 
         Raises SigmaError for a wrong precision, a missing tokenizer, and a precision other than the one
         the folder was quantised in; CheckpointError for files that do not hold exactly one T5 encoder.
         """
         device = pick_device(device)
-        path, config, weights, precision = read_encoder(path, precision)
+        path, config, weights, precision = read_encoder(path, precision, changes)
         loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
         if stream:
             model = stream_model(config, weights, precision, device, path).to(device, progress)

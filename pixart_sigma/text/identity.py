@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..choices import DEFAULT_T5_PRECISION
 from ..files.fingerprint import fingerprint
+from .changes import WeightChanges
 from .config import read_config
 from .loading import find_encoder
 from .tokenizer import find_tokenizer
@@ -24,10 +25,12 @@ class EncoderIdentity:
     tokenizer: str = field(default="", compare=False)
 
 
-def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> EncoderIdentity:
-    """Know a T5 encoder without loading it; `path`, `tokenizer` and `precision` as for TextEncoder.load.
+def identify(
+    path: str | Path, tokenizer=None, precision: str | None = None, changes: WeightChanges | None = None
+) -> EncoderIdentity:
+    """Know a T5 encoder without loading it; the arguments are those of TextEncoder.load.
 
-    The fingerprint covers the config, the tokenizer and the weights, see `fingerprint`.
+    The fingerprint covers the config, the tokenizer, the weights, see `fingerprint`, and their changes.
     Raises CheckpointError or SigmaError where there is no encoder or tokenizer.
     """
     path = find_encoder(path)
@@ -38,6 +41,8 @@ def identify(path: str | Path, tokenizer=None, precision: str | None = None) -> 
     file = find_tokenizer(path, tokenizer)
     for part in (file, file.parent / "tokenizer_config.json"):
         read.append(part.read_bytes() if part.is_file() else b"")
+    if changes is not None:
+        read.append(changes.fingerprint.encode())
     return EncoderIdentity(
         fingerprint(read_encoder_weights(path), *read),
         precision or saved or DEFAULT_T5_PRECISION,

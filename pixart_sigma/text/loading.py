@@ -9,15 +9,16 @@ from ..choices import DEFAULT_T5_PRECISION, T5_PRECISIONS
 from ..devices import pick_device
 from ..errors import SigmaError
 from ..files.locating import locate
+from .changes import WeightChanges
 from .model import check_packages, compute_dtype, quiet_int8_casts
 from .streaming import StreamedT5
 from .tokenizer import find_tokenizer, load_tokenizer
 from .weights import expected_nbytes, read_t5
 
 
-def read_encoder(path, precision: str | None = None):
+def read_encoder(path, precision: str | None = None, changes: WeightChanges | None = None):
     """What TextEncoder.load builds from: (path of the encoder, T5Config, weights, precision). Weights are
-    memory-mapped. Raises SigmaError and CheckpointError as TextEncoder.load."""
+    memory-mapped, and changed when they are read. Raises as TextEncoder.load."""
     path = find_encoder(path)
     if precision is not None and precision not in T5_PRECISIONS:
         raise SigmaError(
@@ -29,6 +30,10 @@ def read_encoder(path, precision: str | None = None):
             f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
             "or load the original encoder: quantising twice would lose quality."
         )
+    if changes is not None:
+        if saved:
+            raise SigmaError(f"{path} was saved in {saved}, and such weights can not be changed by adapters.")
+        weights = changes.applied(weights)
     return path, config, weights, precision or saved or DEFAULT_T5_PRECISION
 
 

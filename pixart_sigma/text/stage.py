@@ -16,6 +16,7 @@ from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
 from ..settings import Settings, Ways
 from .cache import EmbeddingCache, cache_key
+from .changes import WeightChanges
 from .cleaning import prepare_prompt, refuse_embeddings
 from .encoder import TextEncoder
 from .identity import EncoderIdentity, identify
@@ -59,12 +60,13 @@ def _asked(text: str, settings: Settings) -> dict[str, str | int]:
 
 @dataclass
 class TextStage:
-    """T5 by its files, the device and the run's stages."""
+    """T5 by its files, the device and the run's stages, and what adapters do to its weights."""
 
     text_encoder: Path | None
     tokenizer: Path | None
     device: torch.device
     stages: Stages = field(repr=False)
+    changes: WeightChanges | None = field(default=None, repr=False)
     _held: EncoderIdentity | None = field(default=None, repr=False)
 
     def encode(
@@ -125,6 +127,7 @@ class TextStage:
             precision=precision,
             device=self._device_of(place),
             stream=place == "stream",
+            changes=self.changes,
         )
 
     def identify(self, precision: str | None) -> EncoderIdentity | None:
@@ -132,7 +135,7 @@ class TextStage:
         if self.text_encoder is None:
             return None
         try:
-            return identify(self.text_encoder, self.tokenizer, precision)
+            return identify(self.text_encoder, self.tokenizer, precision, self.changes)
         except (SigmaError, OSError):
             return None
 

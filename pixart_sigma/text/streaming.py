@@ -203,5 +203,5 @@ class StreamedT5:
 def _rows(table, ids: torch.Tensor) -> torch.Tensor:
     """The rows of an embedding table that these ids name; only they are read."""
     if not isinstance(table, QuantisedWeight):
-        return torch.nn.functional.embedding(ids, table)
+        return torch.nn.functional.embedding(ids, table[...])
     return table.select(ids.reshape(-1)).dequantise().reshape(*ids.shape, -1)

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, SigmaError
+from ..errors import CheckpointError
 from ..files.fingerprint import fingerprint
 from ..files.locating import locate, resolve
 from ..files.weight_files import read_metadata, read_state_dict
 from .changes import Change, Edit, Read, make_changes
 from .config import XL_2, KVWeights, TransformerConfig, expected_shapes
 from .lora_kinds import Layer, edits_of, find_family
-from .lora_names import LayerNames, is_embedding, is_text_encoders, split_name
-from .lora_scaling import CONFIG, Scaling, read_scaling
+from .lora_layers import group_layers
+from .lora_names import LayerNames, is_embedding, is_text_encoders
+from .lora_scaling import CONFIG, TEXT_ENCODER, Scaling, read_scaling
+from .lora_text import TextPart
 from .other_models import ALPHA_KEYS
 
 # Of an adapter in a folder, before any other file there.
@@ -45,8 +47,8 @@ MOST_LAYERS = 100  # of a transformer that nobody has named
 class Contents:
     """What a file holds, without a transformer to compare it with.
 
-    spellings: whose names the layers have, and how many. text_encoder, embeddings: how many tensors are not
-    the transformer's. unmatched: names that are nobody's.
+    spellings: whose names the layers have, and how many. text: what is for the text encoder. embeddings: how
+    many tensors are for words of its own. unmatched: names that are nobody's.
     """
 
     source: Path
@@ -55,7 +57,7 @@ class Contents:
     scaling: Scaling
     metadata: dict[str, str]
     spellings: Counter
-    text_encoder: int
+    text: TextPart | None
     embeddings: int
     unmatched: tuple[str, ...]
     fingerprint: str
@@ -64,12 +66,13 @@ class Contents:
 @dataclass(frozen=True)
 class Adapter:
     """An adapter that fits a transformer. notices: what of the file is not used, for people. fingerprint: of
-    all that decides what it does."""
+    all that decides what it does. text: what it has for the text encoder, which is not the transformer's."""
 
     source: Path
     edits: tuple[Edit, ...] = field(repr=False)
     notices: tuple[str, ...]
     fingerprint: str
+    text: TextPart | None = None
 
 
 def read_adapter(source: str | Path, config: TransformerConfig) -> Adapter:
@@ -77,7 +80,11 @@ def read_adapter(source: str | Path, config: TransformerConfig) -> Adapter:
 
     Raises CheckpointError for a file that is damaged, that is none, or that was made for another model.
     """
-    shapes = expected_shapes(config)
+    return fit_adapter(source, expected_shapes(config))
+
+
+def fit_adapter(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
+    """`read_adapter`, for a transformer whose weights, by diffusers' names, have these shapes."""
     contents = read_contents(source, LayerNames(shapes))
     check_contents(contents)
     if contents.unmatched:
@@ -90,7 +97,8 @@ def read_adapter(source: str | Path, config: TransformerConfig) -> Adapter:
         for layer in contents.layers
         for edit in edits_of(layer, shapes, contents.scaling, contents.source)
     ]
-    return Adapter(contents.source, tuple(edits), tuple(_notices(contents)), contents.fingerprint)
+    notices = tuple(_notices(contents))
+    return Adapter(contents.source, tuple(edits), notices, contents.fingerprint, contents.text)
 
 
 def adapter_changes(adapters: Iterable[tuple[Adapter, float]], read: Read) -> dict[str, Change]:
@@ -108,42 +116,25 @@ def read_contents(source: str | Path, names: LayerNames | None = None) -> Conten
     names = names or any_names()
     tensors = read_state_dict(file)
     metadata = read_metadata(file)
-    groups: dict[tuple[str, ...], Layer] = {}
-    spellings: Counter = Counter()
-    beside = {"text encoder": 0, "embedding": 0}
-    unmatched = []
-    for key, tensor in tensors.items():
-        if is_embedding(key):
-            beside["embedding"] += 1
-            continue
-        if is_text_encoders(key):
-            beside["text encoder"] += 1
-            continue
-        name, part = split_name(key)
-        try:
-            found = names.find(name) if part else None
-        except SigmaError as error:
-            raise CheckpointError(f"The names in {source} are not clear: {error}") from error
-        if found is None:
-            unmatched.append(key)
-            continue
-        if found.modules not in groups:
-            groups[found.modules] = Layer(name, found.modules, {})
-            spellings[found.spelling] += 1
-        if part in groups[found.modules].tensors:
-            raise CheckpointError(f"{source} has {part} of {name} twice, under two names.")
-        groups[found.modules].tensors[part] = tensor
+    text = {key: tensor for key, tensor in tensors.items() if is_text_encoders(key)}
+    beside = {key for key in tensors if is_embedding(key)}
+    own = {key: tensor for key, tensor in tensors.items() if key not in text and key not in beside}
+    grouped = group_layers(own, names, source)
+    scaling, said = read_scaling(file, metadata), [read_scaling(file, metadata)]
+    if text:
+        said.append(read_scaling(file, metadata, TEXT_ENCODER))
+    known = fingerprint(tensors, *(repr(one).encode() for one in said))
     return Contents(
         source,
         file,
-        tuple(groups.values()),
-        read_scaling(file, metadata),
+        grouped.layers,
+        scaling,
         metadata,
-        spellings,
-        beside["text encoder"],
-        beside["embedding"],
-        tuple(unmatched),
-        fingerprint(tensors, _said_beside(file, metadata)),
+        grouped.spellings,
+        TextPart(source, text, said[-1], known) if text else None,
+        len(beside),
+        grouped.unmatched,
+        known,
     )
 
 
@@ -159,11 +150,8 @@ def check_contents(contents: Contents) -> None:
                 raise CheckpointError(
                     f"{source} is an adapter of {model} ({unmatched[0]}), and not of PixArt-Sigma."
                 )
-        if contents.text_encoder and not unmatched:
-            raise CheckpointError(
-                f"{source} changes the text encoder alone, which is not done here; it has nothing for the "
-                "transformer."
-            )
+        if contents.text and not unmatched:
+            return
         raise CheckpointError(
             f"{source} is no adapter of PixArt-Sigma: it has {_named(unmatched) or 'no tensors'}."
         )
@@ -212,19 +200,9 @@ def any_names() -> LayerNames:
     return LayerNames(expected_shapes(config))
 
 
-def _said_beside(file: Path, metadata: dict[str, str]) -> bytes:
-    """What beside the tensors decides how an adapter acts, for its fingerprint."""
-    return repr(read_scaling(file, metadata)).encode()
-
-
 def _notices(contents: Contents) -> list[str]:
     notices = []
     name = contents.source.name
-    if contents.text_encoder:
-        notices.append(
-            f"{name} also changes the text encoder ({contents.text_encoder} tensors), which is not done "
-            "here: prompts are encoded as without it."
-        )
     if contents.embeddings:
         notices.append(
             f"{name} also holds embeddings of its own words ({contents.embeddings} tensors), which are not "

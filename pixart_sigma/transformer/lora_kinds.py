@@ -75,8 +75,8 @@ def edits_of(
 ) -> list[Edit]:
     """What an adapter does to a layer's weights and biases.
 
-    shapes: of the transformer's weights, by diffusers' names. Raises CheckpointError that names the layer
-    where a tensor is missing, left over, not finite, or of the wrong size.
+    shapes: of the model's weights, by diffusers' names, or transformers'. Raises CheckpointError that names
+    the layer where a tensor is missing, left over, not finite, or of the wrong size.
     """
     check_tensors(layer, source)
     family = find_family(layer, source)
@@ -165,7 +165,7 @@ def _check_shape(layer: Layer, found: tuple, needed: tuple, source: object) -> N
     """That tensors make a matrix of this shape; of a convolution's its columns may be counted together."""
     if tuple(found) not in (tuple(needed), (needed[0], prod(needed[1:]))):
         raise CheckpointError(
-            f"{source} changes {layer.name} as {tuple(found)}, and in this transformer it is "
+            f"{source} changes {layer.name} as {tuple(found)}, and here it is "
             f"{tuple(needed)}: it was made for another model, or for one of another width."
         )
 

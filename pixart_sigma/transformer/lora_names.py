@@ -6,7 +6,8 @@ taken for a dot that is none. Sources: OneTrainer's modules/util/convert_lora_ut
 helpers/training/lora_format.py, ai-toolkit's toolkit/network_mixins.py, LyCORIS' lycoris/wrapper.py.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import SigmaError
@@ -32,8 +33,30 @@ FLATTENED = {
     "lycoris_unet_": "LyCORIS",
     "lycoris_transformer_": "LyCORIS",
 }
-# In front of what is not the transformer's.
+# In front of what is not the transformer's, and what only T5's layers are called.
 TEXT_ENCODERS = ("text_encoder", "lora_te", "lycoris_te", "lycoris_text_encoder", "t5xxl.")
+TEXT_LAYER = re.compile(r"encoder[._]block[._]\d+[._]layer[._]\d")
+# As DOTTED and FLATTENED, for T5.
+TEXT_DOTTED = {
+    "": "transformers",
+    "base_model.model.": "PEFT",
+    "text_encoder.base_model.model.": "PEFT",
+    "text_encoder.": "diffusers",
+    "text_encoders.": "ComfyUI",
+    "text_encoders.transformer.": "ComfyUI",
+    "text_encoders.t5xxl.": "ComfyUI",
+    "text_encoders.t5xxl.transformer.": "ComfyUI",
+    "t5xxl.transformer.": "ComfyUI",
+}
+TEXT_FLATTENED = {
+    "lora_te_": "OneTrainer",
+    "lora_te1_": "kohya",
+    "lora_te2_": "kohya",
+    "lora_te3_": "kohya",
+    "lora_text_encoder_": "OneTrainer",
+    "lycoris_te_": "LyCORIS",
+    "lycoris_text_encoder_": "LyCORIS",
+}
 EMBEDDINGS = ("bundle_emb.",)
 
 # What a tensor is of its layer, by the end of its name.
@@ -91,10 +114,17 @@ class Found:
 
 
 class LayerNames:
-    """Every name of the layers of one transformer."""
+    """Every name of the layers of one transformer, or of one T5."""
 
-    def __init__(self, weights: Iterable[str]):
-        """weights: diffusers' names of all the transformer's weights, as its state dict has them."""
+    def __init__(
+        self,
+        weights: Iterable[str],
+        dotted: Mapping[str, str] = DOTTED,
+        flattened: Mapping[str, str] = FLATTENED,
+    ):
+        """weights: diffusers' names of all the transformer's weights, as its state dict has them, or
+        transformers' of T5's; dotted, flattened: what stands in front of names, and whose it is."""
+        self._prefixes = dotted, flattened
         weights = list(weights)
         modules = dict.fromkeys(map(module_of, weights))
         named: Names = {module: {(module,)} for module in modules}
@@ -111,7 +141,7 @@ class LayerNames:
         Raises SigmaError for a name that means two modules.
         """
         found: dict[tuple[str, ...], str] = {}
-        for spelled, prefixes in ((self._dotted, DOTTED), (self._flattened, FLATTENED)):
+        for spelled, prefixes in zip((self._dotted, self._flattened), self._prefixes, strict=True):
             for prefix in sorted(prefixes, key=len):
                 if not name.startswith(prefix):
                     continue
@@ -127,7 +157,7 @@ class LayerNames:
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Every name that `find` knows, with diffusers' names of its module or modules."""
-        for spelled, prefixes in ((self._dotted, DOTTED), (self._flattened, FLATTENED)):
+        for spelled, prefixes in zip((self._dotted, self._flattened), self._prefixes, strict=True):
             for prefix in prefixes:
                 for name, found in spelled.items():
                     if len(found) == 1:
@@ -151,7 +181,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_text_encoders(name: str) -> bool:
-    return name.startswith(TEXT_ENCODERS)
+    return name.startswith(TEXT_ENCODERS) or TEXT_LAYER.search(name) is not None
 
 
 def is_embedding(name: str) -> bool:

@@ -12,7 +12,8 @@ from ..files.locating import read_json
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' save_lora_weights, and with it SimpleTuner's
-COMPONENTS = ("transformer.", "unet.")
+TRANSFORMER = ("transformer.", "unet.")  # whose entries there are the transformer's
+TEXT_ENCODER = ("text_encoder.",)
 # A layer's name or its end. More of a regular expression could be made to run for ever.
 PATTERN = re.compile(r"\^?[\w.\\-]+\$?")
 NEUMANN_TERMS = 5  # of PEFT and of OneTrainer
@@ -51,8 +52,9 @@ class Scaling:
         return None if found is None else int(found)
 
 
-def read_scaling(file: Path, metadata: dict[str, str]) -> Scaling:
-    """What PEFT's adapter_config.json beside the file says, else what diffusers wrote into its metadata.
+def read_scaling(file: Path, metadata: dict[str, str], component: tuple[str, ...] = TRANSFORMER) -> Scaling:
+    """What PEFT's adapter_config.json beside the file says, else what diffusers wrote into its metadata of
+    this component.
 
     Raises CheckpointError for what can not be obeyed.
     """
@@ -65,7 +67,7 @@ def read_scaling(file: Path, metadata: dict[str, str]) -> Scaling:
         said = json.loads(metadata[METADATA])
         found = {
             name.removeprefix(prefix): value
-            for prefix in COMPONENTS
+            for prefix in component
             for name, value in said.items()
             if name.startswith(prefix)
         }

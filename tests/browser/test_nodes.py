@@ -13,7 +13,7 @@ def test_the_search_finds_a_node_by_what_users_call_it(page):
     page.open("demo_text_to_image")
     for words, name in (
         ("t5 loader", "Load Σ Text Encoder (T5)"),
-        ("pixart lora", "Load Σ Transformer"),
+        ("pixart lora", "Load Σ LoRA"),
         ("unload", "Σ Release Model"),
         ("memory", "Σ Memory Report"),
     ):

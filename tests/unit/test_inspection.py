@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_model(tmp_path, pipeline_folder):
 @pytest.mark.parametrize("writer", LORAS)
 def test_a_lora(tmp_path, writer):
     text = describe(write(tmp_path / "lora.safetensors", LORAS[writer]))
-    assert "of a PixArt transformer" in text and "Load LoRA" in text and "--lora" in text
+    assert "of a PixArt transformer" in text and "Load Σ LoRA" in text and "--lora" in text
     assert writer in next(line for line in text.splitlines() if line.startswith("written by"))
     assert "changes         1 layers: " + ("LoKr" if writer == "LyCORIS" else "LoRA") in text
     assert ("1 of them fused" in text) == (writer in ("kohya", "ComfyUI"))
@@ -122,7 +122,7 @@ def test_what_an_adapter_is(tmp_path):
         "changes         2 layers: LoRA of 1, LoRA with DoRA of 1",
         "rank            4, 16, alpha 8",
         "not known       1 tensors, such as something.else: it will be refused",
-        "text encoder    1 tensors, which are not used",
+        "text encoder    1 tensors, for T5",
         "embeddings      1 tensors, which are not used",
     ]
 

@@ -41,7 +41,8 @@ ALLOWED = {
     "files": BASE,
     "memory": BASE,
     **{name: BASE | {"files", "memory", name} for name in STAGES},  # and never one another
-    "components": BASE | {"files", "memory"} | STAGES,
+    "components": BASE | {"files", "memory", "text_adapters"} | STAGES,
+    "text_adapters": BASE | {"files"} | STAGES,
     "inspection": BASE | {"files"} | STAGES,
     "planner": BASE | {"files", "memory"} | STAGES,
     "refiner": BASE | {"files", "memory"} | STAGES,

@@ -10,7 +10,14 @@ def normal(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def transformer(heads, layers, caption_channels, sample_size=128, interpolation_scale=2):
+def transformer(
+    heads,
+    layers,
+    caption_channels,
+    sample_size=128,
+    interpolation_scale=2,
+    use_additional_conditions=False,
+):
     torch.manual_seed(0)
     made = PixArtTransformer2DModel(
         num_attention_heads=heads,
@@ -22,7 +29,7 @@ def transformer(heads, layers, caption_channels, sample_size=128, interpolation_
         sample_size=sample_size,
         interpolation_scale=interpolation_scale,
         caption_channels=caption_channels,
-        use_additional_conditions=False,
+        use_additional_conditions=use_additional_conditions,
     )
     return made.eval().requires_grad_(False)
 

@@ -15,10 +15,13 @@ from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from comfy_extras.nodes_hunyuan import CLIPTextEncodeHunyuanDiT
 from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
+from pack.nodes.host.adapters import patch_clip
 from pack.nodes.host.t5_alone import t5_alone
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
 from pack.pixart_sigma.files.weight_files import read_state_dict
+from pack.pixart_sigma.text.quantize import quantize_t5
+from pack.pixart_sigma.transformer.lora import fit_adapter
 from safetensors.torch import save_file
 
 import nodes as host_nodes
@@ -327,6 +330,67 @@ def test_nothing_of_a_lora_is_applied_which_is_said_once(clip, expected, caplog)
     assert "LoRA" in message
     _, loaded = comfy.sd.load_lora_for_models(None, clip, {}, 1.0, 1.0)
     assert torch.equal(encode(loaded, PROMPT), expected)
+
+
+def lora_for_t5(folder):
+    """An adapter of the demo's T5 and nothing else, and what it adds."""
+    layer = "encoder.block.1.layer.0.SelfAttention.q"
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((4, 128), (128, 4)))
+    name = "lora_te_" + layer.replace(".", "_")
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    save_file(tensors | {f"{name}.alpha": torch.tensor(2.0)}, folder / "t5.safetensors")
+    return folder / "t5.safetensors", f"{layer}.weight", 0.5 * up @ down
+
+
+def test_load_sigma_lora_changes_t5(clip, expected, theirs, tmp_path):
+    """Ours in any precision that is not saved, and the host's own, as a merge by hand; the given stay."""
+    file, name, delta = lora_for_t5(tmp_path)
+    adapter = fit_adapter(file, {})
+    hosts = comfy.sd.CLIP(no_init=True)
+    hosts.cond_stage_model, hosts.tokenizer, hosts.layer_idx = theirs, clip.tokenizer, None
+    hosts.tokenizer_options, hosts.use_clip_schedule, hosts.apply_hooks_to_conds = {}, False, None
+    hosts.patcher = comfy.model_patcher.ModelPatcher(theirs, torch.device("cpu"), torch.device("cpu"))
+    merged = tmp_path / "merged"
+    shutil.copytree(DEMO / "text_encoder", merged)
+    (file_of_weights,) = merged.glob("*.safetensors")
+    weights = {key: value.float() for key, value in read_state_dict(merged).items()}
+    weights[name] = weights[name] + 0.7 * delta
+    save_file(weights, file_of_weights)
+    shutil.copytree(DEMO / "tokenizer", tmp_path / "tokenizer")
+    for precision in ("fp32", "int8"):
+        by_hand = encode(load_clip(merged, precision, "cpu"), PROMPT)
+        changed, left_out = patch_clip(load_clip(DEMO, precision, "cpu"), adapter, 0.7)
+        assert left_out == ()
+        assert (encode(changed, PROMPT) - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
+        if precision == "fp32":
+            assert (encode(hosts, PROMPT) - expected).abs().max() < 1e-4
+            on_hosts = encode(patch_clip(hosts, adapter, 0.7)[0], PROMPT)
+            assert (on_hosts - by_hand).abs().max() < 1e-4
+            assert (on_hosts - expected).abs().max() > 1e-2
+    changed, _ = patch_clip(clip, adapter, 0.5)
+    changed, _ = patch_clip(changed, adapter, 0.2)  # each on top of the one before
+    by_hand = encode(load_clip(merged, "fp32", "cpu"), PROMPT)
+    assert (encode(changed, PROMPT) - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
+    assert torch.equal(encode(clip, PROMPT), expected)
+    assert changed.cond_stage_model.identify() != clip.cond_stage_model.identify()
+
+
+def test_what_of_a_lora_is_not_done_to_a_clip(clip, sd3_clip, tmp_path):
+    file, _, _ = lora_for_t5(tmp_path)
+    adapter = fit_adapter(file, {})
+    assert patch_clip(clip, adapter, 0.0) == (clip, ())
+    sd3_clip.cond_stage_model.t5xxl = None
+    with pytest.raises(ValueError, match="This CLIP has no T5-XXL"):
+        patch_clip(sd3_clip, adapter, 1.0)
+    save_file({"lora_te_elsewhere.alpha": torch.tensor(1.0)}, file)
+    with pytest.raises(ValueError, match="changes what this text encoder does not have"):
+        patch_clip(clip, fit_adapter(file, {}), 1.0)
+    quantize_t5(DEMO, tmp_path / "int8", "int8")
+    saved = load_clip(tmp_path / "int8", None, "cpu")
+    file, _, _ = lora_for_t5(tmp_path)
+    same, (notice,) = patch_clip(saved, adapter, 1.0)
+    assert same is saved and "was saved in int8; use a T5 in bf16" in notice
 
 
 def test_a_merge_of_it_is_refused(clip, theirs):
