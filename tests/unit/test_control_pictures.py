@@ -1,5 +1,6 @@
 """ControlNets in whole runs, in Python and in the terminal."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -90,8 +91,6 @@ def test_bad_input_is_named_before_anything_is_loaded(pipeline, pipeline_folder,
     )
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     refused("width 128 in 2 heads, and this one has width 144", [ControlPicture(tmp_path, IMAGE)])
-    budget = replace(pipeline.ways, budget=1e9)
-    refused("a run with ControlNets is not planned", [ControlPicture(edges, IMAGE)], budget)
     for wrong in (-1, float("nan"), "1"):
         with pytest.raises(SettingError, match="finite number from 0"):
             ControlPicture(edges, IMAGE, wrong)
@@ -141,8 +140,21 @@ def test_in_the_terminal(pipeline_folder, edges, tmp_path, capsys):
     other = ("--control", edges, "--control-image", f"{tmp_path}/blue.png:0.5:0-60%")
     status, again, err = generate("--like", tmp_path / "made.png", *other)
     assert status == 0 and again != made and "are others than" in err
+    status, within, err = generate("a boat", *quick, *control, "--budget", "6GB")
+    assert status == 0 and within == made and "everything fits in the fastest way" in err
     status, _, err = generate("a boat", *quick, "--control", edges)
     assert status == 2 and "There are 1 --control and 0 --control-image" in err
+
+    plan = ["plan", "--model", str(pipeline_folder), "--size", "64x64", "--budget", "1GB", "--json"]
+    peaks = []
+    for options in ([], ["--control", str(edges)]):
+        assert main([*plan, *options]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        assert ("VAE encode" in stages) is bool(options)
+        peaks.append(stages["transformer"]["weights"])
+    assert peaks[1] - peaks[0] == pytest.approx(edges.stat().st_size, rel=0.05)
+    assert main([*plan[:1], *plan[3:], "--control", str(edges)]) == 2
+    assert "width 144 in 2 heads, and this one has width 1152" in capsys.readouterr().err
 
     assert main(["inspect", str(edges)]) == 0
     assert "a ControlNet of PixArt" in capsys.readouterr().out
