@@ -209,6 +209,7 @@ class SigmaPipeline:
         controls = check_controls(controls, self._configs())
         check_refiner(self.refiner, settings, ways, self.transformer)
         settings, fingerprints = self._check(settings, embeddings, start), self._fingerprints()
+        followed = tuple(control.describe() for control in controls)  # which reads their weights
         ways = self._within_budget(settings, ways, start, controls)
         stage = on_stage or (lambda name: None)
 
@@ -232,7 +233,7 @@ class SigmaPipeline:
             image_sha256=start.image_sha256,
             mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
-            controls=tuple(control.describe() for control in controls),
+            controls=followed,
             **self.components.said_of_transformer,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pixart_sigma import ControlPicture, SigmaPipeline
 from pixart_sigma.cli.checks import parse_control_image
@@ -83,14 +83,22 @@ def test_bad_input_is_named_before_anything_is_loaded(pipeline, pipeline_folder,
 
     refused("controls has a PosixPath; give ControlPictures", [edges])
     refused("There is no file", [ControlPicture(tmp_path / "none.safetensors", IMAGE)])
+    weights = load_file(edges)
+    name = "controlnet_blocks.0.transformer_block.attn1.to_q.weight"
+    save_file(weights | {name: weights[name] * float("nan")}, tmp_path / "nan.safetensors")
+    refused(f"{name} is not finite", [ControlPicture(tmp_path / "nan.safetensors", IMAGE)])
+    (tmp_path / "cut.safetensors").write_bytes(edges.read_bytes()[:-1000])
+    refused("is cut off", [ControlPicture(tmp_path / "cut.safetensors", IMAGE)])
     refused("not a ControlNet of PixArt", [ControlPicture(pipeline_folder / "transformer", IMAGE)])
     wide = replace(XL_2, num_layers=1, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128)
     save_file(
         {name: torch.zeros(weight.shape) for name, weight in build_controlnet(wide).state_dict().items()},
         tmp_path / "wide.safetensors",
     )
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
-    refused("width 128 in 2 heads, and this one has width 144", [ControlPicture(tmp_path, IMAGE)])
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text('{"num_attention_heads": 2}')
+    (tmp_path / "wide.safetensors").rename(tmp_path / "wide" / "wide.safetensors")
+    refused("width 128 in 2 heads, and this one has width 144", [ControlPicture(tmp_path / "wide", IMAGE)])
     for wrong in (-1, float("nan"), "1"):
         with pytest.raises(SettingError, match="finite number from 0"):
             ControlPicture(edges, IMAGE, wrong)
