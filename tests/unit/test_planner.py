@@ -75,7 +75,7 @@ def test_controlnets_use_what_their_plan_says(edges):
     pipeline.generate(settings, made.ways, controls=[ControlPicture(folder, picture) for folder in edges])
     for name in ("VAE encode", "transformer"):
         cost = pipeline.stages.costs[name]
-        assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.04), name
+        assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.1), name
     files = [folder / "diffusion_pytorch_model.safetensors" for folder in edges]
     weights = sum(file.stat().st_size for file in files) + pipeline.stages.costs["transformer"].weights
     assert made.stages["transformer"].weights == pytest.approx(weights, rel=0.02)
