@@ -91,8 +91,11 @@ class OutlinedPictures:
 
     @torch.no_grad()
     def pair(self, size: tuple[int, int]) -> tuple[Scene, torch.Tensor, torch.Tensor]:
-        # A fifth says where, as the transformer knows it.
-        scene = (random_scene if self.rng.random() < 0.2 else scene_without_places)(self.rng)
+        # A fifth says where, as the transformer knows it; one object may be anywhere, and is met more often.
+        draw = random_scene if self.rng.random() < 0.2 else scene_without_places
+        scene = draw(self.rng)
+        if scene.relation and self.rng.random() < 0.5:
+            scene = draw(self.rng)
         both = self.vae.encode(torch.stack(draw_pair(scene, *size, self.rng))).latent_dist.mean
         return scene, *(both * SCALING_FACTOR)
 
