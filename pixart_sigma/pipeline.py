@@ -208,11 +208,11 @@ class SigmaPipeline:
         ways = self._run_ways(ways)
         settings = check_settings(settings).complete(self.base_size)
         start = Start.of(image, mask)
-        controls = check_controls(controls, self._configs(), ways.budget)
+        controls = check_controls(controls, self._configs())
         check_refiner(self.refiner, settings, ways, self.transformer)
         settings, fingerprints = self._check(settings, embeddings, start), self._fingerprints()
-        if ways.budget is not None:
-            ways = self.plan(settings, ways).ways
+        followed = tuple(control.describe() for control in controls)  # which reads their weights
+        ways = self._within_budget(settings, ways, start, controls)
         stage = on_stage or (lambda name: None)
 
         if embeddings is None:
@@ -235,22 +235,39 @@ class SigmaPipeline:
             image_sha256=start.image_sha256,
             mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
-            controls=tuple(control.describe() for control in controls),
+            controls=followed,
             **self.components.said_of_transformer,
         )
         return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
-    def plan(self, settings: Settings, ways: Ways | None = None) -> Plan:
-        """The plan that `generate` keeps `ways.budget` bytes with; see `planner.plan`, also for what it
-        raises."""
+    def plan(
+        self,
+        settings: Settings,
+        ways: Ways | None = None,
+        *,
+        controlnets: Iterable[str | Path] = (),
+        from_picture: bool = False,
+    ) -> Plan:
+        """The plan that `generate` keeps `ways.budget` bytes with, of a run with these files of ControlNets;
+        see `planner.plan`, also for what it raises."""
         found = self.components
+        models = Models.read(found.checkpoint, found.text_encoder, found.vae)
         return make_plan(
             settings,
             self._run_ways(ways),
-            Models.read(found.checkpoint, found.text_encoder, found.vae),
+            models.with_controlnets(controlnets),
             dtype=self.dtype,
             in_ram=self.device.type == "cpu",
+            from_picture=from_picture,
         )
+
+    def _within_budget(
+        self, settings: Settings, ways: Ways, start: Start, controls: tuple[ControlPicture, ...]
+    ) -> Ways:
+        if ways.budget is None:
+            return ways
+        files = [control.controlnet for control in controls]
+        return self.plan(settings, ways, controlnets=files, from_picture=start.image is not None).ways
 
     def fingerprints(self) -> dict[str, str]:
         """What the files of each component are known by; of T5 only where it can be used."""

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from .choices import DEFAULT_T5_PRECISION, TRANSFORMER_DEVICES
 from .errors import SettingError, SigmaError
 from .memory.measure import readable
-from .memory.ways import Way
+from .memory.ways import Needs, Way
 from .settings import Settings, Ways, check_settings, check_ways
 from .table import align
 from .text import stage as text
@@ -25,10 +25,13 @@ from .text.needs import EncoderShapes
 from .transformer import stage as transformer
 from .transformer.checkpoint import Checkpoint, Quantised
 from .transformer.config import XL_2, TransformerConfig
+from .transformer.controlnet import check_fits
+from .transformer.controlnet_file import inspect_controlnet
 from .vae import stage as vae
 from .vae.coding import decode_dtype
 from .vae.layers import read_decoder
 from .vae.loading import SDXL_VAE, build_vae, read_config
+from .vae.memory import whole_encode_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Models:
     text_encoder: EncoderShapes | None
     vae: AutoencoderKL
     quantised: Quantised = ()  # of the transformer's weights those that stay quantised
+    controlnets: tuple[TransformerConfig, ...] = ()
 
     @classmethod
     def published(cls) -> "Models":
@@ -50,6 +54,14 @@ class Models:
         """Of models on disk. Raises CheckpointError as loading them does."""
         encoder = EncoderShapes.read(text_encoder) if text_encoder else None
         return cls(checkpoint.config, encoder, build_vae(read_config(vae_file)), checkpoint.quantised)
+
+    def with_controlnets(self, files: Iterable[str | Path]) -> "Models":
+        """With ControlNets beside the transformer. Raises CheckpointError for files that are none, and
+        SigmaError for those of another transformer."""
+        controlnets = tuple(inspect_controlnet(file) for file in files)
+        for controlnet in controlnets:
+            check_fits(controlnet, self.transformer)
+        return replace(self, controlnets=controlnets)
 
 
 @dataclass(frozen=True)
@@ -115,13 +127,15 @@ def plan(
     *,
     dtype: torch.dtype = torch.bfloat16,
     in_ram: bool = False,
+    from_picture: bool = False,
 ) -> Plan:
     """The ways with which a run keeps `ways.budget` bytes on the device, each stage released after its use.
 
     Of models (by default the published shapes) that compute in `dtype`. Of all ways that fit, the fastest
     that costs no quality. What `ways` says already is kept: a precision or a place of T5, a streamed
     transformer; a precision of None is bf16 where that fits, else int8. `in_ram` is for a run on the CPU,
-    where what waits in RAM counts too, and where nothing is streamed.
+    where what waits in RAM counts too, and where nothing is streamed. `from_picture`: it starts from a
+    picture, which is encoded first, as those for ControlNets are.
     Raises SigmaError without a budget, and where not even the smallest way of a stage fits: it says which,
     and what it needs.
     """
@@ -136,6 +150,9 @@ def plan(
     encoder = models.text_encoder
     possible = {
         "text encoder": _text_ways(encoder, ways, dtype, prompt_tokens, in_ram) if encoder else [],
+        "VAE encode": _encode_ways(models.vae, (height, width), dtype)
+        if from_picture or models.controlnets
+        else [],
         "transformer": _transformer_ways(models, ways, work, dtype, in_ram),
         "VAE decode": _decode_ways(models.vae, (height, width), ways.budget, dtype, in_ram),
     }
@@ -143,7 +160,7 @@ def plan(
     stages: dict[str, StagePlan] = {}
     reasons = []
     for stage, candidates in possible.items():
-        if not candidates:  # the prompts are encoded already
+        if not candidates:  # the prompts are encoded already, or there is no picture
             continue
         way = _first_within(ways.budget, stage, candidates, f"{width}x{height}")
         stages[stage] = StagePlan(way.how, **vars(way.needs))
@@ -202,8 +219,26 @@ def _transformer_ways(
         places = ("auto",)
     elif ways.transformer_device != "auto":
         places = (ways.transformer_device,)
-    needs = partial(transformer.predict_needs, models.transformer, work, dtype, quantised=models.quantised)
+    needs = partial(
+        transformer.predict_needs,
+        models.transformer,
+        work,
+        dtype,
+        quantised=models.quantised,
+        controlnets=models.controlnets,
+    )
     return list(transformer.list_ways(places, work.guided, needs))
+
+
+def _encode_ways(network: AutoencoderKL, size: tuple[int, int], dtype: torch.dtype) -> list[Way]:
+    """One picture at a time, whole: there is no other way."""
+    weights = _weight_bytes(network, dtype)
+    peak = weights + whole_encode_bytes(network.config["block_out_channels"], *size, dtype.itemsize)
+    return [Way("whole", {}, lambda: Needs(peak, weights))]
+
+
+def _weight_bytes(network: AutoencoderKL, dtype: torch.dtype) -> int:
+    return sum(weight.numel() for weight in network.parameters()) * dtype.itemsize
 
 
 def _decode_ways(
@@ -211,7 +246,7 @@ def _decode_ways(
 ) -> list[Way]:
     dtype = decode_dtype(network, dtype)
     shape = (-(-size[0] // 8), -(-size[1] // 8), dtype.itemsize)
-    weights = sum(weight.numel() for weight in network.parameters()) * dtype.itemsize
+    weights = _weight_bytes(network, dtype)
     decoder = read_decoder(network)
     if decoder is None:
         raise SigmaError("This VAE is not built like the SDXL VAE, so its decode cannot be planned.")

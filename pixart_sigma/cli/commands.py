@@ -89,11 +89,14 @@ def _plan(arguments) -> int:
 
         pipeline = SigmaPipeline.from_path(arguments.model, ways, variant=arguments.variant)
         tell_guess(pipeline.checkpoint)
-        made = pipeline.plan(settings)
+        made = pipeline.plan(settings, controlnets=arguments.control or ())
     else:
-        from ..planner import plan
+        from ..planner import Models, plan
 
-        made = plan(replace(settings, binning=False), ways)  # without a checkpoint there is no trained size
+        models = Models.published().with_controlnets(arguments.control or ())
+        made = plan(
+            replace(settings, binning=False), ways, models
+        )  # without a checkpoint there is no trained size
     say(json.dumps(made.as_dict(), indent=2) if arguments.json else made.table())
     return 0
 

@@ -61,7 +61,7 @@ def generate(arguments) -> int:
     tell_adapters(pipeline.components, encodes=embeddings is None)
     tell_recipe(pipeline.checkpoint, settings)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
-    plan = pipeline.plan(settings) if ways.budget else None
+    plan = _plan(arguments, pipeline, settings) if ways.budget else None
     if plan:
         tell(plan.why)
     with progress() as bar:
@@ -84,6 +84,12 @@ def generate(arguments) -> int:
     if report:
         _report(pipeline, plan, report)
     return 0
+
+
+def _plan(arguments, pipeline, settings: Settings):
+    return pipeline.plan(
+        settings, controlnets=arguments.control or (), from_picture=arguments.image is not None
+    )
 
 
 def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:

@@ -149,6 +149,12 @@ def _add_plan(commands):
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
     add_variant(plan)
     plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
+    plan.add_argument(
+        "--control",
+        action="append",
+        metavar="FILE",
+        help="a ControlNet that the run has; may be given several times",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -53,14 +53,10 @@ class ControlPicture:
         )
 
 
-def check_controls(
-    controls: Any, configs: Iterable[TransformerConfig], budget: float | None
-) -> tuple[ControlPicture, ...]:
+def check_controls(controls: Any, configs: Iterable[TransformerConfig]) -> tuple[ControlPicture, ...]:
     """The control pictures, once it is known from their files' headers that each fits transformers of these
-    configs. Raises SigmaError for anything else, and for a run with a budget."""
+    configs. Raises SigmaError for anything else."""
     controls = tuple(controls)
-    if controls and budget is not None:
-        raise SettingError("budget", budget, "a run with ControlNets is not planned; leave it out")
     for control in controls:
         if not isinstance(control, ControlPicture):
             raise SigmaError(

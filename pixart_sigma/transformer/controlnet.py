@@ -144,4 +144,5 @@ class ControlHooks(Hooks):
                 self.tokens[place], hidden_states, prompt_embeds, call
             )
             controlled = controlled + control.strength * added
+            del added  # the next ControlNet's MLP is the peak
         return controlled

@@ -8,6 +8,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.locating import read_json
+from ..files.parts import kind_of, place
+from ..files.quantization import quantization_of
 from ..files.weight_files import read_header, read_state_dict
 from .attention import torch_attention
 from .config import XL_2, TransformerConfig, find_heads
@@ -32,12 +34,21 @@ def is_controlnet(path: str | Path) -> bool:
 
 
 def inspect_controlnet(path: str | Path) -> TransformerConfig:
-    """The transformer that has this ControlNet's blocks alone, from the header. Raises CheckpointError for
-    anything but a ControlNet of PixArt."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key, (shape, _) in read_header(path).items():
-        shapes |= _rename(key, shape, lambda shape, parts: [shape] * parts, path)
-    return _read_config(shapes, Path(path))
+    """The transformer that has this ControlNet's blocks alone, from the header.
+
+    Raises CheckpointError for anything but a ControlNet of PixArt, for weights that are missing, left over,
+    twice, quantised or of another shape.
+    """
+    header = read_header(path)
+    _check_kind(header, path)
+    held = _rename_all(header, _split_shape, path)
+    shapes = {name: shape for name, (shape, _) in held.items()}
+    config = _read_config(shapes, Path(path))
+    _check_shapes(shapes, build_controlnet(config), path)
+    for name, (_, dtype) in held.items():
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{path} is damaged: {name} holds {dtype} numbers. Download it again.")
+    return config
 
 
 def describe_controlnet(path: str | Path) -> str:
@@ -71,14 +82,11 @@ def load_controlnet(
 def read_controlnet(path: str | Path) -> tuple[TransformerConfig, dict[str, torch.Tensor]]:
     """Its config and its weights by the names of diffusers' format, in the file's dtype; memory-mapped where
     they can be. Raises as `load_controlnet`."""
-    state_dict: dict[str, torch.Tensor] = {}
-    for key, tensor in read_state_dict(path).items():
-        for name, weight in _rename(key, tensor, torch.chunk, path).items():
-            if name in state_dict:
-                raise CheckpointError(f"{path} holds {name} twice. Choose another file.")
-            state_dict[name] = weight
-    config = _read_config({name: tuple(weight.shape) for name, weight in state_dict.items()}, Path(path))
-    _check(state_dict, build_controlnet(config), path)
+    config = inspect_controlnet(path)
+    state_dict = _rename_all(read_state_dict(path), torch.chunk, path)
+    for name, weight in state_dict.items():
+        if not weight.float().isfinite().all():
+            raise CheckpointError(f"{path} is damaged: {name} is not finite. Download it again.")
     return config, state_dict
 
 
@@ -93,11 +101,9 @@ def build_controlnet(config: TransformerConfig, operations=torch.nn, attention=t
 def _read_config(shapes: dict[str, tuple[int, ...]], path: Path) -> TransformerConfig:
     """From the shapes by name, and the head count from a config.json if there is one."""
     layers = {int(found[1]) for found in map(KEY.fullmatch, shapes) if found}
-    if not layers:
-        raise CheckpointError(f"{path} is not a ControlNet of PixArt. Choose another file.")
     missing = next((index for index in range(len(layers)) if index not in layers), None)
     shape = shapes.get("controlnet_blocks.0.after_proj.bias", ())
-    if missing is not None or len(shape) != 1:
+    if missing is not None or len(shape) != 1 or not shape[0]:
         raise CheckpointError(f"{path} is a ControlNet without its layer {missing or 0}. Download it again.")
     settings = path / "config.json"
     heads, head_dim = find_heads(shape[0], read_json(settings) if settings.is_file() else {}, path)
@@ -111,21 +117,60 @@ def _read_config(shapes: dict[str, tuple[int, ...]], path: Path) -> TransformerC
     )
 
 
+def _check_kind(header: dict, path) -> None:
+    """Raise CheckpointError for another model, by its name, for a LoRA and for quantised weights."""
+    names = list(header)
+    adapter = next(filter(ADAPTER.search, names), None)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{path} is a LoRA for a ControlNet ({adapter}), which is not read here. Merge it into the "
+            "ControlNet with the program that trained it."
+        )
+    if not any(KEY.fullmatch(name) or AUTHORS_KEY.fullmatch(name) for name in names):
+        kind = kind_of(place(name).bare for name in names)
+        held = f"it holds {names[0]}" if names else "it holds nothing"
+        words = "not a ControlNet of PixArt" if kind is None else f"{kind.words}, not a ControlNet of PixArt"
+        if kind is not None and kind.words == "a ControlNet":
+            words = "a ControlNet for another kind of model than PixArt"
+        raise CheckpointError(f"{path} is {words}: {held}. Choose another file.")
+    quantised = quantization_of(names, (dtype for _, dtype in header.values()))
+    if quantised:
+        raise CheckpointError(
+            f"{path} is a quantised ControlNet ({quantised}), which is not read here. Use its weights in "
+            "float32, float16 or bfloat16."
+        )
+
+
+def _rename_all(values: dict, split, path) -> dict:
+    """What a file holds, by the names of diffusers' format; `split` is as in `_rename`."""
+    renamed: dict = {}
+    for key, value in values.items():
+        for name, part in _rename(key, value, split, path).items():
+            if name in renamed:
+                raise CheckpointError(f"{path} holds {name} twice. Choose another file.")
+            renamed[name] = part
+    return renamed
+
+
+def _split_shape(value, parts: int) -> list:
+    """Of a weight in a header, (shape, dtype), what each of so many parts has. A wrong shape stays whole, to
+    be named by `_check_shapes`."""
+    shape, dtype = value
+    if not shape or shape[0] % parts:
+        return [value] * parts
+    return [((shape[0] // parts, *shape[1:]), dtype)] * parts
+
+
 def _rename(key: str, value, split, path) -> dict:
     """What a key of the file comes to, by the names of diffusers' format: several for q, k and v in one,
     nothing for the transformer's own weights. `split(value, parts)` takes one apart."""
-    if ADAPTER.search(key):
-        raise CheckpointError(
-            f"{path} is a LoRA for a ControlNet ({key}), which is not read here. Merge it into the "
-            "ControlNet with the program that trained it."
-        )
     if found := KEY.fullmatch(key):
         return {f"controlnet_blocks.{found[1]}.{found[2]}.{found[3]}": value}
     found = AUTHORS_KEY.fullmatch(key)
     if found is None:
         if OF_TRANSFORMER.match(key):
             return {}
-        raise CheckpointError(f"{path} is not a ControlNet of PixArt: it holds {key}. Choose another file.")
+        raise CheckpointError(f"{path} holds {key}, which no ControlNet of PixArt has. Choose another file.")
     index, part, rest = found.groups()
     if part != "copied_block":
         return {f"controlnet_blocks.{index}.{part}.{rest}": value}
@@ -140,23 +185,17 @@ def _rename(key: str, value, split, path) -> dict:
     }
 
 
-def _check(state_dict: dict[str, torch.Tensor], controlnet: ControlNet, path) -> None:
-    expected = {name: weight.shape for name, weight in controlnet.state_dict().items()}
+def _check_shapes(shapes: dict[str, tuple[int, ...]], controlnet: ControlNet, path) -> None:
+    expected = {name: tuple(weight.shape) for name, weight in controlnet.state_dict().items()}
     for name, shape in expected.items():
-        if name not in state_dict:
+        if name not in shapes:
             raise CheckpointError(f"{path} is a ControlNet without {name}. Download it again.")
-        weight = state_dict[name]
-        if weight.shape != shape:
+        if shapes[name] != shape:
             raise CheckpointError(
-                f"{path} is damaged: {name} is {tuple(weight.shape)} where its width makes it "
-                f"{tuple(shape)}. Download it again."
-            )
-        if not weight.is_floating_point() or not weight.float().isfinite().all():
-            raise CheckpointError(
-                f"{path} is damaged: {name} holds {weight.dtype} numbers that are not finite weights. "
+                f"{path} is damaged: {name} is {shapes[name]} where its width makes it {shape}. "
                 "Download it again."
             )
-    left_over = next((name for name in state_dict if name not in expected), None)
+    left_over = next((name for name in shapes if name not in expected), None)
     if left_over is not None:
         raise CheckpointError(
             f"{path} holds {left_over}, which no ControlNet of PixArt has. Choose another file."

@@ -8,7 +8,13 @@ MLP_BYTES = 2**27
 
 
 def activation_bytes(
-    config: TransformerConfig, batch: int, height: int, width: int, prompt_tokens: int, itemsize: int
+    config: TransformerConfig,
+    batch: int,
+    height: int,
+    width: int,
+    prompt_tokens: int,
+    itemsize: int,
+    controlnets: int = 0,
 ) -> int:
     """Bytes that a forward pass needs at its peak for what it computes, the weights apart.
 
@@ -16,12 +22,14 @@ def activation_bytes(
     bytes. The peak is a block's MLP: what came into the block, the block's sum so far, the MLP's input, and
     its fourfold hidden state before and after the GELU. Of a large picture the MLP takes a part at a time;
     then its output is another one, and the self-attention may be the peak: what came in, its input, queries,
-    keys, values, and its result. Beside them the prompt, as it came and projected.
+    keys, values, and its result. Beside them the prompt, as it came and projected; and with ControlNets the
+    tokens of each of them, and the transformer's as they were and with what was added.
     """
     patch, channels = config.patch_size, config.cross_attention_dim
     tokens = batch * -(-height // patch) * -(-width // patch) * channels
     hidden = MLP_BYTES // itemsize
     numbers = 11 * tokens if 4 * tokens <= hidden else max(4 * tokens + 2 * hidden, 6 * tokens)
+    numbers += (controlnets + 2) * tokens if controlnets else 0
     return (numbers + batch * prompt_tokens * (config.caption_channels + channels)) * itemsize
 
 

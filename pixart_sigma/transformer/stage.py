@@ -21,6 +21,7 @@ from .calibration import Calibration, find_calibration, fingerprint_of
 from .changes import Change
 from .checkpoint import Checkpoint, Quantised, load_transformer_state_dict
 from .config import TransformerConfig
+from .controlnet_file import build_controlnet
 from .cost import activation_bytes
 from .kv_rules import KVCompression, resolve
 from .loading import UNCHANGED, load_transformer
@@ -66,16 +67,24 @@ def predict_needs(
     place: str,
     in_turn: bool,
     quantised: Quantised = (),
+    controlnets: tuple[TransformerConfig, ...] = (),
 ) -> Needs:
     """Bytes of a transformer of this config, in a dtype, in a place of TRANSFORMER_DEVICES.
 
-    quantised: the weights that stay quantised, see `Checkpoint.quantised`.
+    quantised: the weights that stay quantised, see `Checkpoint.quantised`. controlnets: the configs of those
+    that act beside it; they are whole on the device, also where the transformer is streamed.
     """
     weights, in_ram = _weight_bytes(config, dtype, place, quantised)
+    weights += sum(_controlnet_bytes(controlnet, dtype) for controlnet in controlnets)
     batch = work.count * (2 if work.guided and not in_turn else 1)
     size = (-(-work.height // 8), -(-work.width // 8))
-    activations = activation_bytes(config, batch, *size, work.tokens, dtype.itemsize)
+    activations = activation_bytes(config, batch, *size, work.tokens, dtype.itemsize, len(controlnets))
     return Needs(weights + activations + working_nbytes(quantised), weights, in_ram)
+
+
+@functools.lru_cache(maxsize=8)
+def _controlnet_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+    return parameter_nbytes(build_controlnet(config).parameters(), dtype)
 
 
 @functools.lru_cache(maxsize=64)

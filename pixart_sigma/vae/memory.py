@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import SigmaError
@@ -24,6 +24,20 @@ def whole_decode_bytes(decoder: Decoder, height: int, width: int, itemsize: int)
             wide, narrow = layer.channels, layer.block.conv1.out_channels
             kept = 0 if layer.block.shortcut is None else wide
             largest = max(largest, max(3 * wide, kept + 4 * narrow) * layer.height * layer.width)
+    return largest * itemsize
+
+
+def whole_encode_bytes(widths: Sequence[int], height: int, width: int, itemsize: int) -> int:
+    """Bytes on the device of the encode of a picture (1, 3, height, width), the weights apart.
+
+    widths: the channels of the encoder's levels, each of half the size of the one before. The peak is at the
+    end of a residual block, as in `whole_decode_bytes`.
+    """
+    largest, narrow = 0, widths[0]
+    for level, wide in enumerate(widths):
+        kept = narrow if narrow != wide else 0
+        largest = max(largest, max(3 * narrow, kept + 4 * wide) * (height >> level) * (width >> level))
+        narrow = wide
     return largest * itemsize
 
 

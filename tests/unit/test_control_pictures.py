@@ -1,11 +1,12 @@
 """ControlNets in whole runs, in Python and in the terminal."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pixart_sigma import ControlPicture, SigmaPipeline
 from pixart_sigma.cli.checks import parse_control_image
@@ -82,16 +83,22 @@ def test_bad_input_is_named_before_anything_is_loaded(pipeline, pipeline_folder,
 
     refused("controls has a PosixPath; give ControlPictures", [edges])
     refused("There is no file", [ControlPicture(tmp_path / "none.safetensors", IMAGE)])
+    weights = load_file(edges)
+    name = "controlnet_blocks.0.transformer_block.attn1.to_q.weight"
+    save_file(weights | {name: weights[name] * float("nan")}, tmp_path / "nan.safetensors")
+    refused(f"{name} is not finite", [ControlPicture(tmp_path / "nan.safetensors", IMAGE)])
+    (tmp_path / "cut.safetensors").write_bytes(edges.read_bytes()[:-1000])
+    refused("is cut off", [ControlPicture(tmp_path / "cut.safetensors", IMAGE)])
     refused("not a ControlNet of PixArt", [ControlPicture(pipeline_folder / "transformer", IMAGE)])
     wide = replace(XL_2, num_layers=1, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128)
     save_file(
         {name: torch.zeros(weight.shape) for name, weight in build_controlnet(wide).state_dict().items()},
         tmp_path / "wide.safetensors",
     )
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
-    refused("width 128 in 2 heads, and this one has width 144", [ControlPicture(tmp_path, IMAGE)])
-    budget = replace(pipeline.ways, budget=1e9)
-    refused("a run with ControlNets is not planned", [ControlPicture(edges, IMAGE)], budget)
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text('{"num_attention_heads": 2}')
+    (tmp_path / "wide.safetensors").rename(tmp_path / "wide" / "wide.safetensors")
+    refused("width 128 in 2 heads, and this one has width 144", [ControlPicture(tmp_path / "wide", IMAGE)])
     for wrong in (-1, float("nan"), "1"):
         with pytest.raises(SettingError, match="finite number from 0"):
             ControlPicture(edges, IMAGE, wrong)
@@ -141,8 +148,21 @@ def test_in_the_terminal(pipeline_folder, edges, tmp_path, capsys):
     other = ("--control", edges, "--control-image", f"{tmp_path}/blue.png:0.5:0-60%")
     status, again, err = generate("--like", tmp_path / "made.png", *other)
     assert status == 0 and again != made and "are others than" in err
+    status, within, err = generate("a boat", *quick, *control, "--budget", "6GB")
+    assert status == 0 and within == made and "everything fits in the fastest way" in err
     status, _, err = generate("a boat", *quick, "--control", edges)
     assert status == 2 and "There are 1 --control and 0 --control-image" in err
+
+    plan = ["plan", "--model", str(pipeline_folder), "--size", "64x64", "--budget", "1GB", "--json"]
+    peaks = []
+    for options in ([], ["--control", str(edges)]):
+        assert main([*plan, *options]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        assert ("VAE encode" in stages) is bool(options)
+        peaks.append(stages["transformer"]["weights"])
+    assert peaks[1] - peaks[0] == pytest.approx(edges.stat().st_size, rel=0.05)
+    assert main([*plan[:1], *plan[3:], "--control", str(edges)]) == 2
+    assert "width 144 in 2 heads, and this one has width 1152" in capsys.readouterr().err
 
     assert main(["inspect", str(edges)]) == 0
     assert "a ControlNet of PixArt" in capsys.readouterr().out

@@ -6,7 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from pixart_sigma import DEMO, ControlPicture
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.pipeline import SigmaPipeline
@@ -16,6 +19,9 @@ from pixart_sigma.prompt_embeds import Prompts
 from pixart_sigma.sampling.denoise import denoise
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.transformer.checkpoint import inspect
+from pixart_sigma.transformer.config import XL_2
+from pixart_sigma.transformer.controlnet_file import build_controlnet
 from pixart_sigma.vae.loading import SDXL_VAE, build_vae
 
 GB = 10**9
@@ -46,6 +52,47 @@ def test_a_run_uses_what_its_plan_says(size, count):
         cost = pipeline.stages.costs[name]
         assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.1), name
         assert cost.weights == pytest.approx(made.stages[name].weights, rel=0.02)
+
+
+@pytest.fixture
+def edges(tmp_path_factory):
+    """Folders of ControlNets for the demo, of three and of two layers."""
+    demo, folders = inspect(DEMO).config, []
+    for layers in (3, 2):
+        made = build_controlnet(replace(demo, num_layers=layers, kv_compression=None)).state_dict()
+        folders.append(tmp_path_factory.mktemp("controlnet"))
+        weights = {name: torch.zeros(weight.shape) for name, weight in made.items()}
+        save_file(weights, folders[-1] / "diffusion_pytorch_model.safetensors")
+        (folders[-1] / "config.json").write_text('{"num_attention_heads": 6}')
+    return folders
+
+
+def test_controlnets_use_what_their_plan_says(edges):
+    pipeline = SigmaPipeline.from_path("demo", measured())
+    settings = Settings("a red circle", width=256, height=256, steps=1)
+    picture = torch.rand(3, 256, 256)
+    made = pipeline.plan(settings, measured(budget=GB), controlnets=edges)
+    pipeline.generate(settings, made.ways, controls=[ControlPicture(folder, picture) for folder in edges])
+    for name in ("VAE encode", "transformer"):
+        cost = pipeline.stages.costs[name]
+        assert cost.peak - cost.before == pytest.approx(made.stages[name].peak, rel=0.1), name
+    files = [folder / "diffusion_pytorch_model.safetensors" for folder in edges]
+    weights = sum(file.stat().st_size for file in files) + pipeline.stages.costs["transformer"].weights
+    assert made.stages["transformer"].weights == pytest.approx(weights, rel=0.02)
+
+
+def test_pictures_that_are_given_are_planned(edges, tmp_path, capsys):
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu", budget=80e6))
+    settings, picture = Settings("a red circle"), torch.rand(3, 256, 256)
+    assert "VAE encode" not in pipeline.plan(settings).stages
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    for given in ({"controls": [ControlPicture(edges[0], picture)]}, {"image": picture}):
+        with pytest.raises(SigmaError, match="too small for the VAE encode of 256x256"):
+            pipeline.generate(settings, **given)
+    for given in (["--control", edges[0], "--control-image"], ["--image"]):
+        options = [*given, tmp_path / "black.png", "--budget", "80MB", "--out", tmp_path / "picture.png"]
+        assert main(["generate", "a red circle", *map(str, options)]) == 2
+        assert "too small for the VAE encode of 256x256" in capsys.readouterr().err
 
 
 def test_t5_uses_what_its_plan_says():
@@ -106,6 +153,21 @@ def test_prompt_and_negative_take_turns_where_both_do_not_fit(published):
     made = plan(2.5 * GB, 4096, 4096, models=published)
     assert made.ways.guidance_in_turn and "in turn" in made.why
     assert not plan(2.5 * GB, 4096, 4096, models=published, guidance_scale=1).ways.guidance_in_turn
+
+
+def test_a_controlnet_of_real_width_is_planned_beside_the_transformer(published):
+    controlled = replace(published, controlnets=(replace(XL_2, num_layers=13),))
+    plain, beside = (plan(6 * GB, 1024, 1024, models=models).stages for models in (published, controlled))
+    added = beside["transformer"].weights - plain["transformer"].weights
+    assert added == pytest.approx(0.59 * GB, rel=0.01)
+    streamed = make_plan(
+        Settings(width=1024, height=1024, binning=False),
+        Ways(budget=2 * GB, transformer_device="stream"),
+        controlled,
+    ).stages["transformer"]
+    assert streamed.how.endswith("streamed") and streamed.weights > added
+    with pytest.raises(SigmaError, match="too small for the VAE encode of 2048x2048 pixels"):
+        plan(2 * GB, 2048, 2048, models=controlled)
 
 
 def test_a_budget_that_nothing_keeps_is_named_with_what_would(published):

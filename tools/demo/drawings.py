@@ -239,16 +239,30 @@ def paint(
 
 def coverage(shapes: list[str], geometry: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Share of each pixel inside the shape, (B, 1, height, width); geometry is (x, y, radius)."""
+    return (0.5 - _distances(shapes, geometry, width, height)).clamp(0, 1)
+
+
+def trace(
+    scene: Scene, placed: list[tuple[float, float, float]], width: int, height: int, line: float
+) -> torch.Tensor:
+    """The objects' outlines, white on black, `line` pixels wide: (3, height, width) in [-1, 1]."""
+    shapes = [thing.shape for thing in scene.objects]
+    distances = _distances(shapes, torch.tensor(placed), width, height)
+    drawn = (0.5 + line / 2 - distances.abs()).clamp(0, 1).amax(0)
+    return drawn.expand(3, height, width) * 2 - 1
+
+
+def _distances(shapes: list[str], geometry: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Signed distance in pixels from each shape's outline, negative inside, (B, 1, height, width)."""
     x = torch.arange(width)[None, None, :] + 0.5 - geometry[:, 0, None, None]
     y = torch.arange(height)[None, :, None] + 0.5 - geometry[:, 1, None, None]
     x, y = torch.broadcast_tensors(x, y)
-    mask = torch.empty(len(shapes), height, width)
+    distances = torch.empty(len(shapes), height, width)
     for shape in set(shapes):
         rows = [row for row, name in enumerate(shapes) if name == shape]
         radius = geometry[rows, 2, None, None]
-        distance = _polygon_distance(shape, x[rows], y[rows], radius)
-        mask[rows] = (0.5 - distance).clamp(0, 1)
-    return mask[:, None]
+        distances[rows] = _polygon_distance(shape, x[rows], y[rows], radius)
+    return distances[:, None]
 
 
 def _polygon_distance(shape, x, y, radius):

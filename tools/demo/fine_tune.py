@@ -7,8 +7,9 @@
     python tools/demo/fine_tune.py kv          with KV compression in the deeper half: it imitates the other
     python tools/demo/fine_tune.py correct-kv  the compressed one on its own mistakes
     python tools/demo/fine_tune.py phased      in four steps without guidance, into the folder --work
+    python tools/demo/fine_tune.py control     a ControlNet that follows outlines, into the folder --work
 
-Each but the last replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own
+Each but the last two replaces the weights in pixart_sigma/demo or demo_kv at its end, resumes from its own
 checkpoint in --work and may be stopped at any time. With more processes a step has as many times the
 pictures: torchrun --nproc-per-node 2 tools/demo/fine_tune.py refine. On Linux MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which made kv twice as fast.
@@ -17,6 +18,7 @@ MALLOC_TRIM_THRESHOLD_=8000000000 keeps freed buffers for the next step, which m
 import argparse
 import copy
 import dataclasses
+import json
 import os
 import random
 from functools import partial
@@ -37,6 +39,7 @@ from losses import (
     visibility,
 )
 from networks import encode_texts, freeze_ends, new_schedule, new_transformer
+from outlines import OutlinedPictures, control_loss, new_controlnet, outline_sizes
 from own_pictures import OwnPictures, Runs
 from phases import Phases, phase_loss
 from safetensors.torch import load_file
@@ -55,7 +58,7 @@ KV_FASTER = 20
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv", "phased")
+        "stage", choices=("refine", "guidance", "correct", "decoder", "kv", "correct-kv", "phased", "control")
     )
     parser.add_argument("--work", type=Path, default=Path("demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "pixart_sigma" / "demo")
@@ -75,15 +78,16 @@ def main():
         "kv": train_kv,
         "correct-kv": train_correct_kv,
         "phased": train_phased,
+        "control": train_control,
     }[arguments.stage](arguments)
 
 
-def fine_tune(arguments, network, loss, make_batches=None):
+def fine_tune(arguments, network, loss, make_batches=None, sizes=lambda part: LARGE[:2] + LARGE):
     """The average over --steps of a network whose trained parameters require gradients.
 
     make_batches(vae, rng, encode) has a method next(sizes), which gives (size, batch, texts, ...): drawn
-    pictures by default, hard ones twice as often. loss(schedule, batch, texts, encode) is a tensor;
-    encode(texts) the pair of T5's hidden states and mask.
+    pictures by default, hard ones twice as often. sizes(part) are those when this part of the steps is done.
+    loss(schedule, batch, texts, encode) is a tensor; encode(texts) the pair of T5's hidden states and mask.
     """
     tokenizer = T5Tokenizer.from_pretrained(arguments.out / "tokenizer", extra_ids=0)
     text_encoder = T5EncoderModel.from_pretrained(arguments.out / "text_encoder", dtype=torch.float32)
@@ -107,7 +111,7 @@ def fine_tune(arguments, network, loss, make_batches=None):
         for group in adamw.param_groups + muon.param_groups:
             group["lr"] = arguments.rate * group["times"] * min((step + 1) / 100, 1 - step / total)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            size, batch, texts, *_ = batches.next(LARGE[:2] + LARGE)
+            size, batch, texts, *_ = batches.next(sizes(step / total))
             error = loss(schedule, batch, texts, encode)
         network.zero_grad()
         error.backward()
@@ -249,6 +253,21 @@ def train_phased(arguments):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text((dense / "config.json").read_text())
     write_weights(distilled, folder)
+
+
+def train_control(arguments):
+    """A ControlNet from copies of the exported transformer's blocks; a folder in --work."""
+    dense, folder = arguments.out / "transformer", arguments.work / "control"
+    transformer = load_network(dense)
+    controlnet = new_controlnet(transformer)
+    loss = control_loss(controlnet, transformer)
+    trained = fine_tune(
+        arguments, controlnet, loss, lambda vae, rng, _: OutlinedPictures(vae, rng), outline_sizes
+    )
+    folder.mkdir(exist_ok=True)
+    heads = {"num_attention_heads": transformer.sigma_config.num_attention_heads}
+    (folder / "config.json").write_text(json.dumps(heads) + "\n")
+    write_weights(trained, folder)
 
 
 def new_kv_transformer(dense: Path):

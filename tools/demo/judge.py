@@ -37,13 +37,15 @@ HALF_SIDE = {"circle": 1.0, "square": 0.86, "triangle": 0.97, "star": 1.03}
 
 @dataclass(frozen=True)
 class Seen:
-    """One object: `x` and `y` are shares of the canvas, `radius` a share of its shorter side."""
+    """One object: `x` and `y` are shares of the canvas, `radius` a share of its shorter side; `box` is its
+    (left, top, right, bottom) in pixels."""
 
     shape: str
     color: str
     x: float
     y: float
     radius: float
+    box: tuple[int, int, int, int]
 
     @property
     def position(self) -> str:
@@ -130,7 +132,8 @@ def describe(pixels: np.ndarray, region: np.ndarray, ground: np.ndarray) -> Seen
     x = (xs.mean() + (xs.min() + xs.max()) / 2 + 1) / 2 / region.shape[1]
     y = (ys.mean() + (ys.min() + ys.max()) / 2 + 1) / 2 / region.shape[0]
     radius = max(width, height) / 2 / min(region.shape) / HALF_SIDE.get(shape, 1.0)
-    return Seen(shape, nearest_color(color), float(x), float(y), float(radius))
+    box = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+    return Seen(shape, nearest_color(color), float(x), float(y), float(radius), box)
 
 
 def recognise(xs: np.ndarray, ys: np.ndarray, fill: float, turns: int = 72) -> str:

@@ -14,6 +14,7 @@ from pixart_sigma.transformer.controlnet import Control, ControlHooks
 from pixart_sigma.transformer.controlnet_file import (
     build_controlnet,
     describe_controlnet,
+    inspect_controlnet,
     is_controlnet,
     load_controlnet,
 )
@@ -331,26 +332,49 @@ def test_a_folder_and_wrappers(weights, tmp_path):
 
 
 def test_what_is_something_else_is_refused(weights, transformer, tmp_path):
-    def refused(found, words):
+    def refused(found, words, read=inspect_controlnet):
+        """Most of it from the header alone."""
         save_file({name: weight.contiguous() for name, weight in found.items()}, tmp_path / "x.safetensors")
         with pytest.raises(CheckpointError, match=words):
-            load_controlnet(tmp_path / "x.safetensors")
+            read(tmp_path / "x.safetensors")
 
-    refused(transformer.state_dict(), "not a ControlNet of PixArt: it holds")
-    refused({"controlnet_cond_embedding.conv_in.weight": torch.zeros(2)}, "not a ControlNet of PixArt")
-    refused(weights | {"controlnet_blocks.0.nose": torch.zeros(2)}, "it holds controlnet_blocks.0.nose")
+    refused(transformer.state_dict(), "is a PixArt-Sigma transformer, not a ControlNet of PixArt: it holds")
+    refused({"pos_embed_input.proj.weight": torch.zeros(2)}, "is not a ControlNet of PixArt: it holds")
+    other = "is a ControlNet for another kind of model than PixArt"
+    refused({"controlnet_cond_embedding.conv_in.weight": torch.zeros(2)}, other)  # SDXL's
+    refused({"controlnet_blocks.0.weight": torch.zeros(2, 2)}, other)  # Flux's, and of Stable Diffusion 3
+    refused(
+        weights | {"controlnet_blocks.0.nose": torch.zeros(2)}, "holds controlnet_blocks.0.nose, which no"
+    )
     lora = "controlnet_blocks.0.transformer_block.attn1.to_q.lora_A.weight"
     refused(weights | {lora: torch.zeros(2, 2)}, "a LoRA for a ControlNet")
     name = "controlnet_blocks.1.transformer_block.attn1.to_q.weight"
     refused({key: weight for key, weight in weights.items() if key != name}, f"without {name}")
     refused({key: weight for key, weight in weights.items() if "blocks.0" not in key}, "without its layer 0")
     refused(weights | {name: weights[name][:5]}, r"is \(5, 144\) where its width makes it \(144, 144\)")
-    refused(weights | {name: weights[name] * float("nan")}, "not finite")
+    refused(weights | {name: weights[name][None]}, r"is \(1, 144, 144\) where its width makes it")
+    refused(weights | {name: weights[name].long()}, "holds torch.int64 numbers")
+    refused(weights | {name: weights[name].to(torch.int8)}, r"a quantised ControlNet \(int8\)")
+    scale = {name.replace("weight", "scale_weight"): torch.ones(())}
+    refused(
+        weights | scale, r"a quantised ControlNet \(ComfyUI's scaled fp8\), .* Use its weights in float32"
+    )
+    refused(weights | {"controlnet_blocks.0.after_proj.bias": torch.zeros(0)}, "without its layer 0")
+    refused(weights | {name: weights[name] * float("nan")}, f"{name} is not finite", load_controlnet)
     refused(
         weights | {"controlnet_blocks.1.before_proj.bias": torch.zeros(144)},
         "which no ControlNet of PixArt has",
     )
     refused(weights | {f"x.{name}": weights[name].clone()}, "twice")
+
+
+@pytest.mark.parametrize("shape", [(433, 144), (432,), ()])
+def test_a_fused_weight_of_another_shape_is_named(weights, to_original, tmp_path, shape):
+    authors = as_authors(weights, to_original)
+    authors["controlnet.1.copied_block.attn.qkv.weight"] = torch.zeros(shape)
+    torch.save(authors, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"damaged: controlnet_blocks.1.transformer_block.attn1.to_q"):
+        inspect_controlnet(tmp_path / "x.pth")
 
 
 def test_no_code_in_it_is_run(tmp_path):

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pixart_sigma.memory.measure import peak_bytes
 from pixart_sigma.transformer.config import XL_2, KVWeights
-from pixart_sigma.transformer.cost import multiply_adds
+from pixart_sigma.transformer.controlnet import Control, ControlHooks
+from pixart_sigma.transformer.controlnet_file import build_controlnet
+from pixart_sigma.transformer.cost import activation_bytes, multiply_adds
 from pixart_sigma.transformer.kv_rules import parse
 from pixart_sigma.transformer.network import build_transformer
 
@@ -56,3 +59,30 @@ def test_multiply_adds_of_the_published_network():
     ]:
         counted = multiply_adds(XL_2, size, size, 300, parse(rules, 28))
         assert abs(counted / expected - 1) < 5e-3, (size, rules, counted)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_the_peak_of_a_pass_with_controlnets(count):
+    """Of XL/2's width, on the meta device. With one ControlNet a tensor of tokens too much is predicted."""
+    config, batch, side = replace(XL_2, num_layers=3), 2, 64
+    tokens = batch * (side // 2) ** 2 * config.cross_attention_dim * 4
+
+    def attention(query, key, value, attn_mask=None):
+        return torch.empty_like(query)
+
+    transformer = build_transformer(config, attention=attention)
+    controlnet = build_controlnet(replace(config, num_layers=2), attention=attention)
+    latents, embeds = (
+        torch.empty(shape, device="meta") for shape in ((batch, 4, side, side), (batch, 300, 4096))
+    )
+    controls = (Control(controlnet, latents[:1]),) * count
+
+    def run():
+        hooks = ControlHooks(controls)
+        with torch.no_grad():
+            transformer(latents, 500.0, embeds, hooks=hooks)
+
+    run()  # which keeps the positions
+    needed = peak_bytes(torch.device("meta"), run) + embeds.nbytes
+    predicted = activation_bytes(config, batch, side, side, 300, 4, count)
+    assert -0.1 * tokens < predicted - needed < (1.1 if count == 1 else 0.1) * tokens
