@@ -49,6 +49,9 @@ class Start:
         return "" if self.mask is None else digest(self.mask)
 
 
+NO_PICTURE = Start()
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
     """The picture of a file as (3, H, W) in [0, 1], float32; see `from_pillow`, also for what it raises."""
     with open_picture(path) as picture:

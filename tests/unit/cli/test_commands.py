@@ -152,7 +152,7 @@ def test_an_interrupt_is_status_130_and_writes_nothing(generate, tmp_path, monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.runs.denoise", interrupt)
     status, _, err = generate()
     assert status == 130 and "Interrupted" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
