@@ -214,7 +214,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self)
+        return dict(vars(self))  # which asdict copies to the bottom, for each picture of a batch
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "Settings":

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import SigmaError
 from ..files.picture_files import write_picture
@@ -243,5 +243,5 @@ class LocalBatch:
                 seed=picture.settings.seed,
                 error=str(error),
                 digest=picture.digest,
-                settings=asdict(picture.settings),
+                settings=picture.settings.as_dict(),
             )

@@ -8,7 +8,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -122,7 +122,7 @@ def _pictures_of(
 
 
 def _name(pattern: str, row: int, settings: Settings, file: str | None) -> str:
-    fields = asdict(settings) | {"row": row, "prompt": name_of(settings.prompt), "file": file or ""}
+    fields = settings.as_dict() | {"row": row, "prompt": name_of(settings.prompt), "file": file or ""}
     try:
         return _check_file(pattern.format_map({name: fields[name] for name in IN_NAMES}))
     except (ValueError, TypeError) as error:

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 
@@ -12,17 +11,6 @@ from pixart_sigma.settings import Settings, Ways
 
 BASE = Settings(width=64, height=64, steps=2, binning=False)
 MADE_WITH = {"dtype": "fp32"}
-
-
-@pytest.fixture(scope="session")
-def small_folder(tmp_path_factory, pipeline_folder):
-    """The tiny pipeline at the base of 256 px."""
-    folder = tmp_path_factory.mktemp("small") / "PixArt-Sigma-Tiny-256"
-    shutil.copytree(pipeline_folder, folder)
-    config_file = folder / "transformer" / "config.json"
-    config = json.loads(config_file.read_text()) | {"sample_size": 32, "interpolation_scale": 0.5}
-    config_file.write_text(json.dumps(config))
-    return folder
 
 
 class Batches:
@@ -73,5 +61,5 @@ class Batches:
 
 
 @pytest.fixture
-def batches(small_folder, tmp_path):
-    return Batches(small_folder, tmp_path / "out")
+def batches(small_pipeline_folder, tmp_path):
+    return Batches(small_pipeline_folder, tmp_path / "out")

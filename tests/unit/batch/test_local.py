@@ -39,9 +39,9 @@ def test_each_model_is_loaded_once_and_released(batches):
     assert batches.loads == [] and len(batches.lines()) == len(ROWS)
 
 
-def test_a_picture_is_what_generate_makes_of_its_settings(batches, small_folder):
+def test_a_picture_is_what_generate_makes_of_its_settings(batches, small_pipeline_folder):
     batches.run(*ROWS)
-    single = SigmaPipeline.from_path(small_folder, Ways(device="cpu", t5_precision="fp32"))
+    single = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu", t5_precision="fp32"))
     for line in batches.lines():
         path = batches.out / line["file"]
         result = single.generate(Settings.from_dict(line["settings"]))
@@ -49,9 +49,9 @@ def test_a_picture_is_what_generate_makes_of_its_settings(batches, small_folder)
         assert Metadata.read(path) == result.metadata
 
 
-def test_pictures_do_not_depend_on_their_neighbours(batches, small_folder, tmp_path):
+def test_pictures_do_not_depend_on_their_neighbours(batches, small_pipeline_folder, tmp_path):
     batches.run(*ROWS)
-    other = Batches(small_folder, tmp_path / "other")
+    other = Batches(small_pipeline_folder, tmp_path / "other")
     other.run(*reversed(ROWS), disk=1)  # a part for each picture
     # The last one's texts are those of others before it.
     assert other.loads == THREE_STAGES * 3 + ["transformer", "vae"]
@@ -60,11 +60,11 @@ def test_pictures_do_not_depend_on_their_neighbours(batches, small_folder, tmp_p
 
 
 @pytest.mark.parametrize("scheduler", ["dpmpp_2m", "euler_ancestral"])
-def test_several_at_once_are_the_same_but_for_rounding(batches, small_folder, tmp_path, scheduler):
+def test_several_at_once_are_the_same_but_for_rounding(batches, small_pipeline_folder, tmp_path, scheduler):
     base = Settings.from_dict(BASE.as_dict() | {"scheduler": scheduler})
     rows = ("a boat", {"prompt": "two cats sleep on a warm window", "seed": 4}, "a boat", "a house")
     batches.run(*rows, base=base)
-    together = Batches(small_folder, tmp_path / "together")
+    together = Batches(small_pipeline_folder, tmp_path / "together")
     pipeline = together.pipeline()
     groups, draw = [], pipeline.denoise
     pipeline.denoise = lambda runs, *rest: groups.append(len(runs)) or draw(runs, *rest)
@@ -75,10 +75,10 @@ def test_several_at_once_are_the_same_but_for_rounding(batches, small_folder, tm
         assert abs(one - other).max() <= 1
 
 
-def test_negative_prompts_may_differ_within_a_group(batches, small_folder, tmp_path):
+def test_negative_prompts_may_differ_within_a_group(batches, small_pipeline_folder, tmp_path):
     rows = ({"prompt": "a boat", "negative": "fog"}, {"prompt": "a house", "negative": "low quality, blurry"})
     batches.run(*rows)
-    together = Batches(small_folder, tmp_path / "together")
+    together = Batches(small_pipeline_folder, tmp_path / "together")
     together.run(*rows, together=2)
     for name in batches.files():
         one, other = (np.asarray(Image.open(at / f"{name}.png"), int) for at in (batches.out, together.out))
@@ -91,9 +91,9 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after it"])
-def test_a_batch_that_is_killed_goes_on(small_folder, tmp_path, monkeypatch, after):
+def test_a_batch_that_is_killed_goes_on(small_pipeline_folder, tmp_path, monkeypatch, after):
     rows = "a boat", {"prompt": "a house", "seed": 2}
-    whole = Batches(small_folder, tmp_path / "whole")
+    whole = Batches(small_pipeline_folder, tmp_path / "whole")
     whole.run(*rows)
     writes, limit = count(1), 0
 
@@ -108,7 +108,7 @@ def test_a_batch_that_is_killed_goes_on(small_folder, tmp_path, monkeypatch, aft
     for place in ("batch.folder", "text.embeddings", "files.picture_files"):
         monkeypatch.setattr(f"pixart_sigma.{place}.write_beside", killed)
     for limit in range(1, 9):  # what all is made with, three texts, two latents, two pictures
-        writes, batches = count(1), Batches(small_folder, tmp_path / f"{limit}")
+        writes, batches = count(1), Batches(small_pipeline_folder, tmp_path / f"{limit}")
         with pytest.raises(Killed):
             batches.run(*rows)
         batches.run(*rows)

@@ -335,7 +335,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for command in ("generate", "encode", "compare-t5", "inspect", "quantize-t5", "download"):
+    for command in ("generate", "batch", "encode", "compare-t5", "inspect", "quantize-t5", "download"):
         assert command in out
 
 
