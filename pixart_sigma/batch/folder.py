@@ -138,7 +138,8 @@ class BatchFolder:
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _latents_path(self, picture: Picture) -> Path:
-        return self.work / "latents" / f"{picture.digest}.safetensors"
+        # By its row too: another one may ask for the same picture.
+        return self.work / "latents" / f"{picture.row}_{picture.digest}.safetensors"
 
     def _check_made_with(self, made_with: dict[str, Any]) -> None:
         path = self.work / "made_with.json"

@@ -69,7 +69,7 @@ def test_several_at_once_are_the_same_but_for_rounding(batches, small_pipeline_f
     groups, draw = [], pipeline.denoise
     pipeline.denoise = lambda runs, *rest: groups.append(len(runs)) or draw(runs, *rest)
     together.run(*rows, base=base, pipeline=pipeline, together=3)
-    assert groups == [3, 1]
+    assert groups == [3, 1] and len(batches.files()) == len(rows)
     for name in batches.files():
         one, other = (np.asarray(Image.open(at / f"{name}.png"), int) for at in (batches.out, together.out))
         assert abs(one - other).max() <= 1
@@ -83,6 +83,12 @@ def test_negative_prompts_may_differ_within_a_group(batches, small_pipeline_fold
     for name in batches.files():
         one, other = (np.asarray(Image.open(at / f"{name}.png"), int) for at in (batches.out, together.out))
         assert abs(one - other).max() <= 1
+
+
+def test_two_rows_may_ask_for_the_same_picture(batches):
+    batch = batches.run("a boat", "a boat", together=2)
+    one, other = batches.files().values()
+    assert one == other and not batch.failed
 
 
 class Killed(BaseException):
