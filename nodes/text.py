@@ -72,6 +72,7 @@ class TextEncode(io.ComfyNode):
 
 
 class EncodePromptList(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
     @classmethod
     def define_schema(cls):
         from .host.prompt_list import NO_FILE, choices

@@ -10,7 +10,7 @@ from ..batch.rows import parse_seeds, read_rows
 from ..choices import DTYPES
 from ..errors import SigmaError
 from ..files.writing import say
-from ..settings import Settings
+from ..settings import Settings, Ways
 from .checks import (
     parse_batch_size,
     read_settings,
@@ -33,35 +33,21 @@ def batch(arguments) -> int:
     check_folder_out(arguments.out)
     take_refiner(arguments, None)
     base, ways = read_settings(arguments), read_ways(arguments)
+    _check(arguments, ways)
     seeds = parse_seeds(arguments.seeds) if arguments.seeds else ()
-    if arguments.batch_size == "auto" and not ways.budget:
-        raise SigmaError("--batch-size auto is what fits into a budget; give that too, such as --budget 8GB.")
-    if arguments.batch_size not in (None, "auto"):
-        parse_batch_size(arguments.batch_size)
-    if arguments.refiner and ways.budget:
-        raise SigmaError(
-            "Two transformers stay loaded in a batch, which no --budget plans; leave one of them out."
-        )
-    if arguments.rows != "-" and not Path(arguments.rows).is_file():
-        raise SigmaError(f"{arguments.rows} is no file; give one with a prompt in each line.")
 
     from ..batch.folder import BatchFolder
     from ..batch.local import LocalBatch, Settled
-    from ..pipeline import SigmaPipeline
 
-    pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=replace(ways, release="keep"))
-    pipeline = pipeline.with_adapters(arguments.adapters or ())
-    if arguments.refiner:
-        pipeline = pipeline.with_refiner(arguments.refiner)
-    tell_guess(pipeline.checkpoint)
-    tell_adapters(pipeline.components)
+    pipeline = _open(arguments, ways)
     tell_recipe(pipeline.checkpoint, base)
     settled = Settled(pipeline)
 
     def make(given: dict[str, Any]) -> Settings:
         """The row's settings, where it says nothing the options'."""
         row = SimpleNamespace(**given)
-        aspect = given.get("aspect", None if given.keys() & {"size", "width", "height"} else arguments.aspect)
+        sized = given.keys() & {"size", "width", "height"}
+        aspect = given.get("aspect", None if sized else arguments.aspect)
         return settled.settle(with_aspect(read_settings(row, base), aspect, pipeline.base_size))
 
     pictures, bad = make_pictures(read_rows(arguments.rows), make, seeds, arguments.name)
@@ -86,22 +72,53 @@ def batch(arguments) -> int:
             on_stage=bar.stage,
             on_count=bar.count,
         )
-        _tell_beforehand(run, pictures, todo)
-        try:
-            if todo:
-                run.run(todo)
-        except KeyboardInterrupt:
-            left = len(folder.todo(pictures))
-            raise KeyboardInterrupt(
-                f"{len(pictures) - left} of {len(pictures)} pictures are there; the same command goes on."
-            ) from None
-    failed = len(run.failed) + len(bad)
-    if arguments.contact_sheet:
-        _write_sheets(folder, pictures)
+        _draw(run, pictures, todo)
+        if arguments.contact_sheet:
+            _write_sheets(folder, pictures)
     say(f"{len(pictures) - len(run.failed)} pictures in {arguments.out}")
+    failed = len(run.failed) + len(bad)
     if failed:
         tell(f"{failed} failed; {folder.manifest.path} says why. The same command tries them again.")
     return FAILED if failed else 0
+
+
+def _check(arguments, ways: Ways) -> None:
+    """What can be known of the options before torch is imported."""
+    if arguments.batch_size == "auto" and not ways.budget:
+        raise SigmaError("--batch-size auto is what fits into a budget; give that too, such as --budget 8GB.")
+    if arguments.batch_size not in (None, "auto"):
+        parse_batch_size(arguments.batch_size)
+    if arguments.refiner and ways.budget:
+        raise SigmaError(
+            "Both transformers stay loaded in a batch, which --budget does not plan; leave it out."
+        )
+    if arguments.rows != "-" and not Path(arguments.rows).is_file():
+        raise SigmaError(f"{arguments.rows} is no file; give one with a prompt in each line.")
+
+
+def _open(arguments, ways: Ways):
+    """The pipeline that the options name, which keeps its models."""
+    from ..pipeline import SigmaPipeline
+
+    pipeline = SigmaPipeline.from_path(**model_arguments(arguments), ways=replace(ways, release="keep"))
+    pipeline = pipeline.with_adapters(arguments.adapters or ())
+    if arguments.refiner:
+        pipeline = pipeline.with_refiner(arguments.refiner)
+    tell_guess(pipeline.checkpoint)
+    tell_adapters(pipeline.components)
+    return pipeline
+
+
+def _draw(run, pictures: list[Picture], todo: list[Picture]) -> None:
+    """Draw what is left to do, and say before how much that is; an interrupt says how much there is now."""
+    _tell_beforehand(run, pictures, todo)
+    try:
+        run.run(todo)
+    except KeyboardInterrupt:
+        there = len(pictures) - len(run.folder.todo(pictures))
+        raise KeyboardInterrupt(
+            f"{there} of {len(pictures)} pictures are there; the same command goes on."
+        ) from None
 
 
 def _together(batch_size: str | None, pipeline, pictures: list[Picture]) -> int:
