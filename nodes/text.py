@@ -62,17 +62,128 @@ class TextEncode(io.ComfyNode):
         from .host.memory import record
         from .host.release import release
 
-        if clip is None:
-            raise ValueError(
-                "There is no text encoder in this model file. Connect Load Σ Text Encoder (T5), or Load "
-                "CLIP with type pixart."
-            )
+        check_clip(clip)
         with record("Encode the prompts"):
             try:
                 conditioning = [encode(clip, text, clean_caption) for text in (positive, negative)]
             finally:
                 release(clip, after_use)
         return io.NodeOutput(*conditioning)
+
+
+class EncodePromptList(io.ComfyNode):
+    # Long because a node's inputs stand in one place, each with its tooltip.
+    @classmethod
+    def define_schema(cls):
+        from .host.prompt_list import NO_FILE, choices
+
+        return io.Schema(
+            node_id="PixArtSigmaEncodePromptList",
+            display_name="Σ Encode Prompt List",
+            category="PixArt Sigma",
+            description="Turns many prompts into lists of conditioning, with the text encoder loaded once. "
+            "The nodes behind it then make a picture for each prompt.",
+            search_aliases=["prompt batch", "many prompts", "prompts from file", "list", "queue prompts"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="From Load Σ Text Encoder (T5), or from ComfyUI's Load CLIP with type pixart.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="a red circle in the middle\na large blue star",
+                    tooltip="A prompt in each line; empty lines are left out.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=choices(),
+                    default=NO_FILE,
+                    tooltip="In place of the lines above: a .txt with a prompt in each line, or a .csv or "
+                    ".jsonl with prompt, negative and seed, in ComfyUI's input folder.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to avoid, for each prompt that brings none of its own.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the first prompt; each further one has the next, unless its row says.",
+                ),
+                io.Boolean.Input(
+                    "clean_caption",
+                    default=False,
+                    tooltip="Clean the prompts like the training captions: no links, HTML, hashtags or "
+                    "brackets. Turns (word:1.3) off.",
+                ),
+                io.Combo.Input(
+                    "after_use",
+                    options=list(RELEASES),
+                    default="keep",
+                    tooltip="What happens to the text encoder once all prompts are encoded.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="positive", is_output_list=True, tooltip="One for each prompt."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", is_output_list=True, tooltip="What to avoid, for each prompt."
+                ),
+                io.Int.Output(
+                    display_name="seed", is_output_list=True, tooltip="For the sampler's seed, as an input."
+                ),
+                io.String.Output(display_name="text", is_output_list=True, tooltip="The prompts' words."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **_):
+        from .host.prompt_list import NO_FILE, find
+
+        if file == NO_FILE:
+            return 0, 0
+        status = find(file).stat()
+        return status.st_mtime_ns, status.st_size
+
+    @classmethod
+    def execute(cls, clip, prompts, file, negative, seed, clean_caption, after_use):
+        from .host.memory import record
+        from .host.prompt_list import read, with_progress
+        from .host.release import release
+
+        check_clip(clip)
+        listed = read(prompts, file, negative, seed)
+        with record("Encode the prompts"):
+            try:
+                texts = list(dict.fromkeys(text for one in listed for text in (one.prompt, one.negative)))
+                made = with_progress(texts, lambda text: encode(clip, text, clean_caption))
+                encoded = dict(zip(texts, made, strict=True))
+            finally:
+                release(clip, after_use)
+        return io.NodeOutput(
+            [encoded[one.prompt] for one in listed],
+            [encoded[one.negative] for one in listed],
+            [one.seed for one in listed],
+            [one.prompt for one in listed],
+        )
+
+
+def check_clip(clip) -> None:
+    """ValueError where a loader of a model file found no text encoder in it."""
+    if clip is None:
+        raise ValueError(
+            "There is no text encoder in this model file. Connect Load Σ Text Encoder (T5), or Load "
+            "CLIP with type pixart."
+        )
 
 
 def encode(clip, text: str, clean_caption: bool) -> list:
@@ -99,4 +210,4 @@ def encode(clip, text: str, clean_caption: bool) -> list:
     return embeddings.with_source(conditioning, text=text, clean_caption=clean_caption)
 
 
-NODES = [TextEncode]
+NODES = [TextEncode, EncodePromptList]

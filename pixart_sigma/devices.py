@@ -4,6 +4,7 @@ import platform
 
 import torch
 
+from .choices import DTYPES
 from .errors import SigmaError
 
 
@@ -35,3 +36,9 @@ def half_precision(device: torch.device) -> torch.dtype:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """What the transformer and the VAE compute in: float32 on a CPU, else half precision."""
     return torch.float32 if device.type == "cpu" else half_precision(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What `Ways` calls it, such as "bf16"."""
+    named = str(dtype).removeprefix("torch.")
+    return next(name for name, value in DTYPES.items() if value == named)

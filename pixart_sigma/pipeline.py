@@ -1,6 +1,6 @@
 """The stages in a row: a prompt, its embeddings, latents, pictures. One model in memory at a time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,19 +12,18 @@ from .adapter_files import AdapterFile
 from .aspect_ratio import crop_back
 from .choices import DTYPES
 from .components import Components
-from .devices import pick_device, pick_dtype
+from .devices import dtype_name, pick_device, pick_dtype
 from .errors import SettingError
 from .files.metadata import Metadata, Model
-from .files.pictures import Start, latent_mask
+from .files.pictures import NO_PICTURE, Start, to_pillow
 from .memory.stages import Stages
 from .noise_schedule import NoiseSchedule
 from .planner import Models, Plan
 from .planner import plan as make_plan
 from .refiner import Refiner, check_refiner
-from .run_inputs import GivenPictures, Prompted, as_prompted, check_embeddings
-from .sampling.denoise import Step, Unfinished, denoise
-from .sampling.guidance import guide
-from .sampling.noise import get_noise
+from .run_inputs import NOTHING_GIVEN, GivenPictures, Prompted, as_prompted, check_embeddings
+from .runs import Run, denoise_runs
+from .sampling.denoise import Step
 from .sampling.schedulers import get_step_arguments, get_timesteps, scheduler_for
 from .settings import Settings, Ways, check_settings, check_ways
 from .text.cache import EmbeddingCache
@@ -32,9 +31,9 @@ from .text.embeddings import PromptEmbeddings
 from .text.stage import TextStage
 from .transformer.checkpoint import Checkpoint
 from .transformer.config import TransformerConfig
-from .transformer.control_pictures import ControlledTransformer, ControlPicture, check_controls
+from .transformer.control_pictures import ControlPicture, check_controls
 from .transformer.kv_rules import spell
-from .transformer.stage import Pass, TransformerStage
+from .transformer.stage import TransformerStage
 from .vae.stage import VAEStage
 
 # Of Ways, what a pipeline has for all its runs.
@@ -141,7 +140,7 @@ class SigmaPipeline:
         return replace(
             self,
             stages=stages,
-            text=replace(self.text, stages=stages, _held=None),
+            text=replace(self.text, stages=stages, _held=None, _held_way=("", "")),
             transformer=replace(self.transformer, stages=stages, _held_place=""),
             vae=replace(self.vae, stages=stages),
             refiner=self.refiner and self.refiner.within(stages),
@@ -205,40 +204,98 @@ class SigmaPipeline:
         callback is called after each step, on_stage(name) before a stage, on_decode(done, total) in strips.
         Raises SigmaError before any model is loaded where something can be known to be wrong.
         """
-        ways = self._run_ways(ways)
-        settings = check_settings(settings).complete(self.base_size)
         start = Start.of(image, mask)
-        controls = check_controls(controls, self._configs())
-        check_refiner(self.refiner, settings, ways, self.transformer)
-        settings, fingerprints = self._check(settings, embeddings, start), self._fingerprints()
+        controls = tuple(controls)
+        settings, ways = self.settle(settings, ways, embeddings=embeddings, start=start, controls=controls)
+        fingerprints = self._fingerprints()
         followed = tuple(control.describe() for control in controls)  # which reads their weights
-        ways = self._within_budget(settings, ways, start, controls)
         stage = on_stage or (lambda name: None)
 
         if embeddings is None:
             stage("text encoder")
-            prompted, ways = self._encode(settings, ways, embedding_cache)
+            prompted, ways = self.encode(settings, ways, embedding_cache)
         else:
             prompted, settings, ways = as_prompted(embeddings, settings, ways)
         given = self._encode_pictures(start, controls, settings, stage)
         stage("transformer")
-        latents, ways = self._denoise(settings, ways, prompted, given, callback)
+        latents, ways = self.denoise([Run(settings, prompted)], ways, given, callback)
         stage("VAE decode")
-        pictures, ways = self.vae.decode(latents, ways, on_decode or (lambda done, total: None))
-        pictures = crop_back(pictures, *settings.asked_size(self.base_size))
-
+        images, ways = self.decode(latents, settings, ways, on_decode)
         fingerprints["text_encoder"] = prompted.fingerprint
-        metadata = Metadata(
-            settings=settings,
-            ways=replace(ways, device=str(self.device), dtype=_dtype_name(self.dtype)),
-            models=self._models(fingerprints, prompted.tokenizer),
+        metadata = self.describe(settings, ways, fingerprints, prompted.tokenizer)
+        metadata = replace(
+            metadata,
             image_sha256=start.image_sha256,
             mask_sha256=start.mask_sha256,
             embeddings_sha256=prompted.digest,
             controls=followed,
+        )
+        return Result(images, latents.cpu(), metadata, prompted.positive.truncated)
+
+    def settle(
+        self,
+        settings: Settings,
+        ways: Ways | None = None,
+        *,
+        embeddings: PromptEmbeddings | None = None,
+        start: Start = NO_PICTURE,
+        controls: Iterable[ControlPicture] = (),
+    ) -> tuple[Settings, Ways]:
+        """The settings with nothing left open, and the ways, which a budget has planned, as `generate` runs
+        them. Raises SigmaError where something can be known to be wrong; no model is loaded."""
+        ways = self._run_ways(ways)
+        settings = check_settings(settings).complete(self.base_size)
+        controls = check_controls(controls, self._configs())
+        check_refiner(self.refiner, settings, ways, self.transformer)
+        settings = self._check(settings, embeddings, start)
+        return settings, self._within_budget(settings, ways, start, controls)
+
+    def encode(
+        self, settings: Settings, ways: Ways, cache: EmbeddingCache | None = None
+    ) -> tuple[Prompted, Ways]:
+        """The prompts of settled settings as T5 makes them, and the ways as it ran; it is loaded for what
+        `cache` lacks."""
+        texts = (settings.prompt, settings.negative) if settings.uses_negative else (settings.prompt,)
+        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
+        positive, *negative = encoded
+        unwanted = negative[0] if negative else None
+        return Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
+
+    def denoise(
+        self,
+        runs: Sequence[Run],
+        ways: Ways,
+        given: GivenPictures = NOTHING_GIVEN,
+        callback: Callable[[Step], bool | None] | None = None,
+    ) -> tuple[torch.Tensor, Ways]:
+        """The latents (B, 4, h, w) of runs with settled settings, one after the other, and the ways as the
+        transformer ran. Several runs differ in their prompts and seeds alone, and go through it together."""
+        return denoise_runs(runs, ways, given, self.transformer, self.refiner, callback)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        settings: Settings,
+        ways: Ways,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[Image.Image], Ways]:
+        """The pictures of latents, as large as settled settings ask, and the ways with what the decode came
+        to. on_progress(done, total) is called between strips."""
+        pictures, ways = self.vae.decode(latents, ways, on_progress or (lambda done, total: None))
+        pictures = crop_back(pictures, *settings.asked_size(self.base_size))
+        return list(map(to_pillow, pictures)), ways
+
+    def describe(
+        self, settings: Settings, ways: Ways, fingerprints: dict[str, str], tokenizer: str = ""
+    ) -> Metadata:
+        """All that makes a picture from words alone again, of models with these fingerprints. tokenizer: its
+        name, where it is not T5's own."""
+        return Metadata(
+            settings=settings,
+            ways=replace(ways, device=str(self.device), dtype=dtype_name(self.dtype)),
+            models=self._models(fingerprints, tokenizer),
             **self.components.said_of_transformer,
         )
-        return Result(list(map(_to_image, pictures)), latents.cpu(), metadata, prompted.positive.truncated)
 
     def plan(
         self,
@@ -323,13 +380,6 @@ class SigmaPipeline:
             settings = replace(settings, kv_compression=spell(rules))  # what it is today
         return settings
 
-    def _encode(self, settings: Settings, ways: Ways, cache: EmbeddingCache | None) -> tuple[Prompted, Ways]:
-        texts = (settings.prompt, settings.negative) if settings.uses_negative else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
-        positive, *negative = encoded
-        unwanted = negative[0] if negative else None
-        return Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways
-
     def _encode_pictures(
         self,
         start: Start,
@@ -346,52 +396,3 @@ class SigmaPipeline:
         image_latents = None if start.image is None else encode(start.image).repeat(settings.count, 1, 1, 1)
         controlled = tuple((control, encode(control.image)) for control in controls)
         return GivenPictures(image_latents, start.mask, controlled)
-
-    def _denoise(
-        self,
-        settings: Settings,
-        ways: Ways,
-        prompted: Prompted,
-        given: GivenPictures,
-        callback: Callable[[Step], bool | None] | None,
-    ) -> tuple[torch.Tensor, Ways]:
-        width, height = settings.made_size(self.base_size)
-        painted = None if given.mask is None else latent_mask(given.mask, width, height)
-        generator = torch.Generator().manual_seed(settings.seed)
-        channels = self.checkpoint.config.in_channels
-        noise = get_noise(settings.count, height, width, generator, self.dtype, self.device, channels)
-        prompts = prompted.prompts(self.device, self.dtype)
-        work = Pass(height, width, settings.count, settings.guided)
-
-        def part(begun: torch.Tensor | Unfinished, on_step, stage: TransformerStage, ways: Ways):
-            state = generator.get_state()  # for a smaller way, where memory runs out
-
-            def use(transformer, in_turn: bool) -> torch.Tensor:
-                if given.controls:
-                    transformer = ControlledTransformer(transformer, given.controls, self.dtype)
-                return denoise(
-                    guide(transformer, prompts, settings, in_turn, self.checkpoint.noise_schedule),
-                    begun,
-                    settings,
-                    noise_schedule=self.checkpoint.noise_schedule,
-                    image_latents=given.image_latents,
-                    mask=painted,
-                    generator=generator.set_state(state),
-                    callback=on_step,
-                )
-
-            return stage.run(use, work, ways)
-
-        if self.refiner is None:
-            return part(noise, callback, self.transformer, ways)
-        switch = settings.refiner_step - settings.skipped_steps
-        return self.refiner.run_after(self.transformer, part, noise, switch, ways, callback)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    named = str(dtype).removeprefix("torch.")
-    return next(name for name, value in DTYPES.items() if value == named)
-
-
-def _to_image(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray((picture.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())

@@ -7,7 +7,7 @@ import torch
 from .choices import T5_PRECISIONS
 from .errors import SigmaError
 from .files.fingerprint import digest
-from .prompt_embeds import Encoded, Prompts
+from .prompt_embeds import Encoded
 from .settings import Settings, Ways
 from .text.embeddings import PromptEmbeddings
 from .transformer.checkpoint import Checkpoint
@@ -24,10 +24,6 @@ class Prompted:
     tokenizer: str = ""  # its name, where it is not the encoder's own
     digest: str = ""  # of embeddings that were given, where nobody knows who made them
 
-    def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
-        negative = None if self.negative is None else self.negative.prompt_embeds.to(device, dtype)
-        return Prompts(self.positive.prompt_embeds.to(device, dtype), None, negative)
-
 
 @dataclass(frozen=True)
 class GivenPictures:
@@ -37,6 +33,9 @@ class GivenPictures:
     image_latents: torch.Tensor | None
     mask: torch.Tensor | None
     controls: tuple[tuple[ControlPicture, torch.Tensor], ...]
+
+
+NOTHING_GIVEN = GivenPictures(None, None, ())
 
 
 def as_prompted(

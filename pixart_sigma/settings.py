@@ -160,6 +160,11 @@ class Settings:
         return self.guided or self.nag_scale is not None
 
     @property
+    def alike(self) -> "Settings":
+        """These settings without what may differ between runs that go through the transformer together."""
+        return replace(self.without_prompts(), seed=0)
+
+    @property
     def schedule_length(self) -> int:
         """The steps of a run from pure noise."""
         if self.few_step is not None:
@@ -209,7 +214,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self)
+        return dict(vars(self))  # which asdict copies to the bottom, for each picture of a batch
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "Settings":

@@ -67,6 +67,30 @@ def reuse_prompt_embeddings() -> Graph:
     return graph
 
 
+def prompt_list() -> Graph:
+    graph = Graph(
+        "A picture for each line: Σ Encode Prompt List encodes all prompts with T5 loaded once, and ComfyUI "
+        "runs what is behind it once for each. file takes the prompts from a file of the input folder."
+    )
+    loaders(graph)
+    graph.column("Prompts and size")
+    graph.add(
+        "prompts",
+        "PixArtSigmaEncodePromptList",
+        clip=graph["t5", 0],
+        prompts="a red circle in the middle\na large blue star\na green square below a white triangle",
+        file="none",
+        negative="",
+        seed=0,
+        clean_caption=False,
+        after_use="free",
+    )
+    bucket(graph, column="Prompts and size")
+    sample(graph, words="prompts", seed=graph["prompts", 2], after_use="keep")
+    show(graph)
+    return graph
+
+
 def native_ksampler() -> Graph:
     graph = Graph(
         "Our loaders with ComfyUI's own nodes: CLIP Text Encode, KSampler and VAE Decode. Σ KV Compression "
@@ -270,6 +294,7 @@ DEMO_WORKFLOWS = (
     demo_text_to_image,
     demo_kv_compression,
     reuse_prompt_embeddings,
+    prompt_list,
     native_ksampler,
     native_custom_sampler,
     image_to_image,

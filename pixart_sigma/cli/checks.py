@@ -125,6 +125,13 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_batch_size(text: str) -> int:
+    """8 from "8"."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise SigmaError(f"--batch-size is {text!r}; give a whole number from 1 to 9999, or auto.")
+    return int(text)
+
+
 def parse_precisions(text: str) -> tuple[str, str]:
     """("bf16", "int8") from "bf16,int8"."""
     names = tuple(part.strip() for part in text.split(","))

@@ -1,6 +1,7 @@
 """The terminal: `pixart-sigma COMMAND`, of COMMANDS.
 
-Exit status 0 when done, 2 for a user's mistake (one line on stderr), 130 when interrupted.
+Exit status 0 when done, 1 where pictures of a batch failed, 2 for a user's mistake (one line on stderr), 130
+when interrupted.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from ..errors import SettingError, SigmaError
 from ..files.picture_files import write_picture
 from ..files.writing import say
+from .batch import batch
 from .checks import (
     check_writable,
     parse_precisions,
@@ -37,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
         with _silence() if arguments.quiet else nullcontext():
             return COMMANDS[arguments.command](arguments) or 0
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted; {interrupt or 'nothing was written.'}", file=sys.stderr)
         return 130
     except SettingError as error:
         option = OPTIONS.get(error.name, "--" + error.name.replace("_", "-"))
@@ -214,6 +216,7 @@ def _download(arguments) -> int:
 
 COMMANDS = {
     "generate": generate,
+    "batch": batch,
     "encode": _encode,
     "plan": _plan,
     "calibrate": _calibrate,

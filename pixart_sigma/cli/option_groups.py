@@ -20,6 +20,10 @@ def add_size(command: argparse.ArgumentParser, most: str = ""):
     command.add_argument("--size", metavar="WIDTHxHEIGHT", help=f"default: {usual}")
 
 
+def add_aspect(command: argparse.ArgumentParser):
+    command.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
+
+
 def add_binning(command: argparse.ArgumentParser):
     command.add_argument(
         "--no-binning",
@@ -129,6 +133,9 @@ def add_encoding(command: argparse.ArgumentParser):
         metavar="TOKENS",
         help="how much of a prompt is read; default: the 300 of the training",
     )
+
+
+def add_embedding_cache(command: argparse.ArgumentParser):
     command.add_argument(
         "--no-embedding-cache",
         action="store_true",

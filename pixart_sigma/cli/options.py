@@ -19,10 +19,12 @@ from ..errors import SigmaError
 from ..files.writing import say
 from .option_groups import (
     add_adapters,
+    add_aspect,
     add_attention_guidance,
     add_binning,
     add_control,
     add_decode,
+    add_embedding_cache,
     add_encoding,
     add_model,
     add_prompt_file,
@@ -60,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_generate,
+        _add_batch,
         _add_encode,
         _add_plan,
         _add_calibrate,
@@ -94,8 +97,9 @@ def _add_generate(commands):
     add_model(generate)
     add_refiner(generate)
     add_encoding(generate)
+    add_embedding_cache(generate)
     add_size(generate)
-    generate.add_argument("--aspect", metavar="W:H", help="16:9 is landscape; at the checkpoint's base")
+    add_aspect(generate)
     add_binning(generate)
     add_sampling(generate)
     add_attention_guidance(generate)
@@ -121,6 +125,57 @@ def _add_generate(commands):
     )
 
 
+def _add_batch(commands):
+    batch = commands.add_parser(
+        "batch",
+        help="make a picture for each row of a file, every model loaded once",
+        description="Make a picture for each row of a file. Stopped at any time, the same command goes on.",
+    )
+    batch.set_defaults(command="batch")
+    batch.add_argument(
+        "rows",
+        metavar="PROMPTS",
+        help="a text file with a prompt in each line, or .csv, .jsonl or .parquet, whose columns are prompt, "
+        "negative, size, seed and so on; - is standard input",
+    )
+    batch.add_argument("--out", required=True, metavar="FOLDER", help="for pictures and manifest.jsonl")
+    batch.add_argument("--seeds", metavar="0-9", help="each row with each of these seeds")
+    batch.add_argument(
+        "--count", type=int, help="pictures of each row, with seeds from its own on (default: 1)"
+    )
+    batch.add_argument(
+        "--name",
+        metavar="PATTERN",
+        help="of the files, such as {row:05}_{prompt}_{seed}; {file} is what the column of that name says",
+    )
+    batch.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="default: png")
+    batch.add_argument("--contact-sheet", action="store_true", help="all pictures, small, on one more")
+    batch.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be drawn")
+    batch.add_argument(
+        "--batch-size",
+        metavar="N|auto",
+        help="pictures that go through the transformer at once; auto is what --budget holds. More than 1 "
+        "changes pictures by rounding (default: 1)",
+    )
+    batch.add_argument(
+        "--disk",
+        type=byte_count,
+        metavar="SIZE",
+        help="for embeddings and latents between two stages; a longer batch is done in parts (default: 10GB)",
+    )
+    add_model(batch)
+    add_refiner(batch)
+    add_encoding(batch)
+    add_size(batch)
+    add_aspect(batch)
+    add_binning(batch)
+    add_sampling(batch)
+    add_attention_guidance(batch)
+    add_schedule(batch)
+    add_savings(batch)
+    add_decode(batch)
+
+
 def _add_encode(commands):
     encode = commands.add_parser(
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
@@ -131,6 +186,7 @@ def _add_encode(commands):
     add_text_encoder(encode)
     add_adapters(encode)
     add_encoding(encode)
+    add_embedding_cache(encode)
     encode.add_argument("--out", default="prompt.safetensors")
 
 
@@ -210,6 +266,7 @@ def _add_compare(commands):
     )
     add_model(compare, t5_precision=False)
     add_encoding(compare)
+    add_embedding_cache(compare)
     add_size(compare)
     add_sampling(compare, seed="of every picture")
     compare.add_argument(

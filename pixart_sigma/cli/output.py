@@ -1,17 +1,15 @@
 """Where pictures are written: to the file that --out names, or under new names in a folder."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ..files.picture_files import check_ending, write_picture
+from ..errors import SigmaError
+from ..files.picture_files import check_ending, name_of, write_picture
 from ..files.writing import say
 from .checks import check_folder, check_writable, tell
-
-MOST_LETTERS = 48  # of the prompt, in a file's name
 
 
 def check_out(out: str) -> None:
@@ -23,6 +21,13 @@ def check_out(out: str) -> None:
     while not folder.exists():
         folder = folder.parent
     check_folder(folder)
+
+
+def check_folder_out(out: str) -> None:
+    """SigmaError unless this is a folder to write into, or can be made one."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise SigmaError(f"{out} is a file; give a folder for the pictures.")
+    check_out(f"{out}/")
 
 
 def check_picture_file(out: str) -> None:
@@ -76,15 +81,3 @@ def claim(folder: Path, name: str, ending: str) -> Path:
             continue
         return path
     raise AssertionError("count() does not end")
-
-
-def name_of(prompt: str) -> str:
-    """The prompt's first words as a file name: letters and digits of any script, joined by underscores."""
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    name = ""
-    for word in words:
-        longer = f"{name}_{word}" if name else word[:MOST_LETTERS]
-        if len(longer) > MOST_LETTERS:
-            break
-        name = longer
-    return name or "picture"

@@ -1,5 +1,6 @@
 """What a picture's file says of how it was made, so that it can be made again."""
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -116,6 +117,11 @@ class Metadata:
 
 def current_versions() -> dict[str, str]:
     """Of this package and of those that compute; of one that is not installed as a package there is none."""
+    return dict(_versions())
+
+
+@functools.cache  # reading them takes longer than writing a small picture
+def _versions() -> tuple[tuple[str, str], ...]:
     from .. import __version__
 
     found = {"pixart_sigma": __version__}
@@ -124,4 +130,4 @@ def current_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return tuple(found.items())

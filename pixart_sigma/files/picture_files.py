@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake is known at once.
 """
 
 import json
+import re
 import struct
 import warnings
 import zlib
@@ -32,6 +33,7 @@ FORMATS: dict[str, tuple[str, dict]] = {
 EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286  # Exif 2.3, sections 4.6.3 and 4.6.5
 ASCII = b"ASCII\0\0\0"
 MOST_EXIF = 65533  # bytes in the one segment of a JPEG
+MOST_LETTERS = 48  # of a prompt, in a file's name
 
 # What Pillow's readers raise for files that are cut short or changed.
 DAMAGE = (
@@ -134,3 +136,15 @@ def named_if_damaged(name: str | Path) -> Iterator[None]:
         raise SigmaError(
             f"{name} is a damaged picture ({error}); open it in another program and save it again."
         ) from error
+
+
+def name_of(prompt: str) -> str:
+    """The prompt's first words as a file name: letters and digits of any script, joined by underscores."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    name = ""
+    for word in words:
+        longer = f"{name}_{word}" if name else word[:MOST_LETTERS]
+        if len(longer) > MOST_LETTERS:
+            break
+        name = longer
+    return name or "picture"

@@ -49,10 +49,18 @@ class Start:
         return "" if self.mask is None else digest(self.mask)
 
 
+NO_PICTURE = Start()
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
     """The picture of a file as (3, H, W) in [0, 1], float32; see `from_pillow`, also for what it raises."""
     with open_picture(path) as picture:
         return from_pillow(picture, str(path))
+
+
+def to_pillow(picture: torch.Tensor) -> Image.Image:
+    """A picture (3, H, W) as Pillow's, what is outside of [0, 1] clamped."""
+    return Image.fromarray((picture.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def read_mask(path: str | Path) -> torch.Tensor:

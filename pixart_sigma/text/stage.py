@@ -68,6 +68,7 @@ class TextStage:
     stages: Stages = field(repr=False)
     changes: WeightChanges | None = field(default=None, repr=False)
     _held: EncoderIdentity | None = field(default=None, repr=False)
+    _held_way: tuple[str, str] = field(default=("", ""), repr=False)
 
     def encode(
         self,
@@ -83,6 +84,8 @@ class TextStage:
         """
         for text in texts:
             refuse_embeddings(text)
+        if self._held and ways.t5_precision not in (None, self._held.precision):
+            self._held = None  # another run was in another precision
         encoder = self._held or self.identify(ways.t5_precision)
         keys: list[str | None] = [None] * len(texts)
         if cache is not None and encoder is not None:
@@ -91,7 +94,10 @@ class TextStage:
         found = [cache.get(key) if cache is not None and key else None for key in keys]
         known = [one for one in found if one is not None]
         if encoder is not None and len(known) == len(texts):
+            self._hold(encoder)
             return known, encoder, replace(ways, t5_precision=encoder.precision)
+
+        precision = encoder.precision if encoder else ways.t5_precision or DEFAULT_T5_PRECISION
 
         def encode_missing(text_encoder: TextEncoder) -> tuple[list[Encoded], str]:
             encoded = [
@@ -102,20 +108,24 @@ class TextStage:
 
         def run(way: Way) -> tuple[list[Encoded], str]:
             place = way.chosen["t5_device"]
+            if (precision, place) != self._held_way:  # another run, or the way that did not fit, left it so
+                self.stages.drop("text encoder")
+            self._held_way = precision, place
             load = partial(self.load, ways.t5_precision, place)
             return self.stages.run("text encoder", load, encode_missing, on_cpu=place == "cpu")
 
-        precision = encoder.precision if encoder else ways.t5_precision or DEFAULT_T5_PRECISION
-        (encoded, precision), way = first_that_fits(
-            "text encoder", self._ways(precision, ways.t5_device), run
-        )
-        encoder = encoder or EncoderIdentity("", precision)
-        if self.stages.release != "free":
-            self._held = encoder  # whatever its files are by the next run
+        (encoded, made_in), way = first_that_fits("text encoder", self._ways(precision, ways.t5_device), run)
+        encoder = encoder or EncoderIdentity("", made_in)
+        self._hold(encoder)
         for key, one, new in zip(keys, found, encoded, strict=True):
             if cache is not None and key and one is None:
                 cache.put(key, new)
-        return encoded, encoder, replace(ways, t5_precision=precision, t5_device=way.chosen["t5_device"])
+        return encoded, encoder, replace(ways, t5_precision=made_in, t5_device=way.chosen["t5_device"])
+
+    def _hold(self, encoder: EncoderIdentity) -> None:
+        """Which T5 it is, whatever its files are by the next run."""
+        if self.stages.release != "free":
+            self._held = encoder
 
     def load(self, precision: str | None, place: str) -> TextEncoder:
         """Load T5 in a precision for a place. Raises CheckpointError if the run has no T5."""

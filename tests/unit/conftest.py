@@ -290,3 +290,14 @@ def invert_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             original[f"{block}{ORIGINAL_NAMES[module]}.{parameter}"] = tensor
     return original
+
+
+@pytest.fixture(scope="session")
+def small_pipeline_folder(tmp_path_factory, pipeline_folder) -> Path:
+    """The same pipeline at the base of 256 px, so that a run is quick."""
+    folder = tmp_path_factory.mktemp("small") / "PixArt-Sigma-Tiny-256"
+    shutil.copytree(pipeline_folder, folder)
+    config_file = folder / "transformer" / "config.json"
+    config = json.loads(config_file.read_text()) | {"sample_size": 32, "interpolation_scale": 0.5}
+    config_file.write_text(json.dumps(config))
+    return folder

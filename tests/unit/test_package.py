@@ -47,9 +47,13 @@ ALLOWED = {
     "planner": BASE | {"files", "memory"} | STAGES,
     "refiner": BASE | {"files", "memory"} | STAGES,
     "run_inputs": BASE | {"files", "memory"} | STAGES,
-    "pipeline": BASE | {"files", "memory", "components", "planner", "refiner", "run_inputs"} | STAGES,
+    "runs": BASE | {"files", "memory", "refiner", "run_inputs"} | STAGES,
+    "pipeline": BASE | {"files", "memory", "components", "planner", "refiner", "run_inputs", "runs"} | STAGES,
+    "batch": BASE | {"files", "memory", "pipeline", "run_inputs", "runs"} | STAGES,
     "studies": BASE | {"files", "memory", "components", "planner", "pipeline", "run_inputs"} | STAGES,
-    "cli": BASE | {"files", "memory", "components", "inspection", "planner", "pipeline", "studies"} | STAGES,
+    "cli": BASE
+    | {"files", "memory", "components", "inspection", "planner", "pipeline", "studies", "batch"}
+    | STAGES,
     "__main__": {"cli"},
 }
 

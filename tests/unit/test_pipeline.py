@@ -1,6 +1,4 @@
 import gc
-import json
-import shutil
 import weakref
 
 import pytest
@@ -23,15 +21,9 @@ from pixart_sigma.vae.stage import decode
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, pipeline_folder):
-    """The tiny pipeline at the base of 256 px, so that a run is quick."""
-    folder = tmp_path_factory.mktemp("base") / "PixArt-Sigma-Tiny-256"
-    shutil.copytree(pipeline_folder, folder)
-    config_file = folder / "transformer" / "config.json"
-    config = json.loads(config_file.read_text()) | {"sample_size": 32, "interpolation_scale": 0.5}
-    config_file.write_text(json.dumps(config))
-    return folder
+@pytest.fixture
+def folder(small_pipeline_folder):
+    return small_pipeline_folder
 
 
 def pipeline(folder, **settings) -> SigmaPipeline:

@@ -6,12 +6,13 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 from pack.nodes.host import embeddings
 from pack.nodes.host.release import release
 from pack.nodes.host.text_encoder import load_clip
-from pack.nodes.text import TextEncode
+from pack.nodes.text import EncodePromptList, TextEncode
 from pack.pixart_sigma import DEMO, TextEncoder
 
 import nodes as host_nodes
@@ -182,3 +183,77 @@ def test_an_interrupt_while_t5_loads_leaves_it_to_be_loaded(precision, no_cache)
     assert fresh.cond_stage_model.encoder is None
     assert not any(entry.model is fresh.patcher for entry in management.current_loaded_models)
     encode(fresh, "x", "free")
+
+
+@pytest.fixture
+def input_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    return tmp_path
+
+
+def encode_list(clip, prompts="", file="none", negative="", seed=0, after_use="free"):
+    return EncodePromptList.execute(clip, prompts, file, negative, seed, False, after_use).result
+
+
+def test_a_list_is_encoded_with_t5_loaded_once(clip, progress, no_cache, monkeypatch):
+    loads, load = [], TextEncoder.load
+    monkeypatch.setattr(TextEncoder, "load", lambda *given, **named: loads.append(1) or load(*given, **named))
+    positive, negative, seeds, texts = encode_list(
+        clip, "a red circle\n\n a blue star ", negative="fog", seed=5
+    )
+    assert len(loads) == 1 and clip.cond_stage_model.encoder is None
+    assert (seeds, texts) == ([5, 6], ["a red circle", "a blue star"])
+    assert progress[-1] == (3, 3)  # what both leave out is encoded once
+    for index, text in enumerate(texts):
+        expected = encode(clip, text, "free", negative="fog")
+        assert torch.equal(positive[index][0][0], expected[0])
+        assert torch.equal(negative[index][0][0], expected[1])
+
+
+def test_a_file_of_the_input_folder_brings_prompts_and_more(clip, input_folder):
+    (input_folder / "many.csv").write_text("prompt,negative,seed\na star,fog,\na circle,,9\n")
+    options = EncodePromptList.define_schema().inputs[2].options
+    assert options == ["none", "many.csv"]
+    before = EncodePromptList.fingerprint_inputs(file="many.csv", prompts="")
+    _, negative, seeds, texts = encode_list(clip, "ignored", "many.csv", negative="grey", seed=3)
+    assert (seeds, texts) == ([3, 9], ["a star", "a circle"])
+    assert torch.equal(negative[1][0][0], encode(clip, "a star", "free", negative="grey")[1])
+    (input_folder / "many.csv").write_text("prompt\na star\n")
+    assert EncodePromptList.fingerprint_inputs(file="many.csv", prompts="") != before
+
+
+@pytest.mark.parametrize(
+    "prompts, rows, words",
+    [
+        (" \n", None, "no prompt; write one"),
+        ("", '{"prompt": "a", "steps": 4}', "row 1: it sets steps"),
+        ("", '"a"\n{"seed": 4}', "row 2: it has no prompt"),
+        ("", '"a"\n{"prompt": "a", "seed": -1}', "row 2: seed is -1"),
+    ],
+)
+def test_a_list_that_cannot_be_used_loads_nothing(clip, input_folder, prompts, rows, words):
+    if rows:
+        (input_folder / "rows.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=words):
+        encode_list(clip, prompts, "rows.jsonl" if rows else "none")
+    assert clip.cond_stage_model.encoder is None
+
+
+def test_a_file_that_is_not_offered_is_not_read(clip, input_folder):
+    (input_folder.parent / "secret.txt").write_text("a prompt")
+    for name in ("../secret.txt", str(input_folder.parent / "secret.txt"), "none.txt"):
+        with pytest.raises(ValueError, match="no file"):
+            encode_list(clip, "", name)
+
+
+def test_an_interrupt_between_prompts_releases_the_encoder(clip, no_cache, monkeypatch):
+    encode_one = TextEncoder.encode_ids
+
+    def then_interrupt(self, *given):
+        management.interrupt_current_processing(True)
+        return encode_one(self, *given)
+
+    monkeypatch.setattr(TextEncoder, "encode_ids", then_interrupt)
+    with pytest.raises(management.InterruptProcessingException):
+        encode_list(clip, "a\nb")
+    assert clip.cond_stage_model.encoder is None

@@ -152,7 +152,7 @@ def test_an_interrupt_is_status_130_and_writes_nothing(generate, tmp_path, monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.runs.denoise", interrupt)
     status, _, err = generate()
     assert status == 130 and "Interrupted" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -335,7 +335,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for command in ("generate", "encode", "compare-t5", "inspect", "quantize-t5", "download"):
+    for command in ("generate", "batch", "encode", "compare-t5", "inspect", "quantize-t5", "download"):
         assert command in out
 
 

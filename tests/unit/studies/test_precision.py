@@ -1,9 +1,7 @@
 import gc
 import json
 import math
-import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,26 +23,15 @@ PROMPTS = ("A small red house", "the old sailor looks at the grey sea")
 QUICK = {"width": 64, "height": 96, "steps": 1}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, pipeline_folder) -> Path:
-    """The tiny pipeline at the base of 256 px, so that a run is quick."""
-    folder = tmp_path_factory.mktemp("base") / "PixArt-Sigma-Tiny"
-    shutil.copytree(pipeline_folder, folder)
-    config_file = folder / "transformer" / "config.json"
-    config = json.loads(config_file.read_text()) | {"sample_size": 32, "interpolation_scale": 0.5}
-    config_file.write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture
-def pipeline(folder) -> SigmaPipeline:
-    return SigmaPipeline.from_path(folder, Ways(device="cpu"))
+def pipeline(small_pipeline_folder) -> SigmaPipeline:
+    return SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu"))
 
 
 @pytest.fixture(scope="module")
-def compared(folder):
+def compared(small_pipeline_folder):
     """Both precisions and pictures of the tiny pipeline, by a run of its own."""
-    pipeline = SigmaPipeline.from_path(folder, Ways(device="cpu"))
+    pipeline = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu"))
     return compare_t5(pipeline, PROMPTS, ("fp32", "nf4"), Settings(seed=3, **QUICK))
 
 
@@ -91,12 +78,12 @@ def test_the_pictures_ratio_and_their_difference():
     assert difference.getpixel((0, 0)) == (255, 0, 0) and difference.getpixel((6, 2)) == (0, 0, 0)
 
 
-def test_a_comparison_is_of_what_each_precision_encodes_and_draws(folder, compared):
+def test_a_comparison_is_of_what_each_precision_encodes_and_draws(small_pipeline_folder, compared):
     encoded, drawn = {}, {}
     for precision in ("fp32", "nf4"):
-        encoder = TextEncoder.load(folder, precision=precision)
+        encoder = TextEncoder.load(small_pipeline_folder, precision=precision)
         encoded[precision] = [encoder.encode(prompt).prompt_embeds.float() for prompt in PROMPTS]
-        alone = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_precision=precision))
+        alone = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu", t5_precision=precision))
         drawn[precision] = alone.generate(Settings(PROMPTS[1], seed=3, **QUICK)).images[0]
     for prompt, one, other in zip(compared.prompts, encoded["fp32"], encoded["nf4"], strict=True):
         assert len(prompt.tokens) == one.shape[1] and prompt.tokens[-1] == END
@@ -162,8 +149,8 @@ def loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("release", ["keep", "free"])
-def test_one_model_is_in_memory_at_a_time(folder, loaded, release):
-    pipeline = SigmaPipeline.from_path(folder, Ways(device="cpu", release=release))
+def test_one_model_is_in_memory_at_a_time(small_pipeline_folder, loaded, release):
+    pipeline = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu", release=release))
     compare_t5(pipeline, PROMPTS[:1], ("fp32", "int8"), Settings(**QUICK))
     names = [name for name, _, _ in loaded]
     assert names == ["text encoder"] * 2 + ["transformer", "VAE decode"] * 2
@@ -209,15 +196,16 @@ def test_a_mistake_is_known_before_anything_is_loaded(
     assert loaded == []
 
 
-def test_an_encoder_that_cannot_be_compared_is_named(folder, loaded, tmp_path):
-    quantize_t5(folder, tmp_path / "t5")
-    quantized = SigmaPipeline.from_path(folder, Ways(device="cpu"), text_encoder=tmp_path / "t5")
+def test_an_encoder_that_cannot_be_compared_is_named(small_pipeline_folder, loaded, tmp_path):
+    quantize_t5(small_pipeline_folder, tmp_path / "t5")
+    ways = Ways(device="cpu")
+    quantized = SigmaPipeline.from_path(small_pipeline_folder, ways, text_encoder=tmp_path / "t5")
     with pytest.raises(SigmaError, match="saved in int8, so it can not be loaded in bf16"):
         compare_t5(quantized, PROMPTS, ("bf16", "int8"))
-    other = SigmaPipeline.from_path(folder, Ways(device="cpu"), text_encoder=DEMO)
+    other = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu"), text_encoder=DEMO)
     with pytest.raises(SigmaError, match="128 wide, and the transformer reads 64"):
         compare_t5(other, PROMPTS, ("bf16", "int8"))
-    streamed = SigmaPipeline.from_path(folder, Ways(device="cpu", t5_device="stream"))
+    streamed = SigmaPipeline.from_path(small_pipeline_folder, Ways(device="cpu", t5_device="stream"))
     with pytest.raises(SigmaError, match="can not be streamed"):
         compare_t5(streamed, PROMPTS, ("bf16", "nf4"))
     assert loaded == []
@@ -225,10 +213,10 @@ def test_an_encoder_that_cannot_be_compared_is_named(folder, loaded, tmp_path):
 
 
 @pytest.fixture
-def compare(folder, tmp_path, capsys):
+def compare(small_pipeline_folder, tmp_path, capsys):
     """Runs `pixart-sigma compare-t5` on the tiny pipeline -> (status, stdout, stderr)."""
 
-    def run(*options, model=folder):
+    def run(*options, model=small_pipeline_folder):
         status = cli.main(
             ["compare-t5", "--model", str(model), "--device", "cpu", "--steps", "1", "--size", "64x64"]
             + ["--out", str(tmp_path / "comparison.png"), *map(str, options)]
@@ -299,6 +287,6 @@ def test_an_interrupt_writes_nothing(compare, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixart_sigma.pipeline.denoise", interrupt)
+    monkeypatch.setattr("pixart_sigma.runs.denoise", interrupt)
     assert compare("a boat")[0] == 130
     assert not list(tmp_path.iterdir())
