@@ -913,7 +913,7 @@ def test_scheduler_settings_are_those_of_the_published_noise_schedule(name):
         ({"prompt_mask": torch.zeros(1, 5)}, "leaves no token"),
         ({"prompt_mask": torch.ones(1, 4)}, r"\(1, 5\), not \(1, 4\)"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else ", ".join(given),
 )
 def test_bad_settings_are_named(pair, settings, message):
     settings = {"guidance_scale": 1} | settings
