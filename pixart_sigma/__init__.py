@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# The folder of the model that comes with the pack, and that of its transformer trained with KV compression.
+# The folder of the model that comes with the pack, that of its transformer trained with KV compression, and
+# the file of the one distilled to four steps, in int8.
 DEMO = Path(__file__).parent / "demo"
 DEMO_KV = Path(__file__).parent / "demo_kv"
+DEMO_PHASED = Path(__file__).parent / "demo_phased" / "demo_phased_4step.safetensors"
 # By the names that a transformer can be given by.
-BUILT_IN = {"demo": DEMO, "demo-kv": DEMO_KV}
+BUILT_IN = {"demo": DEMO, "demo-kv": DEMO_KV, "demo-phased": DEMO_PHASED}
 
 if TYPE_CHECKING:  # what is written out here for editors and type checkers is found at run time below
     from .adapter_files import AdapterFile
@@ -68,6 +70,7 @@ __all__ = [
     "ControlPicture",
     "DEMO",
     "DEMO_KV",
+    "DEMO_PHASED",
     "PromptEmbeddings",
     "Prompts",
     "Result",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import DEMO, DEMO_KV
+from . import BUILT_IN, DEMO
 from .adapter_files import AdapterFile
 from .errors import CheckpointError
 from .files.fingerprint import fingerprint
@@ -55,13 +55,13 @@ class Components:
         needs_text_encoder: bool = True,
     ) -> "Components":
         """The components of a pipeline folder, or of one file that holds them all; one given by itself goes
-        first. A transformer "demo-kv" is the demo's, trained with KV compression.
+        first. A transformer may be one of BUILT_IN, such as "demo-kv".
 
         A transformer given by itself brings its noise schedule; where neither it nor its folder says one, the
         pipeline folder's scheduler decides, as in diffusers. `noise_schedule` takes the place of all of them.
         Raises CheckpointError where a component is missing or is something else.
         """
-        transformer = DEMO_KV if str(transformer) == "demo-kv" else transformer
+        transformer = BUILT_IN.get(str(transformer), transformer)
         folder = resolve(folder)
         found = find_components(folder) or _parts_of(folder)
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}

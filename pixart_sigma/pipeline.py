@@ -78,7 +78,7 @@ class SigmaPipeline:
         needs_text_encoder: bool = True,
     ) -> "SigmaPipeline":
         """Find the components of "demo" or of a pipeline folder; a component given by itself goes first. A
-        transformer "demo-kv" is the demo's, trained with KV compression.
+        transformer "demo-kv" is the demo's, trained with KV compression, "demo-phased" that for four steps.
 
         Nothing is loaded yet. A `dtype` of "auto" is bfloat16 on a GPU that has it, else float16, on a CPU
         float32; a `t5_precision` of None the one that a quantised T5 was saved in, else int8, for the demo

@@ -57,6 +57,7 @@ RECIPE_NAMES = (*RECIPES, *(f"{update}-{count}" for update in COUNTED for count 
 CALLED = (
     (("nitro",), "one-step"),
     (("dmd",), "one-step"),
+    (("phased", "4step"), "phased-4"),
     (("inkwash", "4step"), "phased-4"),
     (("inkwash", "2step"), "phased-2"),
     (("tdm",), "four-step"),

@@ -34,7 +34,7 @@ class Refiner:
 
     @classmethod
     def find(cls, path: str | Path, first: TransformerStage) -> "Refiner":
-        """The transformer of a file or folder, "demo" or "demo-kv", to run after `first` in the same place;
+        """The transformer of a file or folder, or one of BUILT_IN, to run after `first` in the same place;
         without the adapters of that, which were trained for another one.
 
         Raises CheckpointError where it is no transformer, and SigmaError where it is none for the same

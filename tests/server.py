@@ -28,8 +28,8 @@ PROGRESS_TEXT = 3  # the host's BinaryEventTypes.TEXT
 
 DEMO = "demo (built in)"
 MODELS = {"transformer", "text_encoder", "vae", "prompt_embeddings"}
-# It is not distilled, and draws something with the most steps of a recipe.
-DEMO_SETTINGS = {"variant": "auto", "base": "256", "recipe": "lcm-8"}
+DEMO_FOR_FOUR_STEPS = "demo for four steps (built in)"
+DEMO_SETTINGS = {"variant": "auto", "base": "256", "recipe": "phased-4"}
 
 
 class DidNotStart(Exception):
@@ -77,12 +77,15 @@ class Run:
 
 
 def with_the_demo(prompt: dict):
-    """Puts the demo in place of the files that a prompt would need, at the demo's size."""
+    """Puts the demo in place of the files that a prompt would need, at the demo's size; of few-step weights
+    the demo for four steps."""
+    few_steps = any(node["class_type"] == "PixArtSigmaFewStepRecipe" for node in prompt.values())
+    demos = {"transformer": DEMO_FOR_FOUR_STEPS} if few_steps else {}
     for node in prompt.values():
         inputs = node["inputs"]
         inputs.update(
             {
-                name: DEMO
+                name: demos.get(name, DEMO)
                 for name in MODELS & set(inputs)
                 if isinstance(inputs[name], str) and not inputs[name].endswith("(built in)")
             }

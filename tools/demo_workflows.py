@@ -4,6 +4,7 @@ from workflow_graph import Graph
 from workflow_parts import (
     DEMO,
     DEMO_KV,
+    DEMO_PHASED,
     WIDE,
     bucket,
     decode,
@@ -40,6 +41,40 @@ def demo_kv_compression() -> Graph:
     encode(graph, "a large yellow triangle on a purple background")
     bucket(graph)
     sample(graph)
+    show(graph)
+    return graph
+
+
+def demo_four_steps() -> Graph:
+    graph = Graph(
+        "Four steps without guidance: the demo's transformer, distilled for it. Σ Few-Step Recipe gives the "
+        "noise levels and the sampler, and cfg stays 1. Such weights of Σ run the same way."
+    )
+    loaders(graph, transformer=DEMO_PHASED)
+    encode(graph, "a large orange star on a blue background")
+    bucket(graph)
+    graph.column("Denoise")
+    graph.add(
+        "recipe",
+        "PixArtSigmaFewStepRecipe",
+        model=graph["transformer", 0],
+        recipe="phased-4",
+        denoise=1.0,
+        custom_recipe="",
+    )
+    graph.add(
+        "sampler",
+        "SamplerCustom",
+        model=graph["transformer", 0],
+        add_noise=True,
+        noise_seed=0,
+        cfg=1.0,
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        sampler=graph["recipe", 1],
+        sigmas=graph["recipe", 0],
+        latent_image=graph["size", 0],
+    )
     show(graph)
     return graph
 
@@ -293,6 +328,7 @@ def compare_t5_precisions() -> Graph:
 DEMO_WORKFLOWS = (
     demo_text_to_image,
     demo_kv_compression,
+    demo_four_steps,
     reuse_prompt_embeddings,
     prompt_list,
     native_ksampler,

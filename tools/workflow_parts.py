@@ -6,6 +6,7 @@ from workflow_graph import Graph, Link, download
 WIDE = 560
 DEMO = "demo (built in)"
 DEMO_KV = "demo with KV compression (built in)"
+DEMO_PHASED = "demo for four steps (built in)"
 T5_PARTS = "Needs a T5-XXL, such as t5xxl_fp16.safetensors in models/text_encoders."
 T5 = download(
     "t5xxl_fp16.safetensors",

@@ -10,12 +10,13 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ...pixart_sigma import DEMO, DEMO_KV
+from ...pixart_sigma import DEMO, DEMO_KV, DEMO_PHASED
 from ...pixart_sigma.errors import CheckpointError
 from ...pixart_sigma.files.locating import EXTENSIONS, is_index, parts_of_shard, resolve
 
 DEMO_CHOICE = "demo (built in)"
 DEMO_KV_CHOICE = "demo with KV compression (built in)"
+DEMO_PHASED_CHOICE = "demo for four steps (built in)"
 # Loader -> the folders of ComfyUI it reads, the first one without its name in front. The host adds
 # models/clip to text_encoders, models/unet to diffusion_models, and to each what extra_model_paths.yaml has.
 CATEGORIES = {
@@ -94,7 +95,8 @@ def _as_others_write(kind: str, choice: str) -> Iterator[str]:
 def _built_in(kind: str) -> dict[str, Path]:
     if kind in WITHOUT_DEMO:
         return {}
-    return {DEMO_CHOICE: DEMO} | ({DEMO_KV_CHOICE: DEMO_KV} if kind == "transformer" else {})
+    others = {DEMO_KV_CHOICE: DEMO_KV, DEMO_PHASED_CHOICE: DEMO_PHASED}
+    return {DEMO_CHOICE: DEMO} | (others if kind == "transformer" else {})
 
 
 def _offered(kind: str) -> dict[str, Path]:

@@ -41,12 +41,13 @@ def check_given(arguments, like: Metadata) -> None:
 
 
 def own_transformer(arguments, like: Metadata) -> str | None:
-    """The transformer to use where the options name no model: the demo's other one, if it was that."""
-    from .. import DEMO_KV
+    """The transformer to use where the options name no model: one of the demo's others, if it was that."""
+    from .. import BUILT_IN
 
     was = like.models.get("transformer")
-    is_demo_kv = was is not None and was.name == DEMO_KV.name
-    return "demo-kv" if is_demo_kv and arguments.model is None else None
+    if was is None or arguments.model is not None:
+        return None
+    return next((name for name, path in BUILT_IN.items() if was.name == path.name and name != "demo"), None)
 
 
 def check_models(arguments, like: Metadata, fingerprints: dict[str, str]) -> None:

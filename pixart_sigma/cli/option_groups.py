@@ -62,7 +62,8 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     add_text_encoder(command, t5_precision)
     command.add_argument(
         "--transformer",
-        help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression",
+        help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression, "
+        "demo-phased the one for --recipe phased-4",
     )
     add_adapters(command)
     command.add_argument("--vae", help="VAE file or folder, instead of the model's")

@@ -313,7 +313,7 @@ def _add_merge(commands):
         "merge", help="write a transformer with adapters, or another transformer, merged into it"
     )
     merge.set_defaults(command="merge")
-    merge.add_argument("--transformer", required=True, help="file or folder; demo, demo-kv")
+    merge.add_argument("--transformer", required=True, help="file or folder; demo, demo-kv, demo-phased")
     add_adapters(merge)
     merge.add_argument(
         "--with",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from pixart_sigma import DEMO, DEMO_KV
+from pixart_sigma import DEMO, DEMO_KV, DEMO_PHASED
+from pixart_sigma.inspection import find_recipe
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.settings import Settings, Ways
 from pixart_sigma.transformer.checkpoint import inspect
@@ -92,4 +93,20 @@ def test_the_one_trained_with_kv_compression_needs_no_setting():
         ("a red circle on a blue background", "blue", "red", "circle"),
     ):
         seen_ground, seen = look(np.asarray(pipeline.generate(Settings(prompt, seed=0)).images[0]))
+        assert (seen_ground, [(one.color, one.shape) for one in seen]) == (ground, [(color, shape)])
+
+
+@pytest.mark.slow
+def test_the_one_for_four_steps_says_so_and_draws_in_them():
+    assert DEMO_PHASED.stat().st_size < 4_000_000
+    recipe = find_recipe(DEMO_PHASED)
+    assert recipe == "phased-4" and not find_recipe(DEMO)
+    pipeline = SigmaPipeline.from_path("demo", Ways(device="cpu", release="keep"), transformer="demo-phased")
+    for prompt, ground, color, shape in (
+        ("a large yellow triangle on a purple background", "purple", "yellow", "triangle"),
+        ("a red circle on a blue background", "blue", "red", "circle"),
+        ("a white star on a black background", "black", "white", "star"),
+    ):
+        picture = pipeline.generate(Settings(prompt, seed=0, recipe=recipe)).images[0]
+        seen_ground, seen = look(np.asarray(picture))
         assert (seen_ground, [(one.color, one.shape) for one in seen]) == (ground, [(color, shape)])
