@@ -46,9 +46,17 @@ def run_with_the_demo(server: Server, workflow: Path, object_info: dict):
     assert run.status == "success", run.error
     for key, entry in prompt.items():
         if entry["class_type"] == "SaveImage":
-            (picture,) = server.pictures(run, key)
-            # Of each channel: a canvas in one colour has no content.
-            assert picture.std((0, 1)).max() > 20
+            pictures = server.pictures(run, key)
+            assert len(pictures) == pictures_of(prompt)
+            for picture in pictures:
+                # Of each channel: a canvas in one colour has no content.
+                assert picture.std((0, 1)).max() > 20
+
+
+def pictures_of(prompt: dict) -> int:
+    """How many a prompt makes: one, or one for each of a list."""
+    lists = [entry for entry in prompt.values() if entry["class_type"] == "PixArtSigmaEncodePromptList"]
+    return len(lists[0]["inputs"]["prompts"].splitlines()) if lists else 1
 
 
 def at_defaults(object_info: dict, kind: str, **links) -> dict:

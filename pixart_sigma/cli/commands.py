@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         with _silence() if arguments.quiet else nullcontext():
             return COMMANDS[arguments.command](arguments) or 0
     except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted; {interrupt or 'nothing was written.'}", file=sys.stderr)
+        print(f"\nInterrupted; {str(interrupt) or 'nothing was written.'}", file=sys.stderr)
         return 130
     except SettingError as error:
         option = OPTIONS.get(error.name, "--" + error.name.replace("_", "-"))

@@ -154,7 +154,7 @@ def test_an_interrupt_is_status_130_and_writes_nothing(generate, tmp_path, monke
 
     monkeypatch.setattr("pixart_sigma.runs.denoise", interrupt)
     status, _, err = generate()
-    assert status == 130 and "Interrupted" in err and "Traceback" not in err
+    assert status == 130 and "Interrupted; nothing was written." in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
