@@ -50,6 +50,11 @@ class Settled:
             raise found
         return found[1]
 
+    def ran(self, settings: Settings, ways: Ways) -> None:
+        """That settled settings ran in these ways: what did not fit once is not tried for each picture."""
+        kind = kind_of(settings)
+        self._found[kind] = kind, ways
+
 
 # What plays no part in how a picture is computed.
 OWN = ("prompt", "negative", "seed", "count")
@@ -165,7 +170,9 @@ class LocalBatch:
                 self.on_count(number, len(ready))
 
     def _prompted(self, settings: Settings) -> tuple[Prompted, Ways]:
-        return self.pipeline.encode(settings, self.settled.ways(settings), self.folder.embeddings)
+        prompted, ways = self.pipeline.encode(settings, self.settled.ways(settings), self.folder.embeddings)
+        self.settled.ran(settings, ways)
+        return prompted, ways
 
     def _groups(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
         alike: dict[Settings, list[Picture]] = {}
@@ -183,6 +190,7 @@ class LocalBatch:
             Run(picture.settings, prompted) for picture, (prompted, _) in zip(group, encoded, strict=True)
         ]
         latents, ways = self.pipeline.denoise(runs, encoded[0][1])
+        self.settled.ran(group[0].settings, ways)
         seconds = (time.perf_counter() - began) / len(group)
         for picture, run, latent in zip(group, runs, latents.cpu().split(1), strict=True):
             said = {

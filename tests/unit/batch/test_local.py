@@ -4,6 +4,7 @@ from itertools import count
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
@@ -13,6 +14,7 @@ from pixart_sigma.errors import SigmaError
 from pixart_sigma.files.metadata import Metadata
 from pixart_sigma.files.writing import write_beside
 from pixart_sigma.pipeline import SigmaPipeline
+from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.settings import Settings, Ways
 
 from .conftest import BASE, Batches
@@ -89,6 +91,20 @@ def test_two_rows_may_ask_for_the_same_picture(batches):
     batch = batches.run("a boat", "a boat", together=2)
     one, other = batches.files().values()
     assert one == other and not batch.failed
+
+
+def test_what_did_not_fit_once_is_not_tried_for_each_picture(batches, monkeypatch):
+    tried = []
+
+    def guided(transformer, prompts, settings, in_turn, schedule):
+        tried.append(in_turn)
+        if not in_turn:
+            raise torch.OutOfMemoryError
+        return guide(transformer, prompts, settings, in_turn, schedule)
+
+    monkeypatch.setattr("pixart_sigma.runs.guide", guided)
+    assert not batches.run("a boat", "a house", "a cat").failed
+    assert tried == [False, True, True, True]
 
 
 class Killed(BaseException):
