@@ -13,6 +13,7 @@ from workflow_parts import (
     loaders,
     report,
     sample,
+    sample_few_steps,
     save,
     show,
 )
@@ -53,28 +54,7 @@ def demo_four_steps() -> Graph:
     loaders(graph, transformer=DEMO_PHASED)
     encode(graph, "a large orange star on a blue background")
     bucket(graph)
-    graph.column("Denoise")
-    graph.add(
-        "recipe",
-        "PixArtSigmaFewStepRecipe",
-        model=graph["transformer", 0],
-        recipe="phased-4",
-        denoise=1.0,
-        custom_recipe="",
-    )
-    graph.add(
-        "sampler",
-        "SamplerCustom",
-        model=graph["transformer", 0],
-        add_noise=True,
-        noise_seed=0,
-        cfg=1.0,
-        positive=graph["prompt", 0],
-        negative=graph["prompt", 1],
-        sampler=graph["recipe", 1],
-        sigmas=graph["recipe", 0],
-        latent_image=graph["size", 0],
-    )
+    sample_few_steps(graph, "phased-4")
     show(graph)
     return graph
 

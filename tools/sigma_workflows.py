@@ -13,6 +13,7 @@ from workflow_parts import (
     load_transformer,
     report,
     sample,
+    sample_few_steps,
     show,
     sigma_loaders,
 )
@@ -106,28 +107,7 @@ def sigma_few_step() -> Graph:
     load_t5_and_vae(graph, T5, SDXL_VAE, "int8")
     encode(graph, "a hummingbird at a red flower, macro photograph")
     bucket(graph, "1:1")
-    graph.column("Denoise")
-    graph.add(
-        "recipe",
-        "PixArtSigmaFewStepRecipe",
-        model=graph["transformer", 0],
-        recipe="one-step",
-        denoise=1.0,
-        custom_recipe="",
-    )
-    graph.add(
-        "sampler",
-        "SamplerCustom",
-        model=graph["transformer", 0],
-        add_noise=True,
-        noise_seed=0,
-        cfg=1.0,
-        positive=graph["prompt", 0],
-        negative=graph["prompt", 1],
-        sampler=graph["recipe", 1],
-        sigmas=graph["recipe", 0],
-        latent_image=graph["size", 0],
-    )
+    sample_few_steps(graph, "one-step")
     show(graph)
     return graph
 

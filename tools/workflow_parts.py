@@ -117,6 +117,32 @@ def sample(
     )
 
 
+def sample_few_steps(graph: Graph, recipe: str):
+    """Distilled weights by a recipe, without guidance."""
+    graph.column("Denoise")
+    graph.add(
+        "recipe",
+        "PixArtSigmaFewStepRecipe",
+        model=graph["transformer", 0],
+        recipe=recipe,
+        denoise=1.0,
+        custom_recipe="",
+    )
+    graph.add(
+        "sampler",
+        "SamplerCustom",
+        model=graph["transformer", 0],
+        add_noise=True,
+        noise_seed=0,
+        cfg=1.0,
+        positive=graph["prompt", 0],
+        negative=graph["prompt", 1],
+        sampler=graph["recipe", 1],
+        sigmas=graph["recipe", 0],
+        latent_image=graph["size", 0],
+    )
+
+
 def decode(graph: Graph, latent: Link, size: str | None = "size", name="decode", tiling="auto", budget=0.0):
     """`size` is the node whose asked size the picture is cropped to."""
     graph.add(
