@@ -239,6 +239,15 @@ def check_writable(path: Path) -> None:
     check_folder(path.parent)
 
 
+def check_new(path: Path, ending: str, content: str) -> None:
+    """That a file of this name can be written, ends as `content` has it, and is not there yet."""
+    check_writable(path)
+    if path.suffix != ending:
+        raise SigmaError(f"{path} is to hold {content}; give a name that ends in {ending}.")
+    if path.exists():
+        raise SigmaError(f"{path} already exists. Choose another name or remove it.")
+
+
 def check_folder(folder: Path) -> None:
     """That files can be written into this folder."""
     if not folder.is_dir():

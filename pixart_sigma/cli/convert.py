@@ -9,7 +9,7 @@ from ..choices import TRANSFORMER_FORMS
 from ..errors import SigmaError
 from ..files.writing import say
 from ..settings import Settings
-from .checks import check_writable, read_settings, read_ways, tell, tell_guess
+from .checks import check_new, read_settings, read_ways, tell, tell_guess
 from .progress import progress
 
 STEPS, PIXELS = 8, 512  # of the run that measures, which has to be quick on a CPU too
@@ -17,7 +17,7 @@ STEPS, PIXELS = 8, 512  # of the run that measures, which has to be quick on a C
 
 def convert(arguments) -> int:
     out = Path(arguments.out)
-    _check_out(out, arguments.to)
+    check_new(out, TRANSFORMER_FORMS[arguments.to], arguments.to)
     _check_run(arguments)
     settings, ways = read_settings(arguments, Settings(steps=STEPS, binning=False)), read_ways(arguments)
 
@@ -67,14 +67,6 @@ def convert(arguments) -> int:
     if not arguments.json:
         say(out)
     return 0
-
-
-def _check_out(out: Path, to: str) -> None:
-    check_writable(out)
-    if out.suffix != TRANSFORMER_FORMS[to]:
-        raise SigmaError(f"{out} is to hold {to}; give a name that ends in {TRANSFORMER_FORMS[to]}.")
-    if out.exists():
-        raise SigmaError(f"{out} already exists. Choose another name or remove it.")
 
 
 def _check_run(arguments) -> None:

@@ -7,13 +7,13 @@ from .. import BUILT_IN
 from ..choices import DTYPES
 from ..errors import SigmaError
 from ..files.writing import say
-from .checks import check_writable, tell, tell_guess
+from .checks import check_new, tell, tell_guess
 
 
 def merge(arguments) -> int:
     out, adapters = Path(arguments.out), arguments.adapters or []
     other, share = parse_share_of(arguments.other) if arguments.other else (None, 0.0)
-    _check_out(out)
+    check_new(out, ".safetensors", "a merged transformer")
     if not arguments.other and not any(adapter.strength for adapter in adapters):
         raise SigmaError(
             "There is nothing to merge: give an adapter with --lora FILE[:STRENGTH], of a strength other "
@@ -60,11 +60,3 @@ def parse_share_of(text: str) -> tuple[str, float]:
             "the first."
         )
     return file, share
-
-
-def _check_out(out: Path) -> None:
-    check_writable(out)
-    if out.suffix != ".safetensors":
-        raise SigmaError(f"{out} is no name of a safetensors file; give one that ends in .safetensors.")
-    if out.exists():
-        raise SigmaError(f"{out} already exists. Choose another name or remove it.")
