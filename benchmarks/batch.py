@@ -23,9 +23,10 @@ from PIL import Image
 
 from pixart_sigma import DEMO, Settings, SigmaPipeline, Ways
 from pixart_sigma.batch.folder import BatchFolder
-from pixart_sigma.batch.local import LocalBatch, Settled
+from pixart_sigma.batch.local import LocalBatch
 from pixart_sigma.batch.pictures import make_pictures
 from pixart_sigma.batch.rows import Row
+from pixart_sigma.batch.work import PictureWork, Settled
 from pixart_sigma.prompt_embeds import Encoded
 from pixart_sigma.run_inputs import Prompted
 
@@ -62,7 +63,7 @@ def draw(rows: list[dict], out: Path, pipeline: SigmaPipeline, **named) -> float
     assert not bad, bad
     folder = BatchFolder(out)
     with folder.held({}):
-        LocalBatch(pipeline, folder, settled, **named).run(folder.todo(pictures))
+        LocalBatch(PictureWork(pipeline, settled), folder, **named).run(folder.todo(pictures))
     return time.process_time() - start
 
 

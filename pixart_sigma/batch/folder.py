@@ -4,25 +4,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from ..errors import SigmaError
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded
 from ..text.cache import EmbeddingCache
 from ..text.embeddings import write_tensors
-from .manifest import NO_SEED, Entry, Manifest
+from .manifest import NO_SEED, Manifest
 from .pictures import BadRow, Picture
+from .storage import Storage
+from .work import Drawn, Finished, failure
 
-MANIFEST, WORK = "manifest.jsonl", ".batch"
+MANIFEST, WORK, MADE_WITH = "manifest.jsonl", ".batch", "made_with.json"
+# Lines of the manifest by workers that write pictures elsewhere than where the manifest is.
+ENTRIES = f"{WORK}/entries"
 
 
 class KeptEmbeddings(EmbeddingCache):
@@ -37,19 +37,13 @@ class KeptEmbeddings(EmbeddingCache):
         )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The latents (1, 4, h, w) of a picture, and what is known of how they were made, ready for JSON."""
-
-    latents: torch.Tensor
-    said: dict[str, Any]
-
-
 class BatchFolder:
-    """A folder that one process at a time works in."""
+    """A folder that one process at a time works in. Its pictures may be written by others, see `collect`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.name = str(path)
+        self.storage = Storage(path)
         self.work = self.path / WORK
         self.manifest = Manifest(self.path / MANIFEST)
 
@@ -66,10 +60,11 @@ class BatchFolder:
             lock.acquire()
         except Timeout:
             raise SigmaError(
-                f"Another batch works in {self.path}; wait for it, or choose another --out."
+                f"Another batch works in {self.name}; wait for it, or choose another --out."
             ) from None
         try:
             self._check_made_with(made_with)
+            self.collect()
             yield
         finally:
             lock.release()
@@ -90,51 +85,71 @@ class BatchFolder:
     def todo(self, pictures: list[Picture]) -> list[Picture]:
         """Those that are not finished. Raises SigmaError where one of the folder has other settings: it is of
         another batch."""
-        entries = self.manifest.read()
+        entries, sizes = self.manifest.read(), self.storage.sizes()
         left = []
         for picture in pictures:
             entry = entries.get((picture.row, picture.settings.seed))
             if entry and entry.file and entry.digest != picture.digest:
                 raise SigmaError(
-                    f"{self.path} has another batch: its row {entry.row} was drawn as {entry.file} with "
+                    f"{self.name} has another batch: its row {entry.row} was drawn as {entry.file} with "
                     "other settings than now. Choose another folder with --out, or give it the same rows and "
                     "options; new rows go to the end."
                 )
-            if not (entry and self._is_finished(entry)):
+            if not (entry and entry.file and sizes.get(entry.file) == entry.size):
                 left.append(picture)
         return left
 
-    def _is_finished(self, entry: Entry) -> bool:
-        if not entry.file:
-            return False
-        file = self.path / entry.file
-        return file.is_file() and file.stat().st_size == entry.size
+    def finish(self, picture: Picture, finished: Finished) -> None:
+        """Write a picture's file, then its line of the manifest."""
+        self.storage.write(finished.entry["file"], finished.content)
+        self.manifest.add(**finished.entry)
+        self.forget_latents(picture)
+
+    def fail(self, picture: Picture, error: str) -> None:
+        """Write down why there is no picture."""
+        self.forget_latents(picture)
+        self.manifest.add(**failure(picture, error))
+
+    def take(self, entry: dict[str, Any]) -> None:
+        """Write down the line of a picture that a worker wrote."""
+        self.manifest.add(**entry)
+        self._forget_entry(entry_name(entry["row"], entry["seed"]))
+
+    def collect(self) -> None:
+        """Write down what workers finished while nobody listened."""
+        known = self.manifest.read()
+        for name in sorted(self.storage.sizes(ENTRIES)):
+            entry = read_entry(self.storage, name)
+            old = entry and known.get((entry["row"], entry["seed"]))
+            if entry and not (old and old.file and old.digest == entry["digest"]):
+                self.manifest.add(**entry)
+            self._forget_entry(name)
+
+    def _forget_entry(self, name: str) -> None:
+        self.storage.remove(f"{ENTRIES}/{name}")
 
     def keep(self, picture: Picture, drawn: Drawn) -> None:
         """The latents of a picture, until it is decoded."""
-        path = self._latents_path(picture)
+        path, content = self._latents_path(picture), drawn.to_bytes()
         path.parent.mkdir(exist_ok=True)
-        content = save({"latents": drawn.latents.contiguous()}, {"said": json.dumps(drawn.said)})
         write_beside(path, lambda file: file.write(content))
 
     def has_latents(self, picture: Picture) -> bool:
         return self._latents_path(picture).is_file()
 
-    def latents_of(self, picture: Picture) -> Drawn | None:
-        """What `keep` was given; None where it is not there, or damaged."""
-        path = self._latents_path(picture)
+    def latents_of(self, picture: Picture) -> Drawn:
+        """What `keep` was given. Raises SigmaError where it is not there, or damaged."""
         try:
-            with safe_open(path, "pt") as file:
-                return Drawn(file.get_tensor("latents"), json.loads((file.metadata() or {})["said"]))
-        except (SafetensorError, OSError, ValueError, KeyError):
-            return None
+            return Drawn.from_bytes(self._latents_path(picture).read_bytes())
+        except FileNotFoundError:
+            raise SigmaError("its latents are gone; run the batch again") from None
 
     def forget_latents(self, picture: Picture) -> None:
         self._latents_path(picture).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """What was between the stages of a batch that is done."""
-        for name in ("embeddings", "latents"):
+        for name in ("embeddings", "latents", Path(ENTRIES).name):
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _latents_path(self, picture: Picture) -> Path:
@@ -142,7 +157,7 @@ class BatchFolder:
         return self.work / "latents" / f"{picture.row}_{picture.digest}.safetensors"
 
     def _check_made_with(self, made_with: dict[str, Any]) -> None:
-        path = self.work / "made_with.json"
+        path = self.work / MADE_WITH
         if not path.exists():
             write_beside(path, lambda file: file.write(json.dumps(made_with, indent=2).encode()))
             return
@@ -153,10 +168,25 @@ class BatchFolder:
         other = [name for name, value in made_with.items() if known.get(name) != value]
         if other:
             raise SigmaError(
-                f"The pictures in {self.path} were made with another {other[0]} "
+                f"The pictures in {self.name} were made with another {other[0]} "
                 f"({_short(known.get(other[0]))}; now {_short(made_with[other[0]])}). Choose another folder "
                 "with --out, or give what they were made with."
             )
+
+
+def entry_name(row: int, seed: int) -> str:
+    """Of the file under ENTRIES with a picture's line of the manifest."""
+    return f"{row}_{seed}.json"
+
+
+def read_entry(storage: Storage, name: str) -> dict[str, Any] | None:
+    """The line of the manifest in a file under ENTRIES; None where there is none that is whole."""
+    content = storage.read(f"{ENTRIES}/{name}")
+    try:
+        entry = json.loads(content or b"")
+        return entry if {"row", "seed", "digest", "file"} <= entry.keys() else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def _short(value: Any) -> str:

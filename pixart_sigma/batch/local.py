@@ -1,68 +1,18 @@
 """A batch on one machine, stage by stage: each model is loaded once, used for all pictures, and released."""
 
-import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ..errors import SigmaError
-from ..files.picture_files import write_picture
 from ..pipeline import SigmaPipeline
-from ..run_inputs import Prompted
-from ..runs import Run
-from ..settings import Settings, Ways
-from .folder import BatchFolder, Drawn
+from ..settings import Settings
+from .folder import BatchFolder
 from .pictures import Picture
+from .work import Asked, PictureWork, kind_of
 
 DISK = 10e9  # bytes for what is between two stages
 MOST_TOGETHER = 32
-DECIDES_EMBEDDINGS = ("prompt", "negative", "clean_caption", "max_sequence_length")
-
-
-class Settled:
-    """Settings with nothing left open and the ways they run in, found once for all that differ in prompts and
-    seed alone; see `SigmaPipeline.settle`."""
-
-    def __init__(self, pipeline: SigmaPipeline):
-        self._pipeline = pipeline
-        self._found: dict[Settings, tuple[Settings, Ways] | SigmaError] = {}
-
-    def settle(self, settings: Settings) -> Settings:
-        """Raises SigmaError for settings that cannot run."""
-        kind = kind_of(settings)
-        if kind not in self._found:
-            try:
-                self._found[kind] = self._pipeline.settle(kind)
-            except SigmaError as error:
-                self._found[kind] = error
-        found = self._found[kind]
-        if isinstance(found, SigmaError):
-            raise found
-        self._found.setdefault(found[0], found)
-        own = {name: getattr(settings, name) for name in OWN}
-        return replace(found[0], **own)
-
-    def ways(self, settings: Settings) -> Ways:
-        """How settled settings run."""
-        found = self._found[kind_of(settings)]
-        if isinstance(found, SigmaError):
-            raise found
-        return found[1]
-
-    def ran(self, settings: Settings, ways: Ways) -> None:
-        """That settled settings ran in these ways: what did not fit once is not tried for each picture."""
-        kind = kind_of(settings)
-        self._found[kind] = kind, ways
-
-
-# What plays no part in how a picture is computed.
-OWN = ("prompt", "negative", "seed", "count")
-
-
-def kind_of(settings: Settings) -> Settings:
-    """Settings as those of all that are computed in one way."""
-    return replace(settings, **{name: getattr(Settings, name) for name in OWN})
 
 
 def most_together(pipeline: SigmaPipeline, settings: Settings) -> int:
@@ -86,18 +36,16 @@ def most_together(pipeline: SigmaPipeline, settings: Settings) -> int:
 
 @dataclass
 class LocalBatch:
-    """Pictures drawn by a pipeline that keeps its models, into a folder that is held.
+    """Pictures drawn in this process, into a folder that it holds.
 
-    together: pictures that go through the transformer at once; of 1 each is bit for bit what `generate`
-    makes of its settings. ending: of the files. disk: bytes for what is between two stages, by which a long
-    batch is done in parts. on_stage(name) is called before a stage, on_count(done, total) after pictures.
+    together: pictures that go through the transformer at once. disk: bytes for what is between two stages, by
+    which a long batch is done in parts. on_stage(name) is called before a stage, on_count(done, total) after
+    pictures.
     """
 
-    pipeline: SigmaPipeline
+    work: PictureWork
     folder: BatchFolder
-    settled: Settled
     together: int = 1
-    ending: str = ".png"
     disk: float = DISK
     on_stage: Callable[[str], None] = lambda name: None
     on_count: Callable[[int, int], None] = lambda done, total: None
@@ -108,12 +56,12 @@ class LocalBatch:
         full, ends the batch; it goes on from there when it is run again."""
         if not pictures:
             return
-        fingerprints, size = self.pipeline.fingerprints(), self.part_size(pictures)
+        size = self.part_size(pictures)
         for first in range(0, len(pictures), size):
             part = pictures[first : first + size]
             self._encode([picture for picture in part if not self.folder.has_latents(picture)])
             self._denoise([picture for picture in part if not self.folder.has_latents(picture)])
-            self._decode(part, fingerprints)
+            self._decode(part)
         if not self.failed:
             self.folder.clear()
 
@@ -124,10 +72,11 @@ class LocalBatch:
     def most_bytes(self, pictures: Sequence[Picture]) -> int:
         """The most that is between two stages for one of the pictures: float32, and prompts as long as can
         be."""
-        config = self.pipeline.checkpoint.config
+        pipeline = self.work.pipeline
+        config = pipeline.checkpoint.config
 
         def of(settings: Settings) -> int:
-            width, height = settings.made_size(self.pipeline.base_size)
+            width, height = settings.made_size(pipeline.base_size)
             embeddings = 2 * settings.max_sequence_length * config.caption_channels  # of both prompts
             return 4 * (embeddings + config.in_channels * width * height // 64)
 
@@ -138,95 +87,39 @@ class LocalBatch:
         known: set[tuple] = set()
         with self._stage("text encoder"):
             for number, picture in enumerate(pictures, 1):
-                settings = picture.settings
-                texts = tuple(getattr(settings, name) for name in DECIDES_EMBEDDINGS)
-                if texts not in known:
+                if picture.texts not in known:
                     with self._may_fail(picture):
-                        self._prompted(settings)
-                        known.add(texts)
+                        self._asked(picture)
+                        known.add(picture.texts)
                 self.on_count(number, len(pictures))
 
     def _denoise(self, pictures: list[Picture]) -> None:
         """The transformer for all that were encoded, in groups of those that are alike."""
-        ready = [picture for picture in pictures if picture not in self.failed]
-        done = 0
+        ready = self._ready(pictures)
         with self._stage("transformer"):
-            for group in self._groups(ready):
-                try:
-                    self._draw(group)
-                except SigmaError:  # of one of them
-                    for picture in group:
-                        with self._may_fail(picture):
-                            self._draw([picture])
-                done += len(group)
-                self.on_count(done, len(ready))
+            for number, (picture, drawn) in enumerate(
+                self.work.draw_all(ready, self._asked, self.together), 1
+            ):
+                if isinstance(drawn, SigmaError):
+                    self._fail(picture, drawn)
+                else:
+                    self.folder.keep(picture, drawn)
+                self.on_count(number, len(ready))
 
-    def _decode(self, pictures: Sequence[Picture], fingerprints: dict[str, str]) -> None:
-        ready = [picture for picture in pictures if picture not in self.failed]
+    def _decode(self, pictures: Sequence[Picture]) -> None:
+        ready = self._ready(pictures)
         with self._stage("VAE decode"):
             for number, picture in enumerate(ready, 1):
                 with self._may_fail(picture):
-                    self._write(picture, fingerprints)
+                    finished = self.work.finish(picture, self.folder.latents_of(picture))
+                    self.folder.finish(picture, finished)
                 self.on_count(number, len(ready))
 
-    def _prompted(self, settings: Settings) -> tuple[Prompted, Ways]:
-        prompted, ways = self.pipeline.encode(settings, self.settled.ways(settings), self.folder.embeddings)
-        self.settled.ran(settings, ways)
-        return prompted, ways
+    def _asked(self, picture: Picture) -> Asked:
+        return self.work.encode(picture.settings, self.folder.embeddings)
 
-    def _groups(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
-        alike: dict[Settings, list[Picture]] = {}
-        for picture in pictures:
-            group = alike.setdefault(picture.settings.alike, [])
-            group.append(picture)
-            if len(group) == self.together:
-                yield alike.pop(picture.settings.alike)
-        yield from alike.values()
-
-    def _draw(self, group: list[Picture]) -> None:
-        began = time.perf_counter()
-        encoded = [self._prompted(picture.settings) for picture in group]
-        runs = [
-            Run(picture.settings, prompted) for picture, (prompted, _) in zip(group, encoded, strict=True)
-        ]
-        latents, ways = self.pipeline.denoise(runs, encoded[0][1])
-        self.settled.ran(group[0].settings, ways)
-        seconds = (time.perf_counter() - began) / len(group)
-        for picture, run, latent in zip(group, runs, latents.cpu().split(1), strict=True):
-            said = {
-                "ways": ways.as_dict(),
-                "encoder": run.prompted.fingerprint,
-                "tokenizer": run.prompted.tokenizer,
-                "truncated": run.prompted.positive.truncated,
-                "seconds": seconds,
-            }
-            self.folder.keep(picture, Drawn(latent, said))
-
-    def _write(self, picture: Picture, fingerprints: dict[str, str]) -> None:
-        began = time.perf_counter()
-        drawn = self.folder.latents_of(picture)
-        if drawn is None:
-            raise SigmaError("its latents are gone or damaged; run the batch again")
-        said, settings = drawn.said, picture.settings
-        images, ways = self.pipeline.decode(drawn.latents, settings, Ways.from_dict(said["ways"]))
-        ways = replace(ways, release=Ways.release)  # as `generate` says it, for one picture
-        models = fingerprints | {"text_encoder": said["encoder"]}
-        metadata = self.pipeline.describe(settings, ways, models, said["tokenizer"])
-        path = self.folder.path / f"{picture.file}{self.ending}"
-        write_picture(path, images[0], metadata.as_json())
-        content = path.read_bytes()
-        self.folder.manifest.add(
-            row=picture.row,
-            seed=settings.seed,
-            file=path.name,
-            size=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            seconds=round(said["seconds"] + time.perf_counter() - began, 3),
-            truncated=said["truncated"],
-            digest=picture.digest,
-            settings=settings.as_dict(),
-        )
-        self.folder.forget_latents(picture)
+    def _ready(self, pictures: Sequence[Picture]) -> list[Picture]:
+        return [picture for picture in pictures if picture not in self.failed]
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -236,7 +129,7 @@ class LocalBatch:
             yield
         finally:
             for used in (name, "text encoder", "refiner"):
-                self.pipeline.stages.drop(used)
+                self.work.pipeline.stages.drop(used)
 
     @contextmanager
     def _may_fail(self, picture: Picture) -> Iterator[None]:
@@ -244,12 +137,8 @@ class LocalBatch:
         try:
             yield
         except SigmaError as error:
-            self.failed.add(picture)
-            self.folder.forget_latents(picture)
-            self.folder.manifest.add(
-                row=picture.row,
-                seed=picture.settings.seed,
-                error=str(error),
-                digest=picture.digest,
-                settings=picture.settings.as_dict(),
-            )
+            self._fail(picture, error)
+
+    def _fail(self, picture: Picture, error: SigmaError) -> None:
+        self.failed.add(picture)
+        self.folder.fail(picture, str(error))

@@ -21,6 +21,7 @@ from .rows import Row
 IN_NAMES = (
     "row", "seed", "prompt", "file", "width", "height", "steps", "guidance_scale", "scheduler",
 )  # fmt: skip
+DECIDES_EMBEDDINGS = ("prompt", "negative", "clean_caption", "max_sequence_length")
 LONGEST_NAME = 200  # bytes; file systems take 255
 # What Windows takes in no name, path separators among it.
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
@@ -35,6 +36,11 @@ class Picture:
     row: int
     settings: Settings
     file: str
+
+    @property
+    def texts(self) -> tuple:
+        """What its prompts' embeddings are made of."""
+        return tuple(getattr(self.settings, name) for name in DECIDES_EMBEDDINGS)
 
     @cached_property
     def digest(self) -> str:

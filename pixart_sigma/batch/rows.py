@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from ..errors import SigmaError
 from ..setting_checks import MAX_SEED
 from ..settings import Settings
+from .storage import is_remote
 
 WHOLE = {"width", "height", "count", "seed", "steps", "max_sequence_length"}
 NUMBERS = {"guidance_scale", "eta", "strength", "nag_scale", "refiner_start"}
@@ -27,6 +28,7 @@ TRUE, FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 MOST_LINE = 2**20  # characters
 MOST_SEEDS = 10**6
 PARQUET = ".parquet"
+TEXT = {"encoding": "utf-8-sig", "newline": ""}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Row:
 
 def read_rows(source: str) -> Iterator[Row]:
     """The rows of a file, by its ending: .csv, .tsv, .jsonl, .parquet; any other is text with a prompt in
-    each line. Of standard input where it is "-", which may be text or JSON lines.
+    each line. It is a path, or a URI that fsspec opens; "-" is standard input, which may be text or JSON
+    lines.
 
     Empty lines and empty cells say nothing. Raises SigmaError for a file that can not be read as what it is,
     and for columns that no row can set.
@@ -50,8 +53,8 @@ def read_rows(source: str) -> Iterator[Row]:
     if ending == PARQUET:
         yield from _read_parquet(source)
         return
-    opened = nullcontext(sys.stdin) if source == "-" else open(source, encoding="utf-8-sig", newline="")
     name = "standard input" if source == "-" else source
+    opened = nullcontext(sys.stdin) if source == "-" else _open(source, "rt", **TEXT)
     with opened as file:
         try:
             if ending in (".csv", ".tsv"):
@@ -60,6 +63,18 @@ def read_rows(source: str) -> Iterator[Row]:
                 yield from _read_lines(name, file, None if source == "-" else ending == ".jsonl")
         except UnicodeDecodeError as error:
             raise SigmaError(f"{name} is not text in UTF-8 (byte {error.start}); save it as UTF-8.") from None
+
+
+def _open(source: str, mode: str, **text: Any) -> Any:
+    """A path or a URI, to be read."""
+    if not is_remote(source):
+        return open(source, mode, **text)
+    import fsspec
+
+    try:
+        return fsspec.open(source, mode, **text)
+    except (ImportError, ValueError) as error:
+        raise SigmaError(f"{source} can not be opened here: {error}") from error
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -124,7 +139,7 @@ def _read_parquet(source: str) -> Iterator[Row]:
     except ImportError:
         raise SigmaError(f"{source} is Parquet, which pyarrow reads: pip install pyarrow.") from None
     try:
-        with ParquetFile(source) as file:
+        with _open(source, "rb") as opened, ParquetFile(opened) as file:
             _check_columns(source, file.schema_arrow.names)
             number = 0
             for part in file.iter_batches(batch_size=1024):

@@ -163,6 +163,7 @@ def _add_batch(commands):
         metavar="SIZE",
         help="for embeddings and latents between two stages; a longer batch is done in parts (default: 10GB)",
     )
+    _add_ray(batch)
     add_model(batch)
     add_refiner(batch)
     add_encoding(batch)
@@ -174,6 +175,23 @@ def _add_batch(commands):
     add_schedule(batch)
     add_savings(batch)
     add_decode(batch)
+
+
+def _add_ray(batch):
+    group = batch.add_argument_group("many machines (pip install 'pixart-sigma[ray]')")
+    group.add_argument(
+        "--ray", metavar="local|ADDRESS", help="draw on this Ray cluster; local is this machine alone"
+    )
+    group.add_argument(
+        "--workers",
+        metavar="t5=1,transformer=4,vae=1",
+        help="processes for each stage, or from so many to so many as in transformer=1-8 (default: 1)",
+    )
+    group.add_argument(
+        "--gpus",
+        metavar="t5=1,transformer=1,vae=0.25",
+        help="GPUs of each worker; several may share one (default: 1 where there are any)",
+    )
 
 
 def _add_encode(commands):

@@ -4,6 +4,7 @@ read is told to be.
 Nothing here imports torch, so that a mistake is known at once.
 """
 
+import io
 import json
 import re
 import struct
@@ -33,6 +34,7 @@ FORMATS: dict[str, tuple[str, dict]] = {
 EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286  # Exif 2.3, sections 4.6.3 and 4.6.5
 ASCII = b"ASCII\0\0\0"
 MOST_EXIF = 65533  # bytes in the one segment of a JPEG
+SAYING = {"pnginfo", "exif"}  # of what `save_options` gives
 MOST_LETTERS = 48  # of a prompt, in a file's name
 
 # What Pillow's readers raise for files that are cut short or changed.
@@ -57,27 +59,41 @@ def check_ending(path: Path) -> None:
 
 
 def write_picture(path: Path, picture: "Image.Image", said: str = "") -> bool:
-    """Write a picture in the format of its name, whole or not at all; whether `said` is in it.
+    """Write a picture in the format of its name, whole or not at all; whether `said` is in it, see
+    `save_options`."""
+    check_ending(path)
+    options = save_options(path.suffix, picture, said)
+    write_beside(path, lambda file: picture.save(file, **options))
+    return bool(options.keys() & SAYING) or not said
+
+
+def picture_bytes(picture: "Image.Image", ending: str, said: str = "") -> bytes:
+    """What `write_picture` writes into a file whose name ends so."""
+    content = io.BytesIO()
+    picture.save(content, **save_options(ending, picture, said))
+    return content.getvalue()
+
+
+def save_options(ending: str, picture: "Image.Image", said: str) -> dict[str, Any]:
+    """How Pillow saves a picture in the format of an ending, with what is said of it.
 
     A PNG has it as text under KEY, a JPEG and a WebP in the Exif user comment, as JSON under KEY. What is too
     long for a JPEG is left out there.
     """
-    check_ending(path)
-    name, options = FORMATS[path.suffix.lower()]
-    beside: dict = {}
+    name, options = FORMATS[ending.lower()]
+    found: dict[str, Any] = {"format": name, **options}
     if said and name == "PNG":
         from PIL.PngImagePlugin import PngInfo
 
-        beside["pnginfo"] = PngInfo()
-        beside["pnginfo"].add_text(KEY, said)
+        found["pnginfo"] = PngInfo()
+        found["pnginfo"].add_text(KEY, said)
     elif said:
         comment = json.dumps({KEY: json.loads(said)}).encode("ascii")
         exif = picture.getexif()
         exif[EXIF_FOLDER] = {USER_COMMENT: ASCII + comment}
         if name != "JPEG" or len(exif.tobytes()) <= MOST_EXIF:
-            beside["exif"] = exif.tobytes()
-    write_beside(path, lambda file: picture.save(file, format=name, **options, **beside))
-    return bool(beside) or not said
+            found["exif"] = exif.tobytes()
+    return found
 
 
 def read_said(path: str | Path) -> str | None:

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from pixart_sigma.batch.folder import BatchFolder
-from pixart_sigma.batch.local import LocalBatch, Settled
+from pixart_sigma.batch.local import LocalBatch
 from pixart_sigma.batch.pictures import make_pictures
 from pixart_sigma.batch.rows import Row
+from pixart_sigma.batch.work import PictureWork, Settled
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.settings import Settings, Ways
 
@@ -37,7 +38,7 @@ class Batches:
         pictures, bad = make_pictures(given, lambda one: settled.settle(self._settings(base, one)))
         assert not bad, bad
         folder = BatchFolder(self.out)
-        batch = LocalBatch(pipeline, folder, settled, **named)
+        batch = LocalBatch(PictureWork(pipeline, settled), folder, **named)
         with folder.held(self.made_with):
             batch.run(folder.todo(pictures))
         return batch

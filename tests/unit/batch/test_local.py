@@ -10,6 +10,7 @@ from PIL import Image
 
 from pixart_sigma.batch.folder import BatchFolder
 from pixart_sigma.batch.local import most_together
+from pixart_sigma.batch.work import Settled
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.files.metadata import Metadata
 from pixart_sigma.files.writing import write_beside
@@ -127,7 +128,7 @@ def test_a_batch_that_is_killed_goes_on(small_pipeline_folder, tmp_path, monkeyp
         if number == limit:
             raise Killed
 
-    for place in ("batch.folder", "text.embeddings", "files.picture_files"):
+    for place in ("batch.folder", "text.embeddings", "batch.storage"):
         monkeypatch.setattr(f"pixart_sigma.{place}.write_beside", killed)
     for limit in range(1, 9):  # what all is made with, three texts, two latents, two pictures
         writes, batches = count(1), Batches(small_pipeline_folder, tmp_path / f"{limit}")
@@ -138,7 +139,7 @@ def test_a_batch_that_is_killed_goes_on(small_pipeline_folder, tmp_path, monkeyp
         assert sorted(line["row"] for line in batches.lines()) == [1, 2]  # none twice
 
 
-@pytest.mark.parametrize("place", ["text.embeddings", "batch.folder", "files.picture_files"])
+@pytest.mark.parametrize("place", ["text.embeddings", "batch.folder", "batch.storage"])
 def test_a_full_disk_ends_the_batch_and_no_row(batches, monkeypatch, place):
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -241,8 +242,6 @@ def test_an_unfinished_line_is_dropped(batches):
 
 
 def test_settings_that_cannot_run_are_known_beforehand(batches):
-    from pixart_sigma.batch.local import Settled
-
     settled = Settled(batches.pipeline())
     for _ in range(2):  # the second time from memory
         with pytest.raises(SigmaError, match="layer"):

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pixart_sigma.batch.rows import Row, parse_seeds, read_rows
 from pixart_sigma.errors import SigmaError
@@ -120,3 +121,23 @@ def test_seeds():
             parse_seeds(text)
     with pytest.raises(SigmaError, match="names a seed twice"):
         parse_seeds("1,0-2")
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.csv", "rows.parquet"])
+def test_rows_of_another_file_system(name):
+    files = MemoryFileSystem()
+    if name.endswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        with files.open(f"/{name}", "wb") as file:
+            parquet.write_table(pyarrow.table({"prompt": ["a boat", "a house"]}), file)
+    else:
+        header = "prompt\n" if name.endswith("csv") else ""
+        files.pipe_file(f"/{name}", f"{header}a boat\na house\n".encode("utf-8-sig"))
+    assert [row.given["prompt"] for row in read_rows(f"memory://{name}")] == ["a boat", "a house"]
+
+
+def test_a_file_system_that_nothing_here_opens():
+    with pytest.raises(SigmaError, match="nowhere://rows.txt can not be opened here"):
+        list(read_rows("nowhere://rows.txt"))

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -127,6 +128,11 @@ def test_an_interrupt_says_how_to_go_on(batch, monkeypatch):
         (["--name", "{nothing}"], "--name has the field {nothing}"),
         (["--name", "same"], "Rows 1 and 2"),
         (["--refiner", "x.safetensors", "--steps", "5", "--budget", "8GB"], "--budget"),
+        (["--workers", "t5=2"], "--ray"),
+        (["--ray", "local", "--workers", "dit=2"], "--workers is 'dit=2'"),
+        (["--ray", "local", "--disk", "1GB"], "--disk"),
+        (["--ray", "local", "--batch-size", "auto", "--budget", "8GB"], "--batch-size auto"),
+        (["--ray", "127.0.0.1:1"], "No Ray answers at 127.0.0.1:1"),
     ],
 )
 def test_options_that_cannot_be(batch, tmp_path, options, words):
@@ -141,6 +147,17 @@ def test_places_that_cannot_be(batch, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     status, _, err = batch()
     assert status == 2 and "is a file; give a folder" in err
+
+
+def test_a_store_of_objects_is_for_ray(batch):
+    assert "only --ray writes there" in batch("--out", "memory://x")[2]
+    assert "--contact-sheet" in batch("--out", "memory://x", "--ray", "local", "--contact-sheet")[2]
+
+
+def test_without_ray_it_is_named(batch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    status, _, err = batch("--ray", "local")
+    assert status == 2 and "pip install 'pixart-sigma[ray]'" in err
 
 
 def test_a_file_without_prompts(batch):
