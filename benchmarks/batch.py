@@ -1,9 +1,10 @@
 """A batch of the demo's pictures with the same pictures one after the other, and what a batch costs beside
 drawing.
 
-    python benchmarks/batch.py [--count 64] [--steps 20] [--together 8] [--rows 10000]
+    python benchmarks/batch.py [--count 64] [--steps 20] [--together 8] [--rows 10000] [--processes 8]
 
-Counted is what is loaded, and CPU time is compared in one run: the batch; a loop of `generate` in one process
+First come the first few prompts by themselves: `pixart-sigma generate` for each, against one `pixart-sigma
+batch` for all, each command with its imports. Then within this process, counted is what is loaded, and CPU time is compared in one run: the batch; a loop of `generate` in one process
 that releases each model after its stage; and the batch with several pictures in the transformer at once,
 whose pictures are then compared with those of one at a time. Last come many rows whose stages do nothing: the
 CPU time of a row beside its picture, and by how much the process grows from a tenth of them to the end.
@@ -11,6 +12,9 @@ Gates: three loads, equal pictures, growth of at most 20 MB.
 """
 
 import argparse
+import json
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,6 +71,31 @@ def draw(rows: list[dict], out: Path, pipeline: SigmaPipeline, **named) -> float
     return time.process_time() - start
 
 
+def by_commands(rows: list[dict], base: Path) -> tuple[float, float]:
+    """CPU seconds of a `generate` for each row, and of one `batch` for all."""
+    command = [sys.executable, "-m", "pixart_sigma"]
+    options = ["--device", "cpu", "--t5-precision", "fp32", "--steps", str(rows[0]["steps"])]
+
+    def seconds() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
+    start = seconds()
+    for row in rows:
+        single = ["generate", row["prompt"], "--seed", str(row["seed"]), "--no-cache"]
+        out = base / f"single_{row['seed']}.png"
+        subprocess.run([*command, *single, "--out", str(out), *options], check=True, capture_output=True)
+    between = seconds()
+    listed = base / "rows.jsonl"
+    listed.write_text("\n".join(json.dumps(row) for row in rows))
+    subprocess.run(
+        [*command, "batch", str(listed), "--out", str(base / "rows"), *options],
+        check=True,
+        capture_output=True,
+    )
+    return between - start, seconds() - between
+
+
 def difference(one: Path, other: Path) -> tuple[float, int]:
     """The mean and the largest difference of the pictures of two folders, of 255."""
     pairs = [
@@ -102,6 +131,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--processes", type=int, default=8)
     arguments = parser.parse_args()
     rows = [
         {"prompt": WORDS[number % len(WORDS)], "seed": number, "steps": arguments.steps}
@@ -109,6 +139,10 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
+        singles, one = by_commands(rows[: arguments.processes], base)
+        print(
+            f"{arguments.processes} pictures: {singles:.1f} s by generate, {one:.1f} s by batch, {one / singles:.2f} of it"
+        )
         pipeline, loaded = open_demo("keep")
         batch = draw(rows, base / "one", pipeline)
         print(f"batch: {len(loaded)} loads, {batch:.1f} s of CPU time")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from .workers import Pool
 
 LOCAL = "local"
 MOST_ROWS = 16  # of a table, the unit of work that is handed on, and of what is lost with a worker
+MOST_SENT = 10_000  # rows given to Ray at once, which holds them then
 TABLES_FOR_EACH = 4  # so many for a worker of the transformer, or one is at work long after the others
 CONNECT_SECONDS = 10
 RETRIES = 3  # of a table whose worker died
@@ -174,19 +176,25 @@ class RayBatch:
         context.enable_progress_bars = False
         context.max_errored_blocks = -1  # its pictures are found missing
         rows = rows_of_a_table(len(pictures), self.pools["transformer"].most, self.order.together)
-        data = ray.data.from_arrow(as_table(in_order(pictures))).repartition(target_num_rows_per_block=rows)
-        for stage in STAGES:
-            pool = self.pools[stage.name]
-            data = data.map_batches(
-                stage,
-                fn_constructor_args=(self.order,),
-                batch_size=None,  # a table
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
-                num_cpus=1,
-                num_gpus=pool.gpus or None,
-                ray_remote_args_fn=_retried,
-            )
+        ordered = in_order(pictures)
+        parts = [as_table(ordered[at : at + MOST_SENT]) for at in range(0, len(ordered), MOST_SENT)]
+        data = ray.data.from_arrow(parts).repartition(target_num_rows_per_block=rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of `_retried`, up to 2.63 without a successor
+            for stage in STAGES:
+                pool = self.pools[stage.name]
+                data = data.map_batches(
+                    stage,
+                    fn_constructor_args=(self.order,),
+                    batch_size=None,  # a table
+                    batch_format="pyarrow",
+                    compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+                    num_cpus=1,
+                    num_gpus=pool.gpus or None,
+                    ray_remote_args_fn=_retried,
+                )
         return data
 
 
