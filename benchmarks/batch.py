@@ -3,11 +3,12 @@ drawing.
 
     python benchmarks/batch.py [--count 64] [--steps 20] [--together 8] [--rows 10000] [--processes 8]
 
-First come the first few prompts by themselves: `pixart-sigma generate` for each, against one `pixart-sigma
-batch` for all, each command with its imports. Then within this process, counted is what is loaded, and CPU time is compared in one run: the batch; a loop of `generate` in one process
-that releases each model after its stage; and the batch with several pictures in the transformer at once,
-whose pictures are then compared with those of one at a time. Last come many rows whose stages do nothing: the
-CPU time of a row beside its picture, and by how much the process grows from a tenth of them to the end.
+First come a few of the prompts by commands: a `pixart-sigma generate` for each, against one `pixart-sigma
+batch` for all, imports included. Then, within this process, what is loaded is counted and CPU time compared:
+the batch; a loop of `generate` that releases each model after its stage; and the batch with several pictures
+in the transformer at once, whose pictures are then compared with those of one at a time. Last come many rows
+whose stages do nothing: the CPU time of a row beside its picture, and by how much the process grows from a
+tenth of them to the end.
 Gates: three loads, equal pictures, growth of at most 20 MB.
 """
 
@@ -82,7 +83,7 @@ def by_commands(rows: list[dict], base: Path) -> tuple[float, float]:
 
     start = seconds()
     for row in rows:
-        single = ["generate", row["prompt"], "--seed", str(row["seed"]), "--no-cache"]
+        single = ["generate", row["prompt"], "--seed", str(row["seed"]), "--no-embedding-cache"]
         out = base / f"single_{row['seed']}.png"
         subprocess.run([*command, *single, "--out", str(out), *options], check=True, capture_output=True)
     between = seconds()
@@ -141,7 +142,8 @@ def main() -> int:
         base = Path(folder)
         singles, one = by_commands(rows[: arguments.processes], base)
         print(
-            f"{arguments.processes} pictures: {singles:.1f} s by generate, {one:.1f} s by batch, {one / singles:.2f} of it"
+            f"{arguments.processes} pictures: {singles:.1f} s by commands of generate, {one:.1f} s by one of "
+            f"batch, {one / singles:.2f} of it"
         )
         pipeline, loaded = open_demo("keep")
         batch = draw(rows, base / "one", pipeline)
