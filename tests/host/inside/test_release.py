@@ -3,6 +3,7 @@
 import gc
 import inspect
 import re
+import weakref
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -307,6 +308,9 @@ def test_a_copy_is_released_with_its_model(file, monkeypatch):
         assert {entry.model.model for entry in management.current_loaded_models} == {model.model, copy.model}
         release(divided if run else model, "free")
         assert not management.current_loaded_models and model.loaded_size() == copy.loaded_size() == 0
+    weights = weakref.ref(copy.model)
+    del divided, copy
+    assert weights() is None  # at once: nothing of it refers to itself
 
 
 def test_a_file_that_was_changed_is_not_copied(file, monkeypatch):
