@@ -1,5 +1,7 @@
 """Prompts to the conditioning the transformer was trained with."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 from ..pixart_sigma.choices import RELEASES
 from .host.api import io
 
@@ -65,7 +67,8 @@ class TextEncode(io.ComfyNode):
         check_clip(clip)
         with record("Encode the prompts"):
             try:
-                conditioning = [encode(clip, text, clean_caption) for text in (positive, negative)]
+                with encoded_ahead(clip, (positive, negative), clean_caption):
+                    conditioning = [encode(clip, text, clean_caption) for text in (positive, negative)]
             finally:
                 release(clip, after_use)
         return io.NodeOutput(*conditioning)
@@ -165,8 +168,9 @@ class EncodePromptList(io.ComfyNode):
         with record("Encode the prompts"):
             try:
                 texts = list(dict.fromkeys(text for one in listed for text in (one.prompt, one.negative)))
-                made = with_progress(texts, lambda text: encode(clip, text, clean_caption))
-                encoded = dict(zip(texts, made, strict=True))
+                with encoded_ahead(clip, texts, clean_caption):
+                    made = with_progress(texts, lambda text: encode(clip, text, clean_caption))
+                    encoded = dict(zip(texts, made, strict=True))
             finally:
                 release(clip, after_use)
         return io.NodeOutput(
@@ -184,6 +188,15 @@ def check_clip(clip) -> None:
             "There is no text encoder in this model file. Connect Load Σ Text Encoder (T5), or Load "
             "CLIP with type pixart."
         )
+
+
+def encoded_ahead(clip, texts, clean_caption: bool) -> AbstractContextManager:
+    """Within this block `encode` has these texts from a T5 that is streamed, which reads its blocks once."""
+    from .host import embeddings
+    from .host.text_encoder import SigmaClip
+
+    ours = isinstance(clip, SigmaClip)
+    return embeddings.encoded_ahead(clip, texts, clean_caption) if ours else nullcontext()
 
 
 def encode(clip, text: str, clean_caption: bool) -> list:

@@ -104,6 +104,19 @@ def one_after_the_other(injections: list[PatcherInjection]) -> PatcherInjection:
     return PatcherInjection(inject=inject, eject=eject)
 
 
+BYPASS = "bypass_lora"  # the host's name for these injections
+
+
+def refuse_copies(injections: dict) -> None:
+    """SigmaError where layers are changed of a MODEL that is copied to another device: the copy's are not."""
+    if BYPASS in injections:
+        raise SigmaError(
+            "This MODEL has a LoRA from a bypass loader, which changes layers on one device alone, and is "
+            "copied to another (MultiGPU CFG Split, Select Model Device). Load the LoRA with Load Σ LoRA or "
+            "Load LoRA."
+        )
+
+
 class RefusedRows(str):
     """In the keys of a state dict, equal to the host's (name, rows) for a part of a fused weight.
 

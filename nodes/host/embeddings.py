@@ -2,6 +2,8 @@
 
 import functools
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,18 +36,14 @@ class Source:
 def encode(clip, text: str, clean_caption: bool) -> list:
     """The host's conditioning of a prompt by our CLIP, which loads T5 only for a prompt not seen before."""
     from ...pixart_sigma.prompt_embeds import Encoded
-    from ...pixart_sigma.text.cache import cache_key
-    from .tokenizer import by_value
 
     tokens = clip.tokenize(text, clean_caption=clean_caption)
-    encoder = clip.cond_stage_model.identify()
-    hooked = clip.patcher.forced_hooks is not None or clip.apply_hooks_to_conds is not None
+    encoder, hooked = clip.cond_stage_model.identify(), _is_hooked(clip)
     plain = clip.layer_idx is None and not hooked and clip.tokenizer.is_plain(text, clean_caption, tokens)
-    if encoder is None or hooked:
+    key = None if hooked else _key(clip, encoder, tokens)
+    if key is None:
         conditioning = clip.encode_from_tokens_scheduled(tokens)
     else:
-        # Tokens, not the text: a clone of the CLIP may have tokenizer options and a layer of its own.
-        key = cache_key(encoder, clip.patcher.load_device, tokens=by_value(tokens), layer=clip.layer_idx)
         found = _cache(_cache_folder()).get(key)
         if found is None:
             conditioning = clip.encode_from_tokens_scheduled(tokens)
@@ -62,6 +60,39 @@ def encode(clip, text: str, clean_caption: bool) -> list:
         fingerprint=encoder.fingerprint if encoder and plain else "",
         truncated=clip.tokenizer.truncated(text, clean_caption),
     )
+
+
+def encoded_ahead(clip, texts: Iterable[str], clean_caption: bool) -> AbstractContextManager:
+    """Within this block `encode` has those of the prompts that are not cached: a streamed T5 reads its blocks
+    once for them all. Any other T5 encodes each in its turn."""
+    model = clip.cond_stage_model
+    if not model.stream or _is_hooked(clip):
+        return nullcontext()
+    encoder, missing = model.identify(), []
+    for text in texts:
+        tokens = clip.tokenize(text, clean_caption=clean_caption)
+        key = _key(clip, encoder, tokens)
+        if key is None or _cache(_cache_folder()).get(key) is None:
+            missing.append(tokens)
+    if not missing:
+        return nullcontext()
+    clip.load_model()
+    return model.encoded_ahead(missing, clip.layer_idx or -1)
+
+
+def _is_hooked(clip) -> bool:
+    return clip.patcher.forced_hooks is not None or clip.apply_hooks_to_conds is not None
+
+
+def _key(clip, encoder, tokens) -> str | None:
+    """What the tokens' embeddings are cached by; None where it is not known which encoder makes them."""
+    from ...pixart_sigma.text.cache import cache_key
+    from .tokenizer import by_value
+
+    if encoder is None:
+        return None
+    # Tokens, not the text: a clone of the CLIP may have tokenizer options and a layer of its own.
+    return cache_key(encoder, clip.patcher.load_device, tokens=by_value(tokens), layer=clip.layer_idx)
 
 
 def with_source(conditioning: list, **known) -> list:

@@ -8,12 +8,14 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
 from ...pixart_sigma.transformer.keys import TABLE
-from .bypass import one_after_the_other
+from .bypass import BYPASS, one_after_the_other, refuse_copies
 from .hooks import REPLACEABLE, check_set, replaced_block
 from .lora import PREFIX, add_translated, authors_names
 from .merging import check_merge, in_authors_names
 from .unread_alpha import tell_of_metadata, tell_of_peft
 from .whole_matrix import refuse_joined, with_siblings
+
+COPIES = "multigpu"  # the host's name for those of a MODEL on other devices
 
 
 def make_patcher(model, disable_dynamic: bool = False) -> ModelPatcher:
@@ -31,6 +33,23 @@ class SigmaPatcher(ModelPatcher):
         if type(twin) is ModelPatcher:
             twin.__class__ = SigmaPatcher
         return twin
+
+    def deepclone_multigpu(self, *arguments, **settings):
+        """A copy for another device, with weights of its own."""
+        refuse_copies(self.injections)
+        copy = super().deepclone_multigpu(*arguments, **settings)
+        copy.parent = None
+        return copy
+
+    def match_multigpu_clones(self):
+        """Where a loaded patcher is gone, the host goes on with its parent, so a copy's parent is one that
+        has the copy's weights. By the host it is this MODEL, and the copy's weights could not be unloaded."""
+        parents = {copy.model: copy.parent or copy for copy in self.get_additional_models_with_key(COPIES)}
+        if parents:
+            refuse_copies(self.injections)
+        super().match_multigpu_clones()
+        for copy in self.get_additional_models_with_key(COPIES):
+            copy.parent = parents[copy.model]
 
     def add_patches(self, patches, *strengths, **named_strengths):
         add = super().add_patches
@@ -61,7 +80,7 @@ class SigmaPatcher(ModelPatcher):
 
     def set_injections(self, key, injections):
         """A second bypassed LoRA joins the first, in whose place the host would put it."""
-        if key == "bypass_lora" and key in self.injections:
+        if key == BYPASS and key in self.injections:
             injections = [one_after_the_other([*self.injections[key], *injections])]
         super().set_injections(key, injections)
 

@@ -105,6 +105,7 @@ class SigmaTextModel(torch.nn.Module):
         self.description = None
         self.layer = None
         self.told_about_patches = False
+        self.ahead: dict[tuple, torch.Tensor] = {}  # embeddings (1, n, C) in RAM, by layer and token ids
 
     @property
     def device(self) -> torch.device:
@@ -189,10 +190,40 @@ class SigmaTextModel(torch.nn.Module):
             embeds.append(embed)
         return torch.cat(embeds, dim=1).to(comfy.model_management.intermediate_device()), None
 
-    def _encode(self, ids: list) -> torch.Tensor:
+    @contextmanager
+    def encoded_ahead(self, prompts: list[dict], layer: int):
+        """Within this block `encode_token_weights` has what the streamed encoder, once loaded, makes of all
+        these tokens, with its blocks read once for them. What else it is given it encodes as ever."""
+        wanted = {}
+        for section in (section for tokens in prompts for section in sections_of(tokens)):
+            ids = tuple(token[0] for token in section)
+            if any(isinstance(token, torch.Tensor) for token in ids):
+                continue  # an embedding has no number to know it by
+            wanted[layer, ids] = None
+            if any(token[1] != 1 for token in section):
+                wanted[layer, (PAD,) * len(ids)] = None
+        asked = list(wanted)
         try:
-            progress = _progress() if self.stream else None
-            return self.encoder.encode_ids(ids, self.layer or -1, progress).float()
+            with self._streaming():
+                encoded = self.encoder.encode_each([list(ids) for _, ids in asked], layer, _progress())
+                for index, embeds in encoded:
+                    self.ahead[asked[index]] = embeds.cpu()
+            yield
+        finally:
+            self.ahead.clear()
+
+    def _encode(self, ids: list) -> torch.Tensor:
+        layer = self.layer or -1
+        known = self.ahead.get((layer, tuple(ids))) if self.ahead else None
+        if known is not None:
+            return known.to(self.device).float()
+        with self._streaming():
+            return self.encoder.encode_ids(ids, layer, _progress() if self.stream else None).float()
+
+    @contextmanager
+    def _streaming(self):
+        try:
+            yield
         except CheckpointError:  # the file it streams from was changed
             self.drop()
             raise

@@ -13,7 +13,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...pixart_sigma.choices import DTYPES
-from ...pixart_sigma.errors import SigmaError
+from ...pixart_sigma.errors import CheckpointError, SigmaError
+from ...pixart_sigma.files.fingerprint import fingerprint
 from ...pixart_sigma.files.parts import FACTS
 from ...pixart_sigma.files.quantised_weights import QuantisedWeight
 from ...pixart_sigma.files.weight_files import facts_tensor
@@ -57,6 +58,8 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     model = SigmaModel(config, network, checkpoint.noise_schedule)
     model.checkpoint_path, model.fingerprint = checkpoint.path, fingerprint_of(state_dict)
     model.facts, model.variant_notice = checkpoint.facts, checkpoint.variant_notice
+    read = repr((checkpoint.config, checkpoint.noise_schedule, checkpoint.latent_format)).encode()
+    model.file_fingerprint = fingerprint(state_dict, read)
     _dequantise(state_dict, checkpoint, dtype)
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
@@ -69,7 +72,19 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
         for name, _ in module.named_parameters(recurse=False):
             setattr(module, f"{name}_comfy_model_dtype", dtype)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pixart_sigma_latents", _check_latents)
-    patcher.cached_patcher_init = (load_model, (path, variant, dtype))
+    patcher.cached_patcher_init = (load_again, (path, variant, dtype, model.file_fingerprint))
+    return patcher
+
+
+def load_again(path: Path, variant: str | None, dtype, known: str, disable_dynamic: bool = False):
+    """The MODEL that `load_model` made of a file, with weights of its own: the host asks for it for another
+    device. Raises CheckpointError where the file is not what it was."""
+    patcher = load_model(path, variant, dtype, disable_dynamic)
+    if patcher.model.file_fingerprint != known:
+        raise CheckpointError(
+            f"{path} was changed after this MODEL was loaded, so a copy for another device would be another "
+            "model. Load it anew: change an input of Load Σ Transformer, or restart ComfyUI."
+        )
     return patcher
 
 

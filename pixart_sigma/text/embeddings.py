@@ -122,9 +122,8 @@ class PromptEmbeddings:
 def encode(encoder: TextEncoder, settings: Settings) -> PromptEmbeddings:
     """The embeddings of the settings' prompt and negative prompt. Raises SigmaError as TextEncoder.encode."""
     check_settings(settings)
-    positive, negative = (
-        encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
-        for text in (settings.prompt, settings.negative)
+    positive, negative = encoder.encode_all(
+        (settings.prompt, settings.negative), settings.clean_caption, settings.max_sequence_length
     )
     return PromptEmbeddings.made(settings, positive, negative, encoder.precision)
 

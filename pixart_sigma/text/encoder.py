@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -123,6 +124,26 @@ class TextEncoder:
         Raises SigmaError when text is not a str, when it names an embedding, which only ComfyUI reads, when
         clean_caption lacks its libraries, and when the encoder overflows.
         """
+        ids, truncated = self._tokens(text, clean_caption, max_sequence_length)
+        return Encoded(self.encode_ids(ids), truncated)
+
+    def encode_all(
+        self,
+        texts: Sequence[str],
+        clean_caption: bool = False,
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Encoded]:
+        """Each prompt as `encode` makes it, bit for bit, in RAM; `encode_each` says how, and of `progress`.
+        Raises SigmaError as `encode`, for a wrong text before any is encoded."""
+        asked = [self._tokens(text, clean_caption, max_sequence_length) for text in texts]
+        found: dict[int, Encoded] = {}
+        for index, prompt_embeds in self.encode_each([ids for ids, _ in asked], progress=progress):
+            found[index] = Encoded(prompt_embeds.cpu(), asked[index][1])
+        return [found[index] for index in range(len(texts))]
+
+    def _tokens(self, text: str, clean_caption: bool, max_sequence_length: int) -> tuple[list[int], str]:
+        """A prompt's tokens, and the words that are cut off."""
         refuse_embeddings(text)
         text = prepare_prompt(text, clean_caption)
         tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -131,9 +152,8 @@ class TextEncoder:
             first_cut = tokens["offset_mapping"][max_sequence_length - 1][0]
             truncated = text[first_cut:].strip()
             ids = [*ids[: max_sequence_length - 1], self.tokenizer.eos_token_id]
-        return Encoded(self.encode_ids(ids), truncated)
+        return ids, truncated
 
-    @torch.no_grad()
     def encode_ids(self, ids: list, layer: int = -1, progress=None) -> torch.Tensor:
         """The embeddings (1, n, C) of n tokens, after the layer that counts from the end.
 
@@ -144,27 +164,72 @@ class TextEncoder:
         it raises stops the encoding, and nothing stays on the device.
         Raises SigmaError when the encoder overflows or has no such layer.
         """
+        ((_, prompt_embeds),) = self.encode_each([ids], layer, progress)
+        return prompt_embeds
+
+    @torch.no_grad()
+    def encode_each(
+        self, prompts: Sequence[list], layer: int = -1, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, what `encode_ids` makes of it) of each prompt by its ids, in the order they are done in.
+
+        A streamed encoder reads its blocks once for as many prompts as wait on the device in MOST_WAITING
+        bytes, from the shortest to the longest. progress counts the blocks of all these passes.
+        """
         layers = self.model.config.num_layers
         if not -layers <= layer <= -1:
             raise SigmaError(f"The text encoder has no layer {layer}: use a number from {-layers} to -1.")
-        rows = {index: row for index, row in enumerate(ids) if isinstance(row, torch.Tensor)}
-        input_ids = torch.tensor([[PAD if index in rows else token for index, token in enumerate(ids)]])
-        if self.is_streamed:
-            prompt_embeds = self.model(input_ids, layer, progress, rows)
-        else:
-            inputs_embeds = self.model.shared(input_ids.to(self.device))
-            for index, row in rows.items():
-                inputs_embeds[0, index] = row.to(inputs_embeds)
-            found = self.model(inputs_embeds=inputs_embeds, output_hidden_states=layer != -1)
-            prompt_embeds = found.last_hidden_state
-            if layer != -1:
-                prompt_embeds = self.model.encoder.final_layer_norm(found.hidden_states[layer])
+        if not self.is_streamed:
+            for index, ids in enumerate(prompts):
+                yield index, self._finite(self._encode_resident(*_split(ids), layer))
+            return
+        groups = self._groups([len(ids) for ids in prompts])
+        for number, group in enumerate(groups):
+            split = [_split(prompts[index]) for index in group]
+            encoded = self.model.together(split, layer, _part(progress, number, len(groups)))
+            for index in group:
+                yield index, self._finite(encoded.pop(0))
+
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which prompts, by their lengths in tokens, share a pass through the streamed blocks."""
+        left, groups = sorted(range(len(lengths)), key=lengths.__getitem__), []
+        while left:
+            count = self.model.most_together([lengths[index] for index in left])
+            groups.append(left[:count])
+            left = left[count:]
+        return groups
+
+    def _encode_resident(self, input_ids: torch.Tensor, rows: dict, layer: int) -> torch.Tensor:
+        inputs_embeds = self.model.shared(input_ids.to(self.device))
+        for index, row in rows.items():
+            inputs_embeds[0, index] = row.to(inputs_embeds)
+        found = self.model(inputs_embeds=inputs_embeds, output_hidden_states=layer != -1)
+        if layer == -1:
+            return found.last_hidden_state
+        return self.model.encoder.final_layer_norm(found.hidden_states[layer])
+
+    def _finite(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(prompt_embeds).all():
             raise SigmaError(
                 f"The text encoder produced numbers that are not finite in {self.precision}. "
                 "Use bf16 or int8, or check the encoder's file."
             )
         return prompt_embeds
+
+
+def _split(ids: list) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Token ids (1, n), and by their index the rows that take the place of some."""
+    rows = {index: row for index, row in enumerate(ids) if isinstance(row, torch.Tensor)}
+    return torch.tensor([[PAD if index in rows else token for index, token in enumerate(ids)]]), rows
+
+
+def _part(
+    progress: Callable[[int, int], None] | None, number: int, parts: int
+) -> Callable[[int, int], None] | None:
+    """What tells `progress` of one of several passes of as many blocks."""
+    if progress is None:
+        return None
+    return lambda done, count: progress(number * count + done, parts * count)
 
 
 load_text_encoder = TextEncoder.load

@@ -14,7 +14,7 @@ from ..choices import MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from ..memory.measure import peak_bytes
 from ..memory.ways import Needs
 from .loading import read_encoder
-from .streaming import StreamedT5
+from .streaming import MOST_WAITING, StreamedT5
 from .weights import expected_nbytes
 
 META = torch.device("meta")
@@ -74,7 +74,7 @@ class EncoderShapes:
         if place == "stream":
             streamed = StreamedT5(self.config, self.weights, precision, computing, None)
             window = streamed.window_nbytes(torch.device("cuda"))
-            return Needs(window + activations, window, weights)
+            return Needs(window + activations + MOST_WAITING, window, weights)
         return Needs(weights + activations, weights)
 
 

@@ -76,10 +76,13 @@ class TextStage:
         settings: Settings,
         ways: Ways,
         cache: EmbeddingCache | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> tuple[list[Encoded], EncoderIdentity, Ways]:
         """What T5 makes of each text, which T5, and the ways as it ran; it is loaded only for what `cache`
         lacks. How texts are cleaned and cut is in `settings`.
 
+        A streamed T5 reads its blocks once for many texts: give it as many as there are. progress: called as
+        progress(blocks done, blocks to do) between them; what it raises stops the encoding.
         Where memory runs out T5 is streamed, and if that is not possible or not enough, it runs on the CPU.
         """
         for text in texts:
@@ -99,11 +102,14 @@ class TextStage:
 
         precision = encoder.precision if encoder else ways.t5_precision or DEFAULT_T5_PRECISION
 
+        missing = list(dict.fromkeys(text for text, one in zip(texts, found, strict=True) if one is None))
+
         def encode_missing(text_encoder: TextEncoder) -> tuple[list[Encoded], str]:
-            encoded = [
-                one or text_encoder.encode(text, settings.clean_caption, settings.max_sequence_length)
-                for text, one in zip(texts, found, strict=True)
-            ]
+            made = text_encoder.encode_all(
+                missing, settings.clean_caption, settings.max_sequence_length, progress
+            )
+            by_text = dict(zip(missing, made, strict=True))
+            encoded = [one or by_text[text] for text, one in zip(texts, found, strict=True)]
             return encoded, text_encoder.precision
 
         def run(way: Way) -> tuple[list[Encoded], str]:

@@ -5,7 +5,7 @@ weights, but leaves behind what bitsandbytes keeps beside a weight; one mechanis
 """
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from .blocks import StoredBlocks, bind, make_block, unbind, use_int8
 
 BIAS_KEY = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 SPARE_RAM = 4_000_000_000  # bytes that pinning leaves to the other stages
+MOST_WAITING = 2**25  # bytes of hidden states of prompts that share a pass: of 300 tokens in bf16, 13
 
 logger = logging.getLogger(__name__)
 
@@ -106,26 +107,61 @@ class StreamedT5:
         progress: called as progress(blocks done, blocks to do) before every block and after the last; what it
         raises stops the call. Raises CheckpointError when the file is gone or was changed.
         """
+        return self.together([(input_ids, rows)], layer, progress)[0]
+
+    @torch.no_grad()
+    def together(
+        self,
+        prompts: Sequence[tuple[torch.Tensor, Mapping[int, torch.Tensor]]],
+        layer: int = -1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """The hidden states of several (token ids, rows), each as a call of its own makes them, bit for bit:
+        a block takes one after the other while it is there, and is read once for all.
+
+        All their hidden states are on the device: `most_together` says how many may be.
+        """
         count = self.config.num_layers + 1 + layer
         self._stored.check_files()
-        hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype)
-        for index, row in rows.items():
-            hidden_states[:, index] = row.to(hidden_states)
-        hidden_states = hidden_states.to(self.device)
-        position_bias = self._position_bias(input_ids.shape[1])
+        waiting = [self._embed(input_ids, rows) for input_ids, rows in prompts]
+        table = self._weights[BIAS_KEY][...].to(self.device, self.dtype)
+        position_bias = None
         with closing(self._visit_blocks(count)) as blocks:
             for done, block in enumerate(blocks):
                 if progress is not None:
                     progress(done, count)
-                hidden_states = block(hidden_states, position_bias=position_bias)[0]
+                for index, hidden_states in enumerate(waiting):
+                    length = hidden_states.shape[1]
+                    if position_bias is None or position_bias.shape[-1] != length:
+                        position_bias = self._position_bias(length, table)
+                    waiting[index] = block(hidden_states, position_bias=position_bias)[0]
         if progress is not None:
             progress(count, count)
         weight = self._weights["encoder.final_layer_norm.weight"][...]
         try:
             bind(self._final_layer_norm, {"weight": weight.to(self.device, self.dtype)})
-            return self._final_layer_norm(hidden_states)
+            for index, hidden_states in enumerate(waiting):
+                waiting[index] = self._final_layer_norm(hidden_states)
+            return waiting
         finally:
             unbind(self._final_layer_norm)
+
+    def most_together(self, lengths: Sequence[int]) -> int:
+        """How many of the first prompts, of so many tokens, `together` may take: one at least."""
+        token = self.config.d_model * self.dtype.itemsize
+        total = 0
+        for count, length in enumerate(lengths):
+            total += length * token
+            if count and total > MOST_WAITING:
+                return count
+        return len(lengths)
+
+    def _embed(self, input_ids: torch.Tensor, rows: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Hidden states (B, n, C) before the first block, on the device."""
+        hidden_states = _rows(self._weights["shared.weight"], input_ids.cpu()).to(self.dtype)
+        for index, row in rows.items():
+            hidden_states[:, index] = row.to(hidden_states)
+        return hidden_states.to(self.device)
 
     def _visit_blocks(self, count: int) -> Generator[torch.nn.Module, None, None]:
         """The blocks in turn, each with its weights where it computes; one module serves them all."""
@@ -159,10 +195,9 @@ class StreamedT5:
         self._stored.read_into(self._staging[index % 2], index)
         return self._staging[index % 2]
 
-    def _position_bias(self, length: int) -> torch.Tensor:
-        """The first block's position bias (1, heads, n, n), which all blocks add."""
+    def _position_bias(self, length: int, table: torch.Tensor) -> torch.Tensor:
+        """The first block's position bias (1, heads, n, n), by its table, which all blocks add."""
         attention = self._block.layer[0].SelfAttention
-        table = self._weights[BIAS_KEY][...].to(self.device, self.dtype)
         try:
             bind(attention.relative_attention_bias, {"weight": table})
             return attention.compute_bias(length, length, device=self.device)

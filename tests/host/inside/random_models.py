@@ -1,6 +1,8 @@
-"""Random transformers, conditioning for them, and a run of the host's KSampler."""
+"""Random transformers, conditioning for them, a run of the host's KSampler, and one MODEL on two devices."""
 
+import comfy.model_management
 import torch
+from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 from diffusers import PixArtTransformer2DModel
 
 import nodes as host_nodes
@@ -45,6 +47,17 @@ def ksampler(model, positive, negative, size, steps=2, cfg=4.5):
         model, 0, steps, cfg, "dpmpp_2m", "normal", positive, negative, latent
     )
     return made["samples"]
+
+
+def split(model, monkeypatch):
+    """The MODEL by the host's MultiGPU CFG Split, and its copy on a second device, which is the CPU too:
+    "cpu" and "cpu:0" are two to the host, and compute alike."""
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda *_, **__: devices)
+    made = MultiGPUCFGSplitNode.execute(model, 2).result[0]
+    (copy,) = made.get_additional_models_with_key("multigpu")
+    assert copy.load_device == devices[1] and copy.model is not made.model
+    return made, copy
 
 
 def difference(one, other):

@@ -23,7 +23,7 @@ from pack.pixart_sigma.transformer.config import XL_2
 from pack.pixart_sigma.transformer.controlnet import Control, ControlHooks
 from pack.pixart_sigma.transformer.controlnet_file import build_controlnet, load_controlnet
 from pack.pixart_sigma.transformer.loading import load_transformer
-from random_models import conditioning, difference, ksampler, normal, transformer
+from random_models import conditioning, difference, ksampler, normal, split, transformer
 from safetensors.torch import save_file
 
 import nodes as host_nodes
@@ -158,6 +158,17 @@ def test_it_is_loaded_beside_the_model_and_let_go(model, vae, control_net):
     assert wrapped in held
     comfy.model_management.unload_all_models()
     assert all(loaded.model is not wrapped for loaded in comfy.model_management.current_loaded_models)
+
+
+def test_on_two_devices_each_has_its_own(model, vae, control_net, monkeypatch):
+    """By the host's MultiGPU CFG Split, several ControlNets too."""
+    prompts = apply(control_net, vae, strength=0.3, prompts=apply(control_net, vae, strength=0.6))
+    expected, plain = ksampler(model, *prompts, SIZE), ksampler(model, PROMPT, NEGATIVE, SIZE)
+    divided, copy = split(model, monkeypatch)
+    assert difference(ksampler(divided, *prompts, SIZE), expected) < 1e-3 < difference(plain, expected) / 10
+    (clone,) = prompts[0][0][1]["control"].multigpu_clones.values()
+    assert clone.control_model_wrapped.load_device == copy.load_device
+    assert clone.control_model.controlnet is not control_net.control_model.controlnet
 
 
 def test_what_has_no_effect_is_said(made, model, vae, control_net):

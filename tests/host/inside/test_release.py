@@ -3,6 +3,7 @@
 import gc
 import inspect
 import re
+import weakref
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -10,11 +11,18 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from pack.nodes.host.kv_compression import set_kv_compression
 from pack.nodes.host.release import release
+from pack.nodes.host.sampling import SamplerSettings, sample
+from pack.nodes.host.speed import set_speed
 from pack.nodes.host.text_encoder import TextEncoderPatcher, load_clip
+from pack.nodes.host.transformer import PaddedCond, load_model
 from pack.nodes.host.vae import load_vae
 from pack.nodes.memory import ReleaseModel
 from pack.pixart_sigma import DEMO
+from pack.pixart_sigma.errors import CheckpointError, SigmaError
+from random_models import conditioning, ksampler, normal, split, transformer
+from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
 ELSEWHERE = torch.device("meta")  # a place that stands for RAM
@@ -241,3 +249,90 @@ def test_a_clone_of_the_clip_has_what_the_hosts_has():
     }
     clone = inspect.getsource(comfy.sd.CLIP.clone)
     assert set(re.findall(r"n\.(\w+) =", clone)) <= ours, "the host's CLIP has a new attribute"
+
+
+# ---- a MODEL that the host's MultiGPU CFG Split has copied to a second device
+
+PROMPT, NEGATIVE, SIZE = conditioning(5, 64, seed=1), conditioning(5, 64, seed=2), (16, 8)
+QKV = "lora_unet_blocks_0_attn_qkv"
+LORA = {
+    f"{QKV}.lora_down.weight": normal(4, 144, seed=3) / 10,
+    f"{QKV}.lora_up.weight": normal(432, 4, seed=4) / 10,
+}
+BY_COLUMNS = {f"{QKV}.dora_scale": 1 + normal(1, 144, seed=5).abs()}  # q, k and v as one matrix
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(transformer(2, 2, 64).state_dict(), tmp_path / "tiny_1024.safetensors")
+    return tmp_path / "tiny_1024.safetensors"
+
+
+def with_lora(model, lora, load=comfy.sd.load_lora_for_models):
+    return load(model, None, lora, 1.0, 0)[0]
+
+
+def test_two_devices_draw_what_one_draws(file, monkeypatch):
+    """Bit for bit, where the one is given the prompt and the negative prompt in turn too, with all that a
+    MODEL carries, put on it before it is copied or after."""
+    monkeypatch.setattr(PaddedCond, "can_concat", lambda self, other: False)
+    model, used = load_model(file), []
+    for parameter in model.model.parameters():  # as the copy's are: where a file's lie, CPUs round otherwise
+        parameter.data = parameter.data.clone()
+    apply_model = type(model.model).apply_model
+    monkeypatch.setattr(
+        type(model.model),
+        "apply_model",
+        lambda self, *given, **named: used.append(self) or apply_model(self, *given, **named),
+    )
+
+    def changed(model):
+        compressed = set_kv_compression(with_lora(model, LORA | BY_COLUMNS), "mean:2:all")
+        return set_speed(compressed, "forecast:1:1:30-90%")
+
+    expected = ksampler(changed(model), PROMPT, NEGATIVE, SIZE, steps=6)
+    for divided in (split(changed(model), monkeypatch)[0], changed(split(model, monkeypatch)[0])):
+        used.clear()
+        assert torch.equal(ksampler(divided, PROMPT, NEGATIVE, SIZE, steps=6), expected)
+        assert len(set(used)) == 2 and used.count(model.model) == len(used) / 2
+
+
+def test_a_copy_is_released_with_its_model(file, monkeypatch):
+    """Also after a node that runs a clone of the MODEL, which it drops."""
+    model = load_model(file)
+    divided, copy = split(model, monkeypatch)
+    for run in range(2):
+        sample(divided, PROMPT, NEGATIVE, {"samples": torch.zeros(1, 4, *SIZE)}, SamplerSettings(steps=1))
+        gc.collect()
+        assert model.loaded_size() == copy.loaded_size() > 0
+        assert {entry.model.model for entry in management.current_loaded_models} == {model.model, copy.model}
+        release(divided if run else model, "free")
+        assert not management.current_loaded_models and model.loaded_size() == copy.loaded_size() == 0
+    weights = weakref.ref(copy.model)
+    del divided, copy
+    assert weights() is None  # at once: nothing of it refers to itself
+
+
+def test_a_file_that_was_changed_is_not_copied(file, monkeypatch):
+    weights = transformer(2, 2, 64).state_dict()
+    model = load_model(file)
+    split(model, monkeypatch)
+    for change in ({"proj_out.bias": weights["proj_out.bias"] + 1}, None):
+        if change:
+            save_file(weights | change, file)
+        else:
+            file.unlink()
+        with pytest.raises(CheckpointError, match="was changed" if change else "tiny_1024"):
+            split(model, monkeypatch)
+
+
+def test_a_bypassed_lora_is_refused_on_two_devices(file, monkeypatch):
+    """It would change the layers of the first alone."""
+    model = load_model(file)
+    bypassed = with_lora(model, LORA, comfy.sd.load_bypass_lora_for_models)
+    with pytest.raises(SigmaError, match="from a bypass loader"):
+        split(bypassed, monkeypatch)
+    divided, _ = split(model, monkeypatch)
+    late = with_lora(divided, LORA, comfy.sd.load_bypass_lora_for_models)
+    with pytest.raises(SigmaError, match="from a bypass loader"):
+        ksampler(late, PROMPT, NEGATIVE, SIZE)

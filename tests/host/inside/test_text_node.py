@@ -14,6 +14,7 @@ from pack.nodes.host.release import release
 from pack.nodes.host.text_encoder import load_clip
 from pack.nodes.text import EncodePromptList, TextEncode
 from pack.pixart_sigma import DEMO, TextEncoder
+from pack.pixart_sigma.text.blocks import StoredBlocks
 
 import nodes as host_nodes
 
@@ -157,15 +158,15 @@ def interrupted(clip, mode):
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_an_interrupt_between_streamed_blocks_frees_the_encoder(precision, no_cache, monkeypatch):
     streamed = load_clip(DEMO, precision, "stream")
-    encode_ids = TextEncoder.encode_ids
+    encode_each = TextEncoder.encode_each
 
     def interrupt_and_encode(self, *given):
         management.interrupt_current_processing(True)
-        return encode_ids(self, *given)
+        return encode_each(self, *given)
 
-    monkeypatch.setattr(TextEncoder, "encode_ids", interrupt_and_encode)
+    monkeypatch.setattr(TextEncoder, "encode_each", interrupt_and_encode)
     interrupted(streamed, "free")
-    assert management.current_loaded_models == []
+    assert management.current_loaded_models == [] and not streamed.cond_stage_model.ahead
 
 
 def test_4_bit_can_not_be_streamed():
@@ -208,6 +209,25 @@ def test_a_list_is_encoded_with_t5_loaded_once(clip, progress, no_cache, monkeyp
         expected = encode(clip, text, "free", negative="fog")
         assert torch.equal(positive[index][0][0], expected[0])
         assert torch.equal(negative[index][0][0], expected[1])
+
+
+def test_a_streamed_t5_is_read_once_for_all_that_are_not_cached(progress, no_cache, monkeypatch):
+    """A prompt is what it is alone; a weighted one, which needs another of padding, too."""
+    read, blocks = StoredBlocks.read, []
+    monkeypatch.setattr(StoredBlocks, "read", lambda self, index: blocks.append(index) or read(self, index))
+    streamed, texts = load_clip(DEMO, "bf16", "stream"), ["a red circle", WEIGHTED, "a blue star, a moon"]
+    expected = [encode(streamed, text, "keep", negative="fog")[0] for text in texts]
+    assert sorted(blocks) == [0, 0, 0, 1, 1, 1]  # the negative prompt is cached after the first
+    for known, times in ((), 1), (texts[:1], 1), (texts, 0):
+        shutil.rmtree(embeddings._cache_folder())
+        for text in known:
+            encode(streamed, text, "keep", negative="fog")
+        blocks.clear()
+        positive, *_ = encode_list(streamed, "\n".join(texts), negative="fog", after_use="keep")
+        assert sorted(blocks) == [0] * times + [1] * times
+        assert all(torch.equal(made[0][0], alone) for made, alone in zip(positive, expected, strict=True))
+    assert not streamed.cond_stage_model.ahead
+    release(streamed, "free")
 
 
 def test_a_file_of_the_input_folder_brings_prompts_and_more(clip, input_folder):

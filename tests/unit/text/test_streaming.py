@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import CheckpointError, SigmaError
 from pixart_sigma.memory.block_buffers import PinnedMemory
-from pixart_sigma.memory.measure import live_bytes
+from pixart_sigma.memory.measure import live_bytes, peak_bytes
 from pixart_sigma.memory.stages import Stages
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text import streaming
+from pixart_sigma.text.blocks import StoredBlocks
 from pixart_sigma.text.encoder import TextEncoder
 from pixart_sigma.text.loading import describe_encoder
 from pixart_sigma.text.quantize import quantize_t5
@@ -119,6 +121,80 @@ def test_progress_goes_block_by_block(folder, way):
     assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     encoder.encode_ids([1], -3, progress=lambda *call: told.append(call))
     assert told[5:] == [(0, 2), (1, 2), (2, 2)]
+
+
+# ---- several prompts that share the blocks
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Bytes of each block that is read."""
+    nbytes, read = [], StoredBlocks.read
+
+    def counted(self, index):
+        nbytes.append(self.nbytes)
+        return read(self, index)
+
+    monkeypatch.setattr(StoredBlocks, "read", counted)
+    return nbytes
+
+
+MANY = [[*range(3, 62), 1], LENGTHS[1], LENGTHS[20], [5, 1], LENGTHS[20][::-1]]
+
+
+@pytest.mark.parametrize("source", ["int8 from int8", "bf16 from fp8"])
+def test_each_of_several_prompts_is_what_it_is_alone_and_blocks_are_read_once(sources, source, way, read):
+    path, precision = sources[source]
+    encoder = TextEncoder.load(path, precision=precision, stream=True)
+    prompts = [*MANY, [7, torch.ones(64), 1]]
+    expected = [encoder.encode_ids(ids, -2) for ids in prompts]
+    alone, told = sum(read), []
+    read.clear()
+    found = dict(encoder.encode_each(prompts, -2, lambda *call: told.append(call)))
+    assert sorted(found) == list(range(len(prompts)))
+    assert all(torch.equal(found[index], one) for index, one in enumerate(expected))
+    assert alone == len(prompts) * sum(read) == len(prompts) * (BLOCKS - 1) * read[0]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_more_than_may_wait_pass_in_groups(folder, read, monkeypatch):
+    """In memory that does not grow with them; an interrupt comes through in the middle."""
+    encoder = TextEncoder.load(folder, precision="fp32", stream=True)
+    device, told = torch.device("cpu"), []
+
+    def peak(prompts, progress=None):
+        return peak_bytes(device, lambda: [None for _ in encoder.encode_each(prompts, progress=progress)])
+
+    one = peak([LENGTHS[300]])
+    monkeypatch.setattr(streaming, "MOST_WAITING", 2 * 300 * 64 * 4)
+    read.clear()
+    grown = peak([LENGTHS[300]] * 6, lambda *call: told.append(call)) - one
+    assert 0 < grown <= streaming.MOST_WAITING + 300 * 8  # and a prompt's token ids
+    assert len(read) == 3 * BLOCKS and told == [
+        (number * BLOCKS + done, 3 * BLOCKS) for number in range(3) for done in range(BLOCKS + 1)
+    ]
+
+    def stop(done, total):
+        if done == BLOCKS + 2:
+            raise KeyboardInterrupt
+
+    gc.collect()
+    before = live_bytes(device)
+    with pytest.raises(KeyboardInterrupt):
+        list(encoder.encode_each([LENGTHS[300]] * 3, progress=stop))
+    gc.collect()
+    assert live_bytes(device) == before
+
+
+def test_as_many_wait_as_fit_at_real_width(tmp_path):
+    config = config_of(d_model=4096)
+    weights = {
+        key: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for key, shape in expected_shapes(config).items()
+    }
+    model = StreamedT5(config, weights, "bf16", torch.bfloat16, None)
+    assert model.most_together([300] * 50) == 13 and model.most_together([20] * 50) == 50
+    assert model.most_together([5000, 5000]) == 1
 
 
 # ---- memory
@@ -438,7 +514,7 @@ def test_a_file_that_changes_while_it_is_streamed_is_named(folder, tmp_path, way
 # ---- the pipeline and the command
 
 
-def test_the_pipeline_streams(pipeline_folder):
+def test_the_pipeline_streams(pipeline_folder, read):
     settings = dict(device="cpu", t5_precision="fp32", measure=True)
     resident = SigmaPipeline.from_path(pipeline_folder, Ways(**settings))
     streamed = SigmaPipeline.from_path(pipeline_folder, Ways(t5_device="stream", **settings))
@@ -449,6 +525,15 @@ def test_the_pipeline_streams(pipeline_folder):
     assert torch.equal(result.negative, expected.negative)
     needed = [pipeline.stages.costs["text encoder"].weights for pipeline in (resident, streamed)]
     assert needed[1] < needed[0] / 2
+    blocks = len(read)  # once for both prompts
+
+    read.clear()
+    texts, told = ("a fox", "snow", "a fox", ""), []
+    asked = texts, Settings(), streamed.ways, None, lambda *call: told.append(call)
+    several, *_ = streamed.text.encode(*asked)
+    assert len(read) == blocks == told[-1][1] == len(told) - 1
+    assert torch.equal(several[0].prompt_embeds, expected.positive) and several[2] is several[0]
+    assert torch.equal(several[1].prompt_embeds, expected.negative)
 
 
 def test_the_command_streams(pipeline_folder, tmp_path, capsys):
