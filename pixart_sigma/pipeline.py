@@ -255,8 +255,7 @@ class SigmaPipeline:
     ) -> tuple[Prompted, Ways]:
         """The prompts of settled settings as T5 makes them, and the ways as it ran; it is loaded for what
         `cache` lacks."""
-        texts = (settings.prompt, settings.negative) if settings.uses_negative else (settings.prompt,)
-        encoded, encoder, ways = self.text.encode(texts, settings, ways, cache)
+        encoded, encoder, ways = self.text.encode(settings.texts, settings, ways, cache)
         positive, *negative = encoded
         unwanted = negative[0] if negative else None
         return Prompted(positive, unwanted, encoder.fingerprint, encoder.tokenizer), ways

@@ -160,6 +160,11 @@ class Settings:
         return self.guided or self.nag_scale is not None
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """What the text encoder is asked for."""
+        return (self.prompt, self.negative) if self.uses_negative else (self.prompt,)
+
+    @property
     def alike(self) -> "Settings":
         """These settings without what may differ between runs that go through the transformer together."""
         return replace(self.without_prompts(), seed=0)

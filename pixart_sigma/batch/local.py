@@ -13,6 +13,7 @@ from .work import Asked, PictureWork, kind_of
 
 DISK = 10e9  # bytes for what is between two stages
 MOST_TOGETHER = 32
+TEXTS_AHEAD = 64  # pictures whose prompts a streamed T5 takes at once, and a killed batch encodes again
 
 
 def most_together(pipeline: SigmaPipeline, settings: Settings) -> int:
@@ -86,12 +87,22 @@ class LocalBatch:
         """T5 for all texts, each once."""
         known: set[tuple] = set()
         with self._stage("text encoder"):
-            for number, picture in enumerate(pictures, 1):
+            for number, picture in enumerate(pictures):
+                if number % TEXTS_AHEAD == 0:
+                    self._encode_ahead(pictures, number)
                 if picture.texts not in known:
                     with self._may_fail(picture):
                         self._asked(picture)
                         known.add(picture.texts)
-                self.on_count(number, len(pictures))
+                self.on_count(number + 1, len(pictures))
+
+    def _encode_ahead(self, pictures: list[Picture], first: int) -> None:
+        part = pictures[first : first + TEXTS_AHEAD]
+
+        def count(done: int, total: int) -> None:
+            self.on_count(first + len(part) * done // total, len(pictures))
+
+        self.work.encode_ahead(part, self.folder.embeddings, count)
 
     def _denoise(self, pictures: list[Picture]) -> None:
         """The transformer for all that were encoded, in groups of those that are alike."""

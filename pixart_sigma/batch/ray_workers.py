@@ -144,6 +144,10 @@ class EncodeWorker(Worker):
         super().__init__(order)
         self._recent = RecentEmbeddings()
 
+    def do(self, rows: list[_Row]) -> None:
+        self.work.encode_ahead([row.picture for row in rows], self._recent)
+        super().do(rows)
+
     def do_one(self, row: _Row) -> bytes:
         asked = self.work.encode(row.picture.settings, self._recent)
         return asked.to_bytes(self.work.pipeline.dtype)

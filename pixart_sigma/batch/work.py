@@ -1,6 +1,7 @@
 """What is done for the pictures of a batch: their prompts are encoded, their latents denoised and decoded. In
 which order, and where the results wait, is a driver's affair."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -158,6 +159,29 @@ class PictureWork:
         prompted, ways = self.pipeline.encode(settings, self.settled.ways(settings), cache)
         self.settled.ran(settings, ways)
         return Asked(prompted, {name: getattr(ways, name) for name in T5_WAYS})
+
+    def encode_ahead(
+        self,
+        pictures: Sequence[Picture],
+        cache: EmbeddingCache,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put the prompts of pictures into the cache where T5 is streamed, which then is read once for all of
+        them; they take a few MB each meanwhile. What fails is left to `encode`, which says why.
+
+        progress(done, total) is called between T5's blocks.
+        """
+        groups: dict[tuple, list[Settings]] = {}
+        for picture in pictures:
+            with contextlib.suppress(SigmaError):
+                settings, ways = picture.settings, self.settled.ways(picture.settings)
+                if ways.t5_device == "stream":
+                    key = settings.clean_caption, settings.max_sequence_length, ways
+                    groups.setdefault(key, []).append(settings)
+        for (*_, ways), group in groups.items():
+            texts = [text for settings in group for text in settings.texts]
+            with contextlib.suppress(SigmaError):
+                self.pipeline.text.encode(tuple(dict.fromkeys(texts)), group[0], ways, cache, progress)
 
     def draw_all(
         self,

@@ -1,4 +1,5 @@
 import errno
+import io
 from dataclasses import replace
 from itertools import count
 
@@ -17,6 +18,7 @@ from pixart_sigma.files.writing import write_beside
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.sampling.guidance import guide
 from pixart_sigma.settings import Settings, Ways
+from pixart_sigma.text.streaming import StreamedT5
 
 from .conftest import BASE, Batches
 
@@ -106,6 +108,32 @@ def test_what_did_not_fit_once_is_not_tried_for_each_picture(batches, monkeypatc
     monkeypatch.setattr("pixart_sigma.runs.guide", guided)
     assert not batches.run("a boat", "a house", "a cat").failed
     assert tried == [False, True, True, True]
+
+
+def test_a_streamed_t5_is_read_once_for_all_texts(batches, small_pipeline_folder, tmp_path, monkeypatch):
+    read = []
+    together = StreamedT5.together
+
+    def counting(self, *arguments, **named):
+        read.append(len(arguments[0]))
+        return together(self, *arguments, **named)
+
+    batches.run("a boat", "a house", {"prompt": "two cats", "negative": "fog"})
+    monkeypatch.setattr(StreamedT5, "together", counting)
+    streamed = Batches(small_pipeline_folder, tmp_path / "streamed")
+    counted = []
+    batch = streamed.run(
+        *("a boat", "a house", {"prompt": "two cats", "negative": "fog"}),
+        pipeline=streamed.pipeline(t5_device="stream"),
+        on_count=lambda *count: counted.append(count),
+    )
+    assert read == [5] and not batch.failed and counted[0] == (0, 3)
+    assert streamed.loads == THREE_STAGES
+    settled = [line["settings"] for line in streamed.lines()]
+    assert settled == [line["settings"] for line in batches.lines()]
+    for name, content in batches.files().items():
+        one, other = Image.open(io.BytesIO(content)), Image.open(io.BytesIO(streamed.files()[name]))
+        assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
 class Killed(BaseException):
