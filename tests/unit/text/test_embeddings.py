@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
+from pixart_sigma.files.writing import clear_once
 from pixart_sigma.pipeline import DEMO, SigmaPipeline
 from pixart_sigma.prompt_embeds import Encoded
 from pixart_sigma.settings import Settings, Ways
@@ -217,16 +218,17 @@ def test_a_process_killed_in_mid_save_leaves_no_half_file(tmp_path, cached):
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["prompt.safetensors"]
     assert PromptEmbeddings.load(tmp_path / "prompt.safetensors").positive_text == "old"
-    (unfinished,) = tmp_path.glob(".*")
+    assert len(list(tmp_path.glob(".*"))) == 1
     if cached:
         cache = EmbeddingCache(tmp_path)
         assert cache.get(key) is None
         cache.put(key, Encoded(embeds(), ""))
-        assert cache.get(key) is not None and unfinished.exists(), "another process may still be writing it"
-        os.utime(unfinished, (0, 0))
-        cache.put(key_of("another"), Encoded(embeds(), ""))
-        assert not unfinished.exists()
+        assert cache.get(key) is not None
         assert (tmp_path / "prompt.safetensors").exists(), "the cache removes its own files only"
+    else:
+        clear_once.cache_clear()  # as in a new process
+        made(positive_text="new").save(tmp_path / "prompt.safetensors")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_least_recently_used_go_first(tmp_path):
@@ -243,6 +245,50 @@ def test_the_least_recently_used_go_first(tmp_path):
     cache.put(key_of("fourth"), Encoded(embeds(), ""))
     held = [text for text in ("first", "second", "third", "fourth") if cache.get(key_of(text))]
     assert held == ["first", "third", "fourth"] and foreign.exists()
+
+
+def test_files_of_a_date_to_come_go_before_all_others(tmp_path):
+    cache = EmbeddingCache(tmp_path / "cache", max_bytes=3 * _file_size(tmp_path / "one"))
+    for text in ("first", "second", "third"):  # as after a clock that ran ahead was set right
+        cache.put(key_of(text), Encoded(embeds(), ""))
+        moment = time.time() + 1e8
+        os.utime(tmp_path / "cache" / f"{key_of(text)}.safetensors", (moment, moment))
+    assert cache.get(key_of("second")) is not None  # and so it was used before now
+    for text in ("fourth", "fifth"):
+        cache.put(key_of(text), Encoded(embeds(), ""))
+    held = [text for text in ("first", "second", "third", "fourth", "fifth") if cache.get(key_of(text))]
+    assert held == ["second", "fourth", "fifth"]
+
+
+def nested(path: Path):
+    header = b'{"__metadata__":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def a_folder(path: Path):
+    (path / "inside").mkdir(parents=True)
+
+
+def too_large(path: Path):
+    path.touch()
+    os.truncate(path, 2**40)  # with no byte on the disk
+
+
+@pytest.mark.parametrize(
+    "put_there",
+    [nested, a_folder, too_large, os.mkfifo, lambda path: path.symlink_to(path.parent / "foreign")],
+    ids=["nested", "folder", "too large", "pipe", "link"],
+)
+def test_whatever_is_in_an_entrys_place_is_dropped(tmp_path, put_there):
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"somebody else's")
+    cache, path = EmbeddingCache(tmp_path), tmp_path / f"{key_of('a boat')}.safetensors"
+    put_there(path)
+    assert cache.get(key_of("a boat")) is None and not os.path.lexists(path)
+    put_there(path)  # since it was asked for
+    cache.put(key_of("a boat"), Encoded(embeds(), ""))
+    assert cache.get(key_of("a boat")) is not None
+    assert foreign.read_bytes() == b"somebody else's"
 
 
 def _file_size(folder: Path) -> int:
