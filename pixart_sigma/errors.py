@@ -30,7 +30,7 @@ def shortened(text: str, most: int) -> str:
 
 def tidy(message: str) -> str:
     """A message as it can be shown, whatever it quotes."""
-    words = re.sub(r"\S{%d,}" % MOST_WORD, lambda word: shortened(word[0], MOST_WORD), message)
+    words = re.sub(rf"\S{{{MOST_WORD},}}", lambda word: shortened(word[0], MOST_WORD), message)
     return printable(shortened(words, MOST_MESSAGE))
 
 

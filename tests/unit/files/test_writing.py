@@ -1,5 +1,5 @@
-"""What is written: whole or not at all, with the mode that the umask gives, never in the place of a device or a
-link, and cleared where a killed process left it. Each writer is killed in `test_killed.py`."""
+"""What is written: whole or not at all, with the mode that the umask gives, never in the place of a
+device or a link, and cleared where a killed process left it. Each writer is killed in `test_killed.py`."""
 
 import os
 import stat
