@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pixart_sigma.errors import CheckpointError, SigmaError
-from pixart_sigma.files.writing import clear_once
 from pixart_sigma.pipeline import DEMO, SigmaPipeline
 from pixart_sigma.prompt_embeds import Encoded
 from pixart_sigma.settings import Settings, Ways
@@ -192,43 +190,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         made(positive_text="new").save(path)
     assert PromptEmbeddings.load(path).positive_text == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-KILLED = """
-import os, signal, sys, torch
-from pixart_sigma.prompt_embeds import Encoded
-from pixart_sigma.text.cache import EmbeddingCache
-from pixart_sigma.text.embeddings import PromptEmbeddings
-os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-folder, key = sys.argv[1:]
-new = torch.ones(1, 9, 64)
-if key:
-    EmbeddingCache(folder).put(key, Encoded(new, ""))
-else:
-    PromptEmbeddings(new, new, "new").save(folder + "/prompt.safetensors")
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot kill like this")
-@pytest.mark.parametrize("cached", [False, True], ids=["save", "cache"])
-def test_a_process_killed_in_mid_save_leaves_no_half_file(tmp_path, cached):
-    key = key_of("a boat") if cached else ""
-    made(positive_text="old").save(tmp_path / "prompt.safetensors")
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, key], cwd=REPOSITORY)
-    assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["prompt.safetensors"]
-    assert PromptEmbeddings.load(tmp_path / "prompt.safetensors").positive_text == "old"
-    assert len(list(tmp_path.glob(".*"))) == 1
-    if cached:
-        cache = EmbeddingCache(tmp_path)
-        assert cache.get(key) is None
-        cache.put(key, Encoded(embeds(), ""))
-        assert cache.get(key) is not None
-        assert (tmp_path / "prompt.safetensors").exists(), "the cache removes its own files only"
-    else:
-        clear_once.cache_clear()  # as in a new process
-        made(positive_text="new").save(tmp_path / "prompt.safetensors")
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_least_recently_used_go_first(tmp_path):
