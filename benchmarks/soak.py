@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --runs 500
 
-From run 50 to the end its memory grows by less than 1 %, it has no more threads and open files than then, nothing
-is left in its folder for temporary files, and the first picture comes out again bit for bit.
+From run 50 to the end its memory grows by less than 1 %, it has no more threads and open files than then,
+nothing is left in its folder for temporary files, and the first picture comes out again bit for bit.
 """
 
 import argparse
