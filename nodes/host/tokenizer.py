@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ import folder_paths
 import torch
 
 from ...pixart_sigma.choices import MAX_SEQUENCE_LENGTH
-from ...pixart_sigma.errors import MOST_SHOWN, SigmaError
+from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.fingerprint import raw_bytes
-from ...pixart_sigma.setting_checks import check_text
 from ...pixart_sigma.text.cleaning import prepare_around_embeddings, prepare_prompt
 from .notice import add_notice
 
@@ -25,7 +23,6 @@ PAD = 0
 # ComfyUI ships T5's tokenizer, for encoders that come without.
 T5_TOKENIZER = Path(comfy.sd1_clip.__file__).with_name("text_encoders") / "t5_tokenizer"
 NAMED = re.compile(r"(?<!\S)embedding:\s*(\S+)")
-MOST_WEIGHT = 100.0  # beyond it embeddings leave what half precision can hold
 USE_OURS = "Use Σ Text Encode, or the plain CLIP Text Encode."
 
 
@@ -72,25 +69,6 @@ class Named(NamedTuple):
     remark: str = ""
 
 
-def weighted_parts(text: str) -> list[tuple[str, float]]:
-    """The parts of a prompt with their weights, as the host reads brackets; characters that are escaped stay
-    so. Raises SigmaError for brackets that it can not read, and for weights that no embedding bears."""
-    try:
-        parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
-    except RecursionError:
-        raise SigmaError(
-            "The prompt has too many brackets within brackets. Write a weight as (word:1.3), and brackets "
-            "that are meant as such with a backslash: \\( and \\)."
-        ) from None
-    for part, weight in parts:
-        if not math.isfinite(weight) or abs(weight) > MOST_WEIGHT:
-            raise SigmaError(
-                f"The prompt weighs {part[:MOST_SHOWN]!r} by {weight:g}; give weights from {-MOST_WEIGHT:g} "
-                f"to {MOST_WEIGHT:g}."
-            )
-    return parts
-
-
 def find_embedding(word: str, width: int) -> Named:
     """The embedding that a word names after "embedding:", in the folders where the host looks for it."""
     name, rest = word, ""
@@ -119,11 +97,8 @@ def find_embedding(word: str, width: int) -> Named:
 
 def tell_left_out(text: str, width: int):
     """Say on the node which embeddings of a prompt the host will leave out: it says so in its log alone."""
-    words = [
-        word
-        for part, _ in weighted_parts(text)
-        for word in NAMED.findall(comfy.sd1_clip.unescape_important(part))
-    ]
+    parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+    words = [word for part, _ in parts for word in NAMED.findall(comfy.sd1_clip.unescape_important(part))]
     found = [find_embedding(word, width) for word in words]
     add_notice("\n".join(named.remark for named in found if named.vectors is None))
 
@@ -193,11 +168,11 @@ class SigmaTokenizer:
         return " ".join(self._read(text, clean_caption, False).cut)
 
     def _read(self, text: str, clean_caption: bool, disable_weights: bool) -> _Read:
-        text = prepare_around_embeddings(check_text("prompt", text), clean_caption)
+        text = prepare_around_embeddings(text, clean_caption)
         if clean_caption or disable_weights:
             parts = [(text, 1.0)]
         else:
-            parts = weighted_parts(text)
+            parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
         tokenizer = self.patcher.tokenizer()
         read = _Read(MAX_SEQUENCE_LENGTH - 1)  # one for the end token
         for word_id, (part, weight) in enumerate(parts, start=1):

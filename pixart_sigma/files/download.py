@@ -147,24 +147,27 @@ def download(
             "Make room or name another target."
         )
     for file in files:
-        if _link(file, folder):
-            continue
-        try:
-            fetch(
-                repo_id=file.repository,
-                filename=file.path,
-                revision=REVISIONS.get(file.repository),
-                local_dir=str(folder),
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("what is there stays, and the same command goes on.") from None
-        except Exception as error:
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise SigmaError(
-                f"Could not get {file.path} from {file.repository}: {reason[0]} "
-                "Run the same command again; it goes on where it stopped."
-            ) from error
+        if not _link(file, folder):
+            _get(fetch, file, folder)
     return folder
+
+
+def _get(fetch: Callable[..., str], file: PlannedFile, folder: Path) -> None:
+    try:
+        fetch(
+            repo_id=file.repository,
+            filename=file.path,
+            revision=REVISIONS.get(file.repository),
+            local_dir=str(folder),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is there stays, and the same command goes on.") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise SigmaError(
+            f"Could not get {file.path} from {file.repository}: {reason[0]} "
+            "Run the same command again; it goes on where it stopped."
+        ) from error
 
 
 def _known(variant: str) -> str:

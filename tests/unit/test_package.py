@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -140,6 +141,29 @@ def test_only_one_folder_of_the_nodes_knows_the_host(path):
             from_host = root.startswith("comfy") or root in {"nodes", "folder_paths", "latent_preview"}
             assert in_host or not from_host, f"{path.name} imports {module} from the host"
         assert level <= len(path.relative_to(NODES).parts) + 1, f"{path.name} reaches outside the pack"
+
+
+def test_download_alone_imports_what_speaks_to_a_network():
+    speak = {
+        "socket",
+        "http",
+        "requests",
+        "httpx",
+        "aiohttp",
+        "websockets",
+        "ftplib",
+        "smtplib",
+        "urllib.request",
+    }
+    speaks = set()
+    for path in [*SOURCES, *NODE_SOURCES]:
+        source = path.read_text(encoding="utf-8")
+        names = {module for level, module in imported_names(source) if level == 0}
+        # Where the hub's library keeps its files may be asked; that is no network.
+        hub = re.findall(r"(?:from|import) huggingface_hub.*", source)
+        if names & speak or set(hub) - {"from huggingface_hub import constants"}:
+            speaks.add(path.relative_to(PACKAGE.parent).as_posix())
+    assert speaks == {"pixart_sigma/files/download.py"}
 
 
 def test_the_import_reader_sees_every_form():
