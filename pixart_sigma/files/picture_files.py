@@ -62,11 +62,11 @@ def check_ending(path: Path) -> str:
     return path.suffix
 
 
-def write_picture(path: Path, picture: "Image.Image", said: str = "") -> bool:
+def write_picture(path: Path, picture: "Image.Image", said: str = "", new: bool = False) -> bool:
     """Write a picture in the format of its name, whole or not at all; whether `said` is in it, see
-    `save_options`."""
+    `save_options`. new: FileExistsError where there is such a file already."""
     options = save_options(check_ending(path), picture, said)
-    write_beside(path, lambda file: picture.save(file, **options))
+    write_beside(path, lambda file: picture.save(file, **options), new)
     return bool(options.keys() & SAYING) or not said
 
 

@@ -24,13 +24,13 @@ DAY = 86400  # seconds
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def beside(path: Path, new: bool = False) -> Iterator[Path]:
     """A file to write to, in place and by its name, which takes the place of `path` at the end of this block;
     if that fails nothing is left of it.
 
-    Its mode is what the umask gives. Where `path` is a link, the file that it points to is replaced. A
-    device, a pipe or this process' own output is not replaced: it gets what was written, at the end. What
-    killed processes left in the folder is cleared.
+    new: FileExistsError, at the end, where `path` is there already. Its mode is what the umask gives. Where
+    `path` is a link, the file that it points to is replaced. A device, a pipe or this process' own output is
+    not replaced: it gets what was written, at the end. What killed processes left in the folder is cleared.
     """
     if is_special(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +42,10 @@ def beside(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with _unfinished(path.parent, _make_file) as made:
         yield made
-        os.replace(made, path)
+        if new:
+            _name(made, path)
+        else:
+            os.replace(made, path)
 
 
 @contextmanager
@@ -61,9 +64,9 @@ def folder_beside(path: Path) -> Iterator[Path]:
         os.replace(made, path)
 
 
-def write_beside(path: Path, write) -> None:
+def write_beside(path: Path, write, new: bool = False) -> None:
     """Call `write(file)` on a binary file beside `path`, then rename that; if it fails nothing is left."""
-    with beside(path) as made, open(made, "wb") as file:
+    with beside(path, new) as made, open(made, "wb") as file:
         write(file)
 
 
@@ -123,6 +126,19 @@ def _unfinished(folder: Path, make) -> Iterator[Path]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _name(made: Path, path: Path) -> None:
+    """Give what was made this name, if nothing has it. Raises FileExistsError."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(made, path)
+    else:
+        made.unlink()
 
 
 def _make_file(path: Path) -> int | None:

@@ -163,6 +163,22 @@ def test_what_fails_leaves_the_old(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_new_file_replaces_none_and_is_there_whole_or_not_at_all(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
+
+    def write(file):
+        file.write(b"new")
+        assert not (tmp_path / "file").exists() or (tmp_path / "file").read_bytes() == b"new"
+
+    write_beside(tmp_path / "file", write, new=True)
+    assert (tmp_path / "file").read_bytes() == b"new"
+    with pytest.raises(FileExistsError):
+        write_beside(tmp_path / "file", lambda file: file.write(b"newer"), new=True)
+    assert (tmp_path / "file").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_long_name_can_be_written(tmp_path):
     put(tmp_path / ("x" * 255))
     assert len(list(tmp_path.iterdir())) == 1
