@@ -111,6 +111,9 @@ def attack(writer: Writer, folder: Path, times: int, random_numbers: random.Rand
     assert _ends(lambda: writer.write(target)) == 0, f"{writer.name} cannot be written"
     takes = time.monotonic() - began
     writer.read(target)
+    (usual := folder / "usual").touch()
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        assert file.stat().st_mode == usual.stat().st_mode, f"{file} is {file.stat().st_mode:o}"
     assert _ends(lambda: _on_a_full_disk(writer, target)) == 0, f"{writer.name}: a full disk is not said"
     assert _hidden(folder) == [], f"{writer.name}: a full disk leaves {_hidden(folder)}"
     left = 0
