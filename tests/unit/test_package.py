@@ -16,6 +16,7 @@ PACKAGE = Path(pixart_sigma.__file__).parent
 PACK = PACKAGE.parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NODES = PACK / "nodes"
+SPEAK = ("files/download", "batch/on_ray", "batch/rows", "batch/storage")
 NODE_SOURCES = sorted(NODES.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCES}
 
@@ -143,8 +144,12 @@ def test_only_one_folder_of_the_nodes_knows_the_host(path):
         assert level <= len(path.relative_to(NODES).parts) + 1, f"{path.name} reaches outside the pack"
 
 
-def test_download_alone_imports_what_speaks_to_a_network():
+def test_downloads_and_batches_alone_import_what_speaks_to_a_network():
     speak = {
+        "fsspec",
+        "fsspec.core",
+        "ray",
+        "ray.data",
         "socket",
         "http",
         "requests",
@@ -163,7 +168,8 @@ def test_download_alone_imports_what_speaks_to_a_network():
         hub = re.findall(r"(?:from|import) huggingface_hub.*", source)
         if names & speak or set(hub) - {"from huggingface_hub import constants"}:
             speaks.add(path.relative_to(PACKAGE.parent).as_posix())
-    assert speaks == {"pixart_sigma/files/download.py"}
+    # To the hub; to a cluster and to places that the user names.
+    assert speaks == {f"pixart_sigma/{name}.py" for name in SPEAK}
 
 
 def test_the_import_reader_sees_every_form():
