@@ -74,8 +74,9 @@ class Calibrate(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "save",
-                    default=True,
-                    tooltip="Write the result beside the model, where auto finds it from now on.",
+                    default=False,  # a workflow from elsewhere writes beside nobody's models unasked
+                    tooltip="Write the result beside the model, where auto finds it from now on. Off, it is "
+                    "only in the outputs.",
                 ),
                 io.Combo.Input(
                     "reference",

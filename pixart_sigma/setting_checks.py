@@ -8,6 +8,7 @@ from typing import Any
 from .errors import SettingError
 
 MAX_SEED = 2**64 - 1
+MAX_COUNT = 4096  # as many as ComfyUI's latents; those of a run are all in memory
 LAST_TIMESTEP = 999  # pure noise; 0 is the clean picture
 
 
@@ -28,8 +29,10 @@ def check_seed(seed: Any) -> int:
 
 
 def check_count(count: Any) -> int:
-    """A whole number of pictures, 1 or more. Raises SettingError."""
-    return check_whole("count", count, 1, None, "give a whole number of pictures, 1 or more")
+    """A whole number of pictures, from 1 to 4096. Raises SettingError."""
+    return check_whole(
+        "count", count, 1, MAX_COUNT, f"give a whole number of pictures, from 1 to {MAX_COUNT}"
+    )
 
 
 def is_finite(value: Any) -> bool:
@@ -70,11 +73,20 @@ def check_word(settings, name: str, words: Iterable[str]) -> None:
         raise SettingError(name, repr(value), f"choose one of {', '.join(words)}")
 
 
+def check_text(name: str, value: Any) -> str:
+    """A text that can be encoded. Raises SettingError."""
+    if not isinstance(value, str):
+        raise SettingError(name, repr(value), "give one text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # as of an argument in another encoding than the terminal's
+        raise SettingError(name, value, "it holds halves of characters, so give it in UTF-8") from None
+    return value
+
+
 def check_texts(settings, *names: str) -> None:
     for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, str):
-            raise SettingError(name, repr(value), "give one text")
+        check_text(name, getattr(settings, name))
 
 
 def check_switches(settings, *names: str) -> None:

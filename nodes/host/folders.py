@@ -120,7 +120,8 @@ def _files(category: str, kind: str) -> Iterator[tuple[str, Path]]:
         listed += [(name, GGUF[category]) for name in folder_paths.get_filename_list(GGUF[category])]
     for name, where in listed:
         path = folder_paths.get_full_path(where, name)
-        if path is None or category == "t5" and not name.endswith(EXTENSIONS):
+        hidden = any(part.startswith(".") for part in PurePath(name).parts)
+        if path is None or hidden or category == "t5" and not name.endswith(EXTENSIONS):
             continue
         if parts_of_shard(name):
             inside = PurePath(name).parent
@@ -162,8 +163,10 @@ def _has_model(folder: Path, kind: str) -> bool:
 
 
 def _folders(root: Path) -> list[Path]:
+    """Those of a folder but the hidden ones, which are not written to their end."""
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir())
+        entries = [entry for entry in os.scandir(root) if entry.is_dir()]
+        return sorted(Path(entry.path) for entry in entries if not entry.name.startswith("."))
     except OSError:  # it is not there, or may not be read
         return []
 

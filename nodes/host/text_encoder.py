@@ -13,7 +13,8 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ...pixart_sigma.errors import CheckpointError, SigmaError
+from ...pixart_sigma.errors import UNUSABLE, CheckpointError, SigmaError
+from ...pixart_sigma.memory.out_of_memory import is_out_of_memory
 from .tokenizer import PAD, T5_TOKENIZER, SigmaTokenizer, sections_of
 
 
@@ -139,7 +140,7 @@ class SigmaTextModel(torch.nn.Module):
             return self.identity
         try:
             return identify(self.path, self.tokenizer(), self.precision, self.changes)
-        except (SigmaError, OSError):
+        except UNUSABLE:
             return None
 
     def tokenizer(self) -> Path:
@@ -161,7 +162,9 @@ class SigmaTextModel(torch.nn.Module):
         try:
             with _normal_tensors():
                 self.encoder.model.to(device)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logging.getLogger(__name__).warning(
                 f"The text encoder does not fit on {device} and is dropped: {error}"
             )

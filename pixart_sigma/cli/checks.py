@@ -11,7 +11,8 @@ from typing import Any
 
 from ..aspect_ratio import by_ratio, parse_size
 from ..choices import T5_PRECISIONS
-from ..errors import SettingError, SigmaError
+from ..errors import SettingError, SigmaError, tidy
+from ..files.writing import is_special
 from ..schedule_part import SchedulePart
 from ..setting_checks import check_timesteps
 from ..settings import Settings, Ways
@@ -203,7 +204,7 @@ def read_prompts(path: str) -> tuple[str, ...]:
 
 def tell(words: str) -> None:
     """A line for people, beside the results."""
-    print(words, file=sys.stderr)
+    print(tidy(words), file=sys.stderr)
 
 
 def tell_guess(checkpoint) -> None:
@@ -236,7 +237,10 @@ def check_writable(path: Path) -> None:
     """That a file of this name can be written."""
     if path.is_dir():
         raise SigmaError(f"{path} is a folder; give a file name to write to.")
-    check_folder(path.parent)
+    if not is_special(path):
+        check_folder(Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent)
+    elif not os.access(path, os.W_OK):
+        raise SigmaError(f"{path} cannot be written to; choose another place with --out.")
 
 
 def check_new(path: Path, ending: str, content: str) -> None:

@@ -4,6 +4,7 @@ Exit status 0 when done, 1 where pictures of a batch failed, 2 for a user's mist
 when interrupted.
 """
 
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import SettingError, SigmaError
+from ..errors import UNUSABLE, SettingError, SigmaError, printable, tidy
 from ..files.picture_files import write_picture
 from ..files.writing import say
 from .batch import batch
@@ -35,6 +36,7 @@ from .progress import progress
 
 
 def main(argv: list[str] | None = None) -> int:
+    _say_what_cannot_be_encoded()
     try:
         arguments = make_parser().parse_args(argv)
         with _silence() if arguments.quiet else nullcontext():
@@ -45,8 +47,21 @@ def main(argv: list[str] | None = None) -> int:
     except SettingError as error:
         option = OPTIONS.get(error.name, "--" + error.name.replace("_", "-"))
         return _mistake(error.called(option))
-    except (SigmaError, OSError) as error:
+    except UNUSABLE as error:
         return _mistake(str(error))
+    except (MemoryError, RuntimeError) as error:
+        from ..memory.out_of_memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _mistake("Memory ran out. Close other programs, or make fewer or smaller pictures.")
+
+
+def _say_what_cannot_be_encoded() -> None:
+    """Let characters that a terminal's encoding lacks be spelled out rather than end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -57,7 +72,7 @@ def _silence():
 
 
 def _mistake(words: str) -> int:
-    print(f"pixart-sigma: {' '.join(words.split())}", file=sys.stderr)
+    print(f"pixart-sigma: {tidy(' '.join(words.split()))}", file=sys.stderr)
     return 2
 
 
@@ -193,7 +208,7 @@ def _compare(arguments) -> int:
 def _inspect(arguments) -> int:
     from ..inspection import describe
 
-    say(describe(arguments.path, arguments.variant))
+    say(printable(describe(arguments.path, arguments.variant)))
     return 0
 
 

@@ -1,8 +1,7 @@
 """Where pictures are written: to the file that --out names, or under new names in a folder."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -44,9 +43,15 @@ def write_pictures(result, out: str) -> None:
     """
     said = result.metadata.as_json()
     for number, picture in enumerate(result.images, 1):
-        with _place(out, result.metadata.settings.prompt, number, len(result.images)) as path:
-            if not write_picture(path, picture, said):
-                tell(f"{path} does not say how it was made, which is too long for a JPEG; a PNG can hold it.")
+        if _is_folder(out):
+            path, all_said = _write_new(Path(out), name_of(result.metadata.settings.prompt), picture, said)
+        else:
+            path = Path(out)
+            if len(result.images) > 1:
+                path = path.with_name(f"{path.stem}_{number}{path.suffix}")
+            all_said = write_picture(path, picture, said)
+        if not all_said:
+            tell(f"{path} does not say how it was made, which is too long for a JPEG; a PNG can hold it.")
         say(path)
 
 
@@ -54,30 +59,12 @@ def _is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep)) or Path(out).is_dir()
 
 
-@contextmanager
-def _place(out: str, prompt: str, number: int, total: int) -> Iterator[Path]:
-    """The path of a picture; if it is not written within this block, no file of that name is left behind."""
-    if not _is_folder(out):
-        path = Path(out)
-        yield path if total == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-        return
-    folder = Path(out)
+def _write_new(folder: Path, name: str, picture, said: str) -> tuple[Path, bool]:
+    """Write a picture under the next number that is free; its path, and what `write_picture` returns."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = claim(folder, name_of(prompt), ".png")
-    try:
-        yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def claim(folder: Path, name: str, ending: str) -> Path:
-    """A new empty file with the next free number, so that nobody else takes it before it is written."""
     for number in count(1):
-        path = folder / f"{name}_{number:04}{ending}"
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return path
+        path = folder / f"{name}_{number:04}.png"
+        if not path.exists():
+            with suppress(FileExistsError):  # another process has taken it meanwhile
+                return path, write_picture(path, picture, said, new=True)
     raise AssertionError("count() does not end")

@@ -14,6 +14,12 @@ from ..errors import SigmaError
 from .writing import say
 
 BASE = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
+# The commits that are fetched, whatever is published there later. Those of 256 and 2K could not be looked
+# up: of them the newest transformer is taken.
+REVISIONS = {
+    BASE: "e102b3591cc82e97071b8b4cb90d834d0c487207",
+    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "76fb7eb5a9314bc1e4e479d2f13447517fca9be4",
+}
 REPOSITORIES = {
     "256": "PixArt-alpha/PixArt-Sigma-XL-2-256x256",
     "512": "PixArt-alpha/PixArt-Sigma-XL-2-512-MS",
@@ -108,7 +114,8 @@ def download(
 
     `target` is a models folder (default: see `pipeline_folder`). The text of `describe` is printed first,
     and `ask` waits for an answer before anything is written. `fetch` is `huggingface_hub.hf_hub_download`
-    by default, which resumes what was interrupted and checks what is there. Files of the 1024 repository
+    by default, which resumes what was interrupted and checks what is there; `REVISIONS` says which commit
+    it is asked for. Files of the 1024 repository
     that another variant already brought are linked. SigmaError when nobody can answer, the disk is too
     small or a file cannot be had.
     """
@@ -140,17 +147,27 @@ def download(
             "Make room or name another target."
         )
     for file in files:
-        if _link(file, folder):
-            continue
-        try:
-            fetch(repo_id=file.repository, filename=file.path, local_dir=str(folder))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise SigmaError(
-                f"Could not get {file.path} from {file.repository}: {reason[0]} "
-                "Run the same command again; it goes on where it stopped."
-            ) from error
+        if not _link(file, folder):
+            _get(fetch, file, folder)
     return folder
+
+
+def _get(fetch: Callable[..., str], file: PlannedFile, folder: Path) -> None:
+    try:
+        fetch(
+            repo_id=file.repository,
+            filename=file.path,
+            revision=REVISIONS.get(file.repository),
+            local_dir=str(folder),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is there stays, and the same command goes on.") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise SigmaError(
+            f"Could not get {file.path} from {file.repository}: {reason[0]} "
+            "Run the same command again; it goes on where it stopped."
+        ) from error
 
 
 def _known(variant: str) -> str:

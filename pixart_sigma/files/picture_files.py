@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SigmaError
-from .writing import write_beside
+from .writing import is_special, write_beside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,19 +51,22 @@ DAMAGE = (
 )
 
 
-def check_ending(path: Path) -> None:
-    """SigmaError unless the name says which kind of picture is to be written."""
+def check_ending(path: Path) -> str:
+    """The ending, which says what kind of picture is to be written; SigmaError for another. A device or a
+    pipe without one gets a PNG."""
+    if not path.suffix and is_special(path):
+        return ".png"
     if path.suffix.lower() not in FORMATS:
         ending = f"ends in {path.suffix}" if path.suffix else "has no ending"
         raise SigmaError(f"{path} {ending}; end the picture's name in .png, .jpg or .webp.")
+    return path.suffix
 
 
-def write_picture(path: Path, picture: "Image.Image", said: str = "") -> bool:
+def write_picture(path: Path, picture: "Image.Image", said: str = "", new: bool = False) -> bool:
     """Write a picture in the format of its name, whole or not at all; whether `said` is in it, see
-    `save_options`."""
-    check_ending(path)
-    options = save_options(path.suffix, picture, said)
-    write_beside(path, lambda file: picture.save(file, **options))
+    `save_options`. new: FileExistsError where there is such a file already."""
+    options = save_options(check_ending(path), picture, said)
+    write_beside(path, lambda file: picture.save(file, **options), new)
     return bool(options.keys() & SAYING) or not said
 
 

@@ -4,6 +4,7 @@ tensor of them is in memory."""
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -12,15 +13,19 @@ from .weight_files import SAFETENSORS_DTYPES
 
 Outline = Mapping[str, torch.Tensor | QuantisedWeight]  # on the meta device
 Tensors = Iterable[tuple[str, torch.Tensor]]
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-def write_safetensors(path: Path, outline: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
-    """Write `tensors`, each of those in the outline, once, in any order.
+def write_safetensors(
+    path: Path, outline: Mapping[str, torch.Tensor], tensors: Tensors, metadata: Mapping[str, str] = NOTHING
+) -> None:
+    """Write `tensors`, each of those in the outline, once, in any order, with `metadata` in the header.
 
     In the file the wide dtypes come first, as readers expect, who map them into memory.
     """
     dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, starts, end = {}, {}, 0
+    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
     for name in sorted(outline, key=lambda name: (-outline[name].itemsize, name)):
         tensor = outline[name]
         starts[name], end = end, end + tensor.nbytes

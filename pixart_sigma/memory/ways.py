@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
 from ..errors import SigmaError
+from .out_of_memory import is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -49,7 +48,9 @@ def first_that_fits(
         way = remaining.pop(0)
         try:
             return run(way), way
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             following = f" It is released and runs again: {remaining[0].how}." if remaining else ""
             logging.getLogger(__name__).warning(f"Memory ran out in the {stage} ({way.how}).{following}")
     advice = advice or (

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import re
+import shutil
+import stat
 import time
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, SigmaError
+from ..errors import CheckpointError
+from ..files.writing import clear_unfinished
 from ..prompt_embeds import Encoded
 from .embeddings import FORMAT, VERSION, check_embeds, read_tensors, write_tensors
 from .identity import EncoderIdentity
@@ -19,8 +22,6 @@ from .model import compute_dtype
 
 CACHE_BYTES = 256 * 2**20
 CACHED_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{64}\.safetensors\..+")
-UNFINISHED_SECONDS = 3600  # no write takes so long: who began it was killed
 
 
 def cache_key(encoder: EncoderIdentity, device: torch.device, **asked) -> str:
@@ -46,20 +47,22 @@ class EmbeddingCache:
         self._told = False
 
     def get(self, key: str) -> Encoded | None:
-        """What was put under `key`, or None. A damaged file is removed."""
+        """What was put under `key`, or None. What is there and cannot be used is removed."""
         path = self._path(key)
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.max_bytes:
+                raise CheckpointError(f"{path} was not put here.")
             tensors, metadata = read_tensors(path, ("prompt_embeds",))
             check_embeds("prompt", tensors["prompt_embeds"])
             if metadata.get("key") != key:
                 raise CheckpointError(f"{path} holds another prompt.")
-        except SigmaError:
+        except Exception:  # whatever it is, the prompt is encoded anew
             _remove(path)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # the time of the last use decides what goes first
+        _use(path)
         return Encoded(tensors["prompt_embeds"], metadata.get("truncated", ""))
 
     def put(self, key: str, encoded: Encoded) -> None:
@@ -68,11 +71,14 @@ class EmbeddingCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = self._path(key)
+            _remove_unless_file(path)  # a link, through which another file would be written
             write_tensors(
-                self._path(key),
+                path,
                 {"prompt_embeds": encoded.prompt_embeds},
                 {"key": key, "truncated": encoded.truncated},
             )
+            _use(path)
         except OSError as error:
             if not self._told:
                 logging.getLogger(__name__).warning(
@@ -88,19 +94,22 @@ class EmbeddingCache:
         return self.folder / f"{key}.safetensors"
 
     def _evict(self) -> None:
-        """Another process may do the same at the same time, so any file may be gone already."""
+        """Another process may do the same at the same time, so any file may be gone already.
+
+        The least recently used go first, and before them those of a date to come, as of a clock that was set
+        back: of these it is not known when they were used.
+        """
+        clear_unfinished(self.folder)
         kept, total = [], 0
         with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
-                    if UNFINISHED_NAME.fullmatch(entry.name):
-                        if time.time() - entry.stat().st_mtime > UNFINISHED_SECONDS:
-                            _remove(entry.path)
-                    elif CACHED_NAME.fullmatch(entry.name):
-                        status = entry.stat()
+                    if CACHED_NAME.fullmatch(entry.name):
+                        status = entry.stat(follow_symlinks=False)
                         kept.append((status.st_mtime_ns, status.st_size, entry.path))
                         total += status.st_size
-        for _, size, path in sorted(kept):
+        now = time.time_ns()
+        for _, _, size, path in sorted((used <= now, used, size, path) for used, size, path in kept):
             if total <= self.max_bytes:
                 return
             _remove(path)
@@ -115,6 +124,22 @@ def user_cache_folder() -> Path:
     return (root if root.is_absolute() else Path.home() / default) / "pixart_sigma" / "embeddings"
 
 
+def _use(path: Path) -> None:
+    """Say that it was used now, by the clock that `_evict` reads."""
+    with contextlib.suppress(OSError):
+        now = time.time_ns()
+        os.utime(path, ns=(now, now))
+
+
+def _remove_unless_file(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            _remove(path)
+
+
 def _remove(path: str | Path) -> None:
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)

@@ -10,6 +10,7 @@ import torch
 from ..choices import QUANTIZED, T5_PRECISIONS
 from ..devices import half_precision
 from ..errors import CheckpointError, SigmaError
+from ..memory.out_of_memory import is_out_of_memory
 
 
 def build_model(config, weights: dict, precision: str, device: torch.device, path: Path):
@@ -34,9 +35,9 @@ def build_model(config, weights: dict, precision: str, device: torch.device, pat
             quantization_config=quantization,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} could not be loaded as a T5 encoder in {precision}: {error}"
         ) from error

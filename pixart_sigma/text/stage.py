@@ -10,7 +10,7 @@ import torch
 
 from ..choices import DEFAULT_T5_PRECISION, MAX_SEQUENCE_LENGTH, T5_PRECISIONS
 from ..devices import half_precision
-from ..errors import CheckpointError, SigmaError
+from ..errors import UNUSABLE, CheckpointError
 from ..memory.stages import Stages
 from ..memory.ways import Needs, Way, first_that_fits
 from ..prompt_embeds import Encoded
@@ -152,7 +152,7 @@ class TextStage:
             return None
         try:
             return identify(self.text_encoder, self.tokenizer, precision, self.changes)
-        except (SigmaError, OSError):
+        except UNUSABLE:
             return None
 
     def _ways(self, precision: str, place: str) -> list[Way]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..errors import SigmaError
 from ..files.parts import FACTS
 from ..files.quantised_weights import dequantised
 from ..files.weight_files import facts_tensor, read_metadata
+from ..files.weight_writing import write_safetensors
 from ..files.writing import beside
 from .checkpoint import Checkpoint, load_transformer_state_dict
 from .config import expected_shapes
@@ -112,11 +112,11 @@ def write_merged(path: Path, merge: Merge, key_style: str, dtype: torch.dtype | 
     metadata = read_metadata(merge.base.components["transformer"])
     metadata = {name: text for name, text in metadata.items() if name not in OF_STORAGE}
     metadata |= {"format": "pt", MERGED: json.dumps(merge.as_dict())}
-    tensors = {name: weight.contiguous() for name, weight in weights.items()}
+    said = {FACTS: facts_tensor(merge.base.facts)}
     with beside(path) as made:
-        save_file(tensors | {FACTS: facts_tensor(merge.base.facts)}, made, metadata)
-    size = sum(weight.nbytes for weight in tensors.values())
-    return f"{len(tensors)} weights, {key_style} keys, {_word(dtype)} ({size / 1e6:,.1f} MB)"
+        write_safetensors(made, weights | said, (weights | said).items(), metadata)
+    size = sum(weight.nbytes for weight in weights.values())
+    return f"{len(weights)} weights, {key_style} keys, {_word(dtype)} ({size / 1e6:,.1f} MB)"
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:

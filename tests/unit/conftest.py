@@ -6,6 +6,7 @@ Two transformer layers of 2 heads of 72, a T5 of width 64 with a real SentencePi
 
 import json
 import shutil
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,27 @@ Mountains are reflected in the clear water at dawn.
 The quick brown fox jumps over the lazy dog.
 Pack my box with five dozen liquor jugs.
 A bicycle made of glass, floating in space, 8k render.""".splitlines()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Fails a test in which anything was looked up or connected to, also where that error was caught."""
+    asked, connect = [], socket.socket.connect
+
+    def connecting(self, address):
+        if self.family != getattr(socket, "AF_UNIX", None):
+            asked.append(address)
+            raise ConnectionRefusedError("tests have no network")
+        return connect(self, address)
+
+    def looking_up(host, *arguments, **options):
+        asked.append(host)
+        raise socket.gaierror("tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connecting)
+    monkeypatch.setattr(socket, "getaddrinfo", looking_up)
+    yield
+    assert not asked, f"the network was asked for {asked}"
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -15,6 +16,7 @@ PACKAGE = Path(pixart_sigma.__file__).parent
 PACK = PACKAGE.parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NODES = PACK / "nodes"
+SPEAK = ("files/download", "batch/on_ray", "batch/rows", "batch/storage")
 NODE_SOURCES = sorted(NODES.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCES}
 
@@ -140,6 +142,34 @@ def test_only_one_folder_of_the_nodes_knows_the_host(path):
             from_host = root.startswith("comfy") or root in {"nodes", "folder_paths", "latent_preview"}
             assert in_host or not from_host, f"{path.name} imports {module} from the host"
         assert level <= len(path.relative_to(NODES).parts) + 1, f"{path.name} reaches outside the pack"
+
+
+def test_downloads_and_batches_alone_import_what_speaks_to_a_network():
+    speak = {
+        "fsspec",
+        "fsspec.core",
+        "ray",
+        "ray.data",
+        "socket",
+        "http",
+        "requests",
+        "httpx",
+        "aiohttp",
+        "websockets",
+        "ftplib",
+        "smtplib",
+        "urllib.request",
+    }
+    speaks = set()
+    for path in [*SOURCES, *NODE_SOURCES]:
+        source = path.read_text(encoding="utf-8")
+        names = {module for level, module in imported_names(source) if level == 0}
+        # Where the hub's library keeps its files may be asked; that is no network.
+        hub = re.findall(r"(?:from|import) huggingface_hub.*", source)
+        if names & speak or set(hub) - {"from huggingface_hub import constants"}:
+            speaks.add(path.relative_to(PACKAGE.parent).as_posix())
+    # To the hub; to a cluster and to places that the user names.
+    assert speaks == {f"pixart_sigma/{name}.py" for name in SPEAK}
 
 
 def test_the_import_reader_sees_every_form():

@@ -15,6 +15,7 @@ from pack.nodes.host.vae import load_vae
 from pack.nodes.loaders import LoadTextEncoder, LoadTransformer, LoadVAE
 from pack.nodes.text import TextEncode
 from pack.pixart_sigma import DEMO
+from pack.pixart_sigma.files.writing import UNFINISHED
 from pack.pixart_sigma.text.embeddings import PromptEmbeddings
 from pack.pixart_sigma.text.identity import identify
 from safetensors.torch import load_file, save_file
@@ -183,6 +184,14 @@ def test_the_loaders_offer_every_folder_and_no_single_shard(root):
     )
     assert "There is no model '../x'" in LoadVAE.validate_inputs("../x")
     assert LoadTextEncoder.validate_inputs(None) is True
+
+
+def test_what_a_killed_quantize_t5_left_is_not_offered(root):
+    shutil.copytree(DEMO / "text_encoder", root / "text_encoders" / f".ab12{UNFINISHED}")
+    shutil.copytree(DEMO, root / "diffusers" / "owner" / f".cd34{UNFINISHED}")
+    shutil.copytree(DEMO / "text_encoder", root / "text_encoders" / "whole")
+    offered = folders.choices("text_encoder")
+    assert "whole" in offered and not [name for name in offered if UNFINISHED in name]
 
 
 def test_files_are_found_as_another_packs_nodes_name_them(root):

@@ -20,6 +20,11 @@ from pixart_sigma.errors import SigmaError
 PATIENCE = 240  # seconds
 
 
+@pytest.fixture(autouse=True)
+def no_network():
+    """That of the other tests is left out: Ray's processes speak to each other."""
+
+
 def command(folder, out, rows, *options):
     return [
         *("batch", str(rows), "--model", str(folder), "--out", str(out), "--size", "64x64", "--no-binning"),

@@ -190,6 +190,53 @@ def test_prompts_to_compare_from_standard_input(run, say_to):
     assert status == 0 and "a yellow star" in out and "a red circle" in out
 
 
+# What cannot be is one line
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--device", "meta"), ["'meta'", "cannot be used here"]),
+        (("--device", "no\x1b[2J"), ["cannot be used here"]),
+        (("--count", 10**12), ["--count is 1000000000000", "4096"]),
+        (("--negative", "a st\udcffar"), ["--negative", "UTF-8"]),
+    ],
+)
+def test_a_place_a_count_or_a_text_that_cannot_be(run, options, words):
+    assert_mistake(run("generate", "a star", *options), *words)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_anywhere_is_one_line(run, monkeypatch, error):
+    def no_memory(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pixart_sigma.inspection.describe", no_memory)
+    assert_mistake(run("inspect", "model.safetensors"), "Memory ran out")
+
+
+def test_another_runtime_error_is_a_fault_of_ours_and_shown_whole(run, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("pixart_sigma.inspection.describe", fault)
+    with pytest.raises(RuntimeError):
+        run("inspect", "model.safetensors")
+
+
+def test_names_that_a_terminal_cannot_write_are_spelled_out(run, monkeypatch):
+    monkeypatch.setattr("pixart_sigma.inspection.describe", lambda *_: "made in 雪")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert main(["inspect", "model.safetensors"]) == 0
+    assert written.getvalue() == b"made in \\u96ea\n"
+
+
+def test_what_inspect_says_of_a_file_commands_no_terminal(run, monkeypatch):
+    monkeypatch.setattr("pixart_sigma.inspection.describe", lambda *_: "made by \x1b[2J\nin 雪")
+    assert run("inspect", "model.safetensors")[1] == "made by \\x1b[2J\nin 雪\n"
+
+
 # What is said
 
 

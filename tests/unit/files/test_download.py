@@ -1,10 +1,12 @@
 """The download plan against the published layout; the hub is a function that writes small files."""
 
+import re
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from pixart_sigma.cli.commands import main
 from pixart_sigma.errors import SigmaError
 from pixart_sigma.files import download as downloads
 from pixart_sigma.files.download import describe, download, pipeline_folder, plan
@@ -38,10 +40,12 @@ class Hub:
 
     def __init__(self, broken: str | None = None):
         self.asked = []
+        self.revisions = {}
         self.broken = broken
 
-    def __call__(self, *, repo_id: str, filename: str, local_dir: str) -> str:
+    def __call__(self, *, repo_id: str, filename: str, revision: str | None, local_dir: str) -> str:
         self.asked.append((repo_id, filename))
+        self.revisions[repo_id] = revision
         if filename == self.broken:
             raise ConnectionError("the line is down\nmore about it")
         path = Path(local_dir) / filename
@@ -164,12 +168,22 @@ def test_a_broken_line_is_one_sentence_and_can_go_on(tmp_path):
     assert download("1024", tmp_path, ask=False, fetch=Hub()) is not None
 
 
-def test_an_interrupt_passes_through(tmp_path):
+def test_an_interrupt_passes_through_and_says_what_is_there(tmp_path, monkeypatch, capsys):
     def interrupted(**asked):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         download("1024", tmp_path, ask=False, fetch=interrupted)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", interrupted)
+    assert main(["download", "1024", "--to", str(tmp_path), "--yes"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted; what is there stays, and the same command goes on.\n"
+
+
+def test_a_commit_is_asked_for_whatever_is_published_later(tmp_path):
+    hub = Hub()
+    download("512", tmp_path, ask=False, fetch=hub)
+    assert len(hub.revisions) == 2
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in hub.revisions.values())
 
 
 def test_a_small_disk_is_noticed_first(tmp_path, monkeypatch):

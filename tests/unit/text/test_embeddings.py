@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -193,42 +192,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-KILLED = """
-import os, signal, sys, torch
-from pixart_sigma.prompt_embeds import Encoded
-from pixart_sigma.text.cache import EmbeddingCache
-from pixart_sigma.text.embeddings import PromptEmbeddings
-os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-folder, key = sys.argv[1:]
-new = torch.ones(1, 9, 64)
-if key:
-    EmbeddingCache(folder).put(key, Encoded(new, ""))
-else:
-    PromptEmbeddings(new, new, "new").save(folder + "/prompt.safetensors")
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot kill like this")
-@pytest.mark.parametrize("cached", [False, True], ids=["save", "cache"])
-def test_a_process_killed_in_mid_save_leaves_no_half_file(tmp_path, cached):
-    key = key_of("a boat") if cached else ""
-    made(positive_text="old").save(tmp_path / "prompt.safetensors")
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, key], cwd=REPOSITORY)
-    assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["prompt.safetensors"]
-    assert PromptEmbeddings.load(tmp_path / "prompt.safetensors").positive_text == "old"
-    (unfinished,) = tmp_path.glob(".*")
-    if cached:
-        cache = EmbeddingCache(tmp_path)
-        assert cache.get(key) is None
-        cache.put(key, Encoded(embeds(), ""))
-        assert cache.get(key) is not None and unfinished.exists(), "another process may still be writing it"
-        os.utime(unfinished, (0, 0))
-        cache.put(key_of("another"), Encoded(embeds(), ""))
-        assert not unfinished.exists()
-        assert (tmp_path / "prompt.safetensors").exists(), "the cache removes its own files only"
-
-
 def test_the_least_recently_used_go_first(tmp_path):
     size = _file_size(tmp_path / "one")
     cache = EmbeddingCache(tmp_path / "cache", max_bytes=3 * size)
@@ -243,6 +206,50 @@ def test_the_least_recently_used_go_first(tmp_path):
     cache.put(key_of("fourth"), Encoded(embeds(), ""))
     held = [text for text in ("first", "second", "third", "fourth") if cache.get(key_of(text))]
     assert held == ["first", "third", "fourth"] and foreign.exists()
+
+
+def test_files_of_a_date_to_come_go_before_all_others(tmp_path):
+    cache = EmbeddingCache(tmp_path / "cache", max_bytes=3 * _file_size(tmp_path / "one"))
+    for text in ("first", "second", "third"):  # as after a clock that ran ahead was set right
+        cache.put(key_of(text), Encoded(embeds(), ""))
+        moment = time.time() + 1e8
+        os.utime(tmp_path / "cache" / f"{key_of(text)}.safetensors", (moment, moment))
+    assert cache.get(key_of("second")) is not None  # and so it was used before now
+    for text in ("fourth", "fifth"):
+        cache.put(key_of(text), Encoded(embeds(), ""))
+    held = [text for text in ("first", "second", "third", "fourth", "fifth") if cache.get(key_of(text))]
+    assert held == ["second", "fourth", "fifth"]
+
+
+def nested(path: Path):
+    header = b'{"__metadata__":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def a_folder(path: Path):
+    (path / "inside").mkdir(parents=True)
+
+
+def too_large(path: Path):
+    path.touch()
+    os.truncate(path, 2**40)  # with no byte on the disk
+
+
+@pytest.mark.parametrize(
+    "put_there",
+    [nested, a_folder, too_large, os.mkfifo, lambda path: path.symlink_to(path.parent / "foreign")],
+    ids=["nested", "folder", "too large", "pipe", "link"],
+)
+def test_whatever_is_in_an_entrys_place_is_dropped(tmp_path, put_there):
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"somebody else's")
+    cache, path = EmbeddingCache(tmp_path), tmp_path / f"{key_of('a boat')}.safetensors"
+    put_there(path)
+    assert cache.get(key_of("a boat")) is None and not os.path.lexists(path)
+    put_there(path)  # since it was asked for
+    cache.put(key_of("a boat"), Encoded(embeds(), ""))
+    assert cache.get(key_of("a boat")) is not None
+    assert foreign.read_bytes() == b"somebody else's"
 
 
 def _file_size(folder: Path) -> int:
