@@ -152,11 +152,9 @@ class SigmaTextModel(torch.nn.Module):
 
     def move(self, device: torch.device):
         """Move the weights; those that can not be moved are dropped, to be read again. Streamed ones stay."""
-        from ...pixart_sigma.choices import QUANTIZED
-
         if self.encoder is None or self.encoder.device == device:
             return
-        if self.encoder.precision in QUANTIZED and not self.stream:
+        if not self.encoder.is_movable:
             self.drop()
             return
         try:

@@ -36,7 +36,8 @@ class Stages:
     """The models of a run, one stage at a time.
 
     `release` says what happens when a stage ends, also by an exception or an interrupt: "keep" leaves its
-    model where it is, "offload" moves it to RAM, "free" drops it; it is loaded again when next used.
+    model where it is, "offload" moves it to RAM, "free" drops it; it is loaded again when next used. A model
+    that says it is not `is_movable` is dropped by "offload" too.
     With `measure`, `costs` holds a StageCost per stage name.
     """
 
@@ -105,7 +106,7 @@ class Stages:
     def _release(self, name: str):
         if name not in self._held or self.release == "keep":
             return
-        if self.release == "free":
+        if self.release == "free" or not (self.device.type == "cpu" or _is_movable(self._held[name])):
             del self._held[name]
         elif self.device.type != "cpu":
             _module(self._held[name]).to("cpu")
@@ -141,6 +142,11 @@ def _stage_bytes(model: Any) -> int:
     """Bytes of weights that a stage needs on the device; a streamed model knows its own."""
     nbytes = getattr(_module(model), "nbytes", None)
     return weight_bytes(_module(model)) if nbytes is None else nbytes
+
+
+def _is_movable(model: Any) -> bool:
+    """Whether `to` moves all of a model's weights; only one for which it does not says so."""
+    return getattr(model, "is_movable", True)
 
 
 def _module(model: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..choices import MAX_SEQUENCE_LENGTH
+from ..choices import MAX_SEQUENCE_LENGTH, QUANTIZED
 from ..devices import pick_device
 from ..errors import SigmaError
 from ..prompt_embeds import Encoded
@@ -94,6 +94,12 @@ class TextEncoder:
     def is_streamed(self) -> bool:
         """Whether the weights are outside the device, see `text_streaming`."""
         return isinstance(self.model, StreamedT5)
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether `model.to` moves all weights. Once it has run, an int8 layer of bitsandbytes keeps its weight
+        beside its parameters, where `to` does not reach; 4-bit ones are repacked where they run."""
+        return self.is_streamed or self.precision not in QUANTIZED
 
     @property
     def nbytes(self) -> int:

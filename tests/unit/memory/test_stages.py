@@ -53,6 +53,21 @@ def test_a_freed_model_is_loaded_again():
     assert loader.count == 2
 
 
+def test_what_cannot_be_moved_is_dropped_in_place_of_offloaded():
+    """As T5 in 8 or 4 bit: `to` would leave its weights on the device."""
+    loader, stages = Loader(), Stages("meta", "offload")  # a device on which nothing is
+
+    def load():
+        loaded = loader()
+        loaded.is_movable = False
+        return loaded
+
+    for _ in range(2):
+        stages.run("stage", load, lambda loaded: None)
+        assert loader.weight() is None
+    assert loader.count == 2
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_that_is_kept_does_not_keep_the_weights(error):
     loader = Loader()
