@@ -38,11 +38,14 @@ def _live_storages(device: torch.device) -> dict[int, tuple[StorageWeakRef, int]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device: what the driver has and what torch keeps on CUDA, else
-    free RAM."""
+    """Bytes that can still be allocated on the device: what the driver has and what torch keeps on CUDA, both
+    within the share of the card that the process may use; else free RAM."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        index = torch.cuda.current_device() if device.index is None else device.index
+        free, total = torch.cuda.mem_get_info(index)
+        reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
+        return min(free + reserved, allowed) - allocated
     return psutil.virtual_memory().available
 
 

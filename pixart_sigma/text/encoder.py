@@ -97,7 +97,7 @@ class TextEncoder:
 
     @property
     def is_movable(self) -> bool:
-        """Whether `model.to` moves all weights. Once it has run, an int8 layer of bitsandbytes keeps its weight
+        """Whether `model.to` moves all weights. An int8 layer of bitsandbytes that has run keeps its weight
         beside its parameters, where `to` does not reach; 4-bit ones are repacked where they run."""
         return self.is_streamed or self.precision not in QUANTIZED
 
