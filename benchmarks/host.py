@@ -18,11 +18,11 @@ def folder() -> Path:
     return found
 
 
-def enter() -> None:
-    """Makes this process a ComfyUI on the CPU, whose modules can be imported."""
+def enter(*flags: str) -> None:
+    """Makes this process a ComfyUI with these flags, whose modules can be imported."""
     os.chdir(folder())
     sys.path.insert(0, str(folder()))
-    sys.argv = [sys.argv[0], "--cpu"]
+    sys.argv = [sys.argv[0], *flags]
     import comfy.options
 
     comfy.options.enable_args_parsing()

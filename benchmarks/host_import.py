@@ -21,7 +21,7 @@ def measure() -> None:
     """One round, in a process of its own; prints the figures as the last line."""
     from time import process_time
 
-    host.enter()
+    host.enter("--cpu")
     import execution  # noqa: F401
     import server  # noqa: F401
     from comfy_config import config_parser  # noqa: F401

@@ -40,7 +40,7 @@ def give_back() -> None:
 def main() -> int:
     from live_weights import live_weights
 
-    host.enter()
+    host.enter("--cpu")
     import comfy.model_management
     import psutil
     import torch

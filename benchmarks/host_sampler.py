@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    host.enter()
+    host.enter("--cpu")
     import comfy.sd
     import torch
 

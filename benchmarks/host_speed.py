@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts are drawn")
     arguments = parser.parse_args()
-    host.enter()
+    host.enter("--cpu")
     import comfy.utils
     import torch
 

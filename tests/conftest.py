@@ -29,6 +29,10 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores(), MOST_WORKERS)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="for tests/gpu: cuda, or cpu to try them without a GPU")
+
+
 def pytest_configure(config):
     host_python()  # a wrong name is said before anything runs
     # Not the files with the most tests first: those of the browser are few and long, and come first by name.

@@ -54,12 +54,13 @@ def host_python() -> str:
     return os.path.abspath(program)
 
 
-def start_server(folder: Path, base: Path, variable: str = "COMFYUI_PATH") -> Server:
-    """A server that runs. Skips the test where the host cannot start, as `find_host` does from then on."""
+def start_server(folder: Path, base: Path, variable: str = "COMFYUI_PATH", flags=("--cpu",)) -> Server:
+    """A server that runs, with these flags. Skips the test where the host cannot start, as `find_host` does
+    from then on."""
     if folder in _refused:
         _leave(variable, _refused[folder])
     try:
-        return Server(folder, base, host_python())
+        return Server(folder, base, host_python(), flags)
     except DidNotStart as error:
         refuse(folder, error.said, variable)
 

@@ -131,10 +131,11 @@ def _write_lora(folder: Path, width: int):
 
 
 class Server:
-    """ComfyUI on the CPU in a base folder of its own, run by `python`; `address` once it answers."""
+    """ComfyUI in a base folder of its own, run by `python`, on the CPU or as its `flags` say; `address` once
+    it answers."""
 
-    def __init__(self, host: Path, base: Path, python: str = sys.executable):
-        self.base, self.log, self.python = base, base / "server.log", python
+    def __init__(self, host: Path, base: Path, python: str = sys.executable, flags=("--cpu",)):
+        self.base, self.log, self.python, self.flags = base, base / "server.log", python, flags
         pack = base / "custom_nodes" / FOLDER
         pack.mkdir(parents=True)
         for name in COPIED:
@@ -154,7 +155,7 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [self.python, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch"]
+                [self.python, "main.py", *self.flags, "--port", str(port), "--disable-auto-launch"]
                 + ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", FOLDER]
                 + ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"],
                 cwd=host,
