@@ -1,11 +1,17 @@
 """The device that tests/gpu run on, and what they ask of it."""
 
 import gc
-from contextlib import contextmanager
+import sys
+from pathlib import Path
 
 import torch
 
 from pixart_sigma.memory.measure import live_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from measuring import at_most  # noqa: E402
+
+__all__ = ["at_most", "find_device", "relative", "settled_bytes"]
 
 
 def find_device(name: str) -> torch.device | str:
@@ -24,19 +30,6 @@ def settled_bytes(device: torch.device) -> int:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     return live_bytes(device)
-
-
-@contextmanager
-def at_most(nbytes: int, device: torch.device):
-    """Within this block torch allocates at most so many bytes on a CUDA device, as on a smaller card."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), index)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from measuring import at_most
 
+from pixart_sigma.memory.measure import live_bytes
 from pixart_sigma.pipeline import SigmaPipeline
 from pixart_sigma.settings import Settings, Ways
 
@@ -25,15 +26,17 @@ def run(job: Job, pipeline: SigmaPipeline, name: str, side: int, limit: float) -
     settings = Settings(PROMPT, width=side, height=side, binning=False, steps=job.scale.steps)
     asked = replace(pipeline.ways, budget=limit)
     plan = pipeline.plan(settings, asked)
-    on_gpu, reserved = job.device.type == "cuda", 0
-    before = torch.cuda.memory_allocated(job.device) if on_gpu else 0
-    with at_most(before + limit, job.device):
+    reserved = []  # by the allocator at the most, stage by stage
+
+    def look(stage: str = "") -> None:
+        if job.device.type == "cuda":
+            reserved.append(torch.cuda.max_memory_reserved(job.device))
+
+    with at_most(live_bytes(job.device) + limit, job.device):
         start = time.perf_counter()
-        made = pipeline.generate(settings, asked)
+        made = pipeline.generate(settings, asked, on_stage=look)
         seconds = time.perf_counter() - start
-        if on_gpu:
-            reserved = torch.cuda.max_memory_reserved(job.device)
-            torch.cuda.reset_peak_memory_stats(job.device)
+        look()
     peaks = []
     for stage, cost in pipeline.stages.costs.items():
         planned = plan.stages[stage]
@@ -41,16 +44,12 @@ def run(job: Job, pipeline: SigmaPipeline, name: str, side: int, limit: float) -
         job.report.size(f"{name}: {stage}", peaks[-1], planned.peak, note=planned.how)
         job.report.add(f"{name}: {stage}, seconds", cost.seconds, "s")
     ran = made.metadata.ways
-    planned_ways = {
-        key: getattr(plan.ways, key) for key in ("t5_precision", "t5_device", "transformer_device")
-    }
+    words = ("t5_precision", "t5_device", "transformer_device", "guidance_in_turn", "decode")
     other = [
-        f"{key} was {getattr(ran, key)}" for key, value in planned_ways.items() if getattr(ran, key) != value
+        f"{word} was {getattr(ran, word)}" for word in words if getattr(ran, word) != getattr(plan.ways, word)
     ]
-    job.report.size(
-        f"{name}: run",
-        max(peaks),
-        plan.peak,
-        note="; ".join(other or ["as planned"]) + f"; reserved {reserved / 1e9:.2f} GB",
+    note = "; ".join(
+        [*(other or ["as planned"]), *(f"{max(reserved) / 1e9:.2f} GB reserved" for _ in reserved[:1])]
     )
+    job.report.size(f"{name}: run", max(peaks), plan.peak, note=note)
     job.report.add(f"{name}: seconds", seconds, "s")

@@ -57,9 +57,9 @@ TINY = Scale(
     | {"d_model": 128, "d_ff": 256, "d_kv": 16, "num_heads": 8, "num_layers": 2}
     | {"vocab_size": 128},
     vae=SDXL_VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
-    sizes=(64, 128),
-    limits=((64, 1e9), (64, 30e6)),
-    decode_budgets={64: 2e6, 128: 4e6},
+    sizes=(64,),
+    limits=((64, 30e6),),
+    decode_budgets={64: 2e6},
     usual=64,
     steps=2,
     rounds=1,

@@ -36,10 +36,9 @@ def own_memory(device):
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def exact(monkeypatch):
     """float32 as float32: a convolution on CUDA would take ten bits of it (TF32)."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)

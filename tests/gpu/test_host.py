@@ -77,8 +77,8 @@ def test_released_models_are_off_the_card(started, device, object_info):
     server, before = started
     prompt, free = demo(object_info), []
     for entry in prompt.values():
-        if "release" in entry["inputs"]:
-            entry["inputs"]["release"] = "free"
+        if "after_use" in entry["inputs"]:
+            entry["inputs"]["after_use"] = "free"
     prompt["json"] = {"class_type": "PreviewAny"}
     prompt["json"]["inputs"] = {"source": [number(prompt, "PixArtSigmaMemoryReport"), 2]}
     for seed in (1, 2, 3):
