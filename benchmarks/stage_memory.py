@@ -77,9 +77,10 @@ def write_part(folder: Path, weights: dict[str, torch.Tensor], settings: dict):
         save_file(
             {key: numbers[: shape.numel()].view(shape).clone() for key, shape in shapes.items()},
             folder / file,
+            metadata={"format": "pt"},  # without which transformers and diffusers refuse it
         )
         index |= dict.fromkeys(shapes, file)
-    (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps(settings))
 
 

@@ -134,7 +134,7 @@ def write_int8(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:
         made[key] = source[: weight.numel()].view(weight.shape).clone()
         if is_int8:
             made[key.removesuffix("weight") + "SCB"] = torch.full(weight.shape[:1], 0.02)
-    save_file(made, folder / "model.safetensors")
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     shutil.copytree(DEMO / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))

@@ -22,7 +22,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(sys, "argv", command[1:])
         return SimpleNamespace(returncode=gpu.main())
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    started = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu, "subprocess", started)  # in this script alone: others start programs too
     return gpu
 
 
@@ -37,7 +38,7 @@ def figures(gpu, monkeypatch, tmp_path, *parts) -> tuple[list[dict], str]:
 
 @pytest.mark.slow
 def test_it_runs_and_writes_its_figures(gpu, monkeypatch, tmp_path):
-    parts = ("models", "limits", "stages", "steps", "decodes")
+    parts = ("models", "limits", "steps", "decodes")
     rows, tables = figures(gpu, monkeypatch, tmp_path, *parts)
     assert not [row for row in rows if row["failed"]]
     assert {row["part"] for row in rows} == set(parts)
@@ -45,7 +46,7 @@ def test_it_runs_and_writes_its_figures(gpu, monkeypatch, tmp_path):
     whole = told["64x64 within 0.03 GB: run"]
     assert 0 < whole["value"] and whole["ratio"] == whole["value"] / whole["predicted"]
     assert told["64x64, mean:2:all: a step"]["unit"] == "s"
-    assert told["T5 in nf4: peak"]["predicted"] > 0
+    assert told["64x64, strips: most off the whole"]["value"] < 1e-4
     readme = next(line for line in tables.splitlines() if line.startswith("| 64x64 | 0.03 GB |"))
     assert "T5 in bf16: " in readme and "whole: " in readme
 
