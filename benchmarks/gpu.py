@@ -8,7 +8,7 @@ part that fails is a row that says so. The most important come first, and all en
 nine minutes on an H100 or H200. --tests runs tests/gpu before. Written to --out: figures.json, rows.md with
 the rows of the README's memory table and a table for each part, and log.txt.
 
-The models, 15 GB, are written to --folder, and read from there the next time; without it to a temporary one.
+The models, 17 GB, are written to --folder, and read from there the next time; without it to a temporary one.
 `--device cpu --scale tiny` tries all of it in a few minutes without a GPU. Exit status 1 if a part failed.
 """
 

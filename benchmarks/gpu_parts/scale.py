@@ -96,7 +96,7 @@ class Job:
 
 def write_models(scale: Scale, folder: Path) -> None:
     """A pipeline folder of random weights in bf16, and T5 in int8 beside it; a part that is there already
-    stays. Some 15 GB at the published shapes."""
+    stays. Some 17 GB at the published shapes."""
     from transformers import T5Config
 
     with torch.device("meta"):
