@@ -7,8 +7,10 @@ OLDEST_HOST = (0, 26)
 
 class SigmaExtension(ComfyExtension):
     async def on_load(self):
+        from .host.mapping import obey_host
         from .host.replacements import register
 
+        obey_host()
         await register()
 
     async def get_node_list(self):

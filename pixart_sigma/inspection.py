@@ -137,7 +137,7 @@ def _describe_part(part: str, path: Path, variant: str | None) -> str:
 def _describe_t5(path: Path) -> str:
     from .text.weights import read_t5
 
-    config, weights, precision = read_t5(path)
+    config, weights, precision = read_t5(path, outline=True)
     return "\n".join(
         [
             f"{path}: a T5 text encoder",

@@ -139,7 +139,7 @@ class SigmaTextModel(torch.nn.Module):
         if self.encoder is not None:
             return self.identity
         try:
-            return identify(self.path, self.tokenizer(), self.precision, self.changes)
+            return identify(self.path, self.tokenizer(), self.precision, self.changes, _progress())
         except UNUSABLE:
             return None
 

@@ -1,6 +1,7 @@
 """Prompts as T5's weighted tokens in the form of the host's tokenizers, and the embeddings they name."""
 
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -16,10 +17,13 @@ from ...pixart_sigma.choices import MAX_SEQUENCE_LENGTH
 from ...pixart_sigma.errors import SigmaError
 from ...pixart_sigma.files.fingerprint import raw_bytes
 from ...pixart_sigma.text.cleaning import prepare_around_embeddings, prepare_prompt
+from ...pixart_sigma.text.tokenizer import tokenize
 from .notice import add_notice
 
 SECTION = "t5xxl"  # the host's name for T5's tokens
 PAD = 0
+MOST_BRACKETS = 100  # in brackets; the host calls itself for each
+LARGEST_WEIGHT = 1000
 # ComfyUI ships T5's tokenizer, for encoders that come without.
 T5_TOKENIZER = Path(comfy.sd1_clip.__file__).with_name("text_encoders") / "t5_tokenizer"
 NAMED = re.compile(r"(?<!\S)embedding:\s*(\S+)")
@@ -95,9 +99,31 @@ def find_embedding(word: str, width: int) -> Named:
     return Named(name, rest, found.detach().float().cpu().reshape(-1, width))
 
 
+def weighted_parts(text: str) -> list[tuple[str, float]]:
+    """The parts of a prompt with their weights, as the host reads them; its escapes are left in.
+
+    Raises SigmaError for brackets too deep for the host, and for weights from which no embeddings follow.
+    """
+    steps = ((letter == "(") - (letter == ")") for letter in text)
+    depth = max(itertools.accumulate(steps), default=0)
+    if depth > MOST_BRACKETS:
+        raise SigmaError(
+            f"The prompt has brackets in brackets, {depth} deep, and at most {MOST_BRACKETS} are read. Write "
+            "a weight as (words:1.2)."
+        )
+    parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+    for words, weight in parts:
+        if not abs(weight) <= LARGEST_WEIGHT:
+            raise SigmaError(
+                f"The prompt gives {words[:40]!r} the weight {weight:g}; give one from -{LARGEST_WEIGHT} "
+                f"to {LARGEST_WEIGHT}, such as (words:1.2)."
+            )
+    return parts
+
+
 def tell_left_out(text: str, width: int):
     """Say on the node which embeddings of a prompt the host will leave out: it says so in its log alone."""
-    parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+    parts = weighted_parts(text)
     words = [word for part, _ in parts for word in NAMED.findall(comfy.sd1_clip.unescape_important(part))]
     found = [find_embedding(word, width) for word in words]
     add_notice("\n".join(named.remark for named in found if named.vectors is None))
@@ -159,7 +185,7 @@ class SigmaTokenizer:
     def is_plain(self, text: str, clean_caption: bool, tokens: dict) -> bool:
         """Whether the tokens are what the engine alone makes of the prompt's words: without weights,
         embeddings and options."""
-        words = self.patcher.tokenizer()(prepare_prompt(text, clean_caption), verbose=False)["input_ids"]
+        words = tokenize(self.patcher.tokenizer(), prepare_prompt(text, clean_caption))["input_ids"]
         words = words if len(words) <= MAX_SEQUENCE_LENGTH else [*words[: MAX_SEQUENCE_LENGTH - 1], words[-1]]
         return by_value(tokens) == {SECTION: [[(token, 1.0) for token in words]]}
 
@@ -172,7 +198,7 @@ class SigmaTokenizer:
         if clean_caption or disable_weights:
             parts = [(text, 1.0)]
         else:
-            parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+            parts = weighted_parts(text)
         tokenizer = self.patcher.tokenizer()
         read = _Read(MAX_SEQUENCE_LENGTH - 1)  # one for the end token
         for word_id, (part, weight) in enumerate(parts, start=1):
@@ -187,7 +213,7 @@ class SigmaTokenizer:
 
     def _add_words(self, read: _Read, words: str, weight: float, word_id: int):
         tokenizer = self.patcher.tokenizer()
-        found = tokenizer(words, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = tokenize(tokenizer, words, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in found["offset_mapping"]]
         read.add(found["input_ids"], weight, word_id, lambda room: words[starts[room] :])
 

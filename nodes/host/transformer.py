@@ -15,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ...pixart_sigma.choices import DTYPES
 from ...pixart_sigma.errors import CheckpointError, SigmaError
 from ...pixart_sigma.files.fingerprint import fingerprint
+from ...pixart_sigma.files.mapping import Whole
 from ...pixart_sigma.files.parts import FACTS
 from ...pixart_sigma.files.quantised_weights import QuantisedWeight
 from ...pixart_sigma.files.weight_files import facts_tensor
@@ -48,6 +49,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     from .network import build_network
 
     checkpoint = inspect(path, variant)
+    files = Whole(checkpoint.components["transformer"])
     state_dict = load_transformer_state_dict(checkpoint)
     config = _host_config(checkpoint, sum(tensor.numel() for tensor in state_dict.values()), dtype)
     if checkpoint.latent_format == "demo":
@@ -64,6 +66,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
     patcher = make_patcher(model, disable_dynamic)
     if not patcher.is_dynamic():  # which casts on the way to the device
         for name in state_dict:
+            files.check()
             state_dict[name] = state_dict[name].to(patcher.offload_device, dtype)
     network.load_state_dict(state_dict, assign=True)
     network.eval().requires_grad_(False)
@@ -72,6 +75,7 @@ def load_model(path: Path, variant: str | None = None, dtype=None, disable_dynam
         for name, _ in module.named_parameters(recurse=False):
             setattr(module, f"{name}_comfy_model_dtype", dtype)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pixart_sigma_latents", _check_latents)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pixart_sigma_files", _checking(files))
     patcher.cached_patcher_init = (load_again, (path, variant, dtype, model.file_fingerprint))
     return patcher
 
@@ -149,6 +153,16 @@ def _check_latents(executor, noise, latent_image, *arguments, **named):
     channels = executor.class_obj.model_patcher.model.latent_format.latent_channels
     check_latents(latent_image, channels, nested=len(named.get("latent_shapes") or ()) > 1)
     return executor(noise, latent_image, *arguments, **named)
+
+
+def _checking(files: Whole):
+    """A wrapper of the host's sampling, before which weights are copied from their files to the device."""
+
+    def check(executor, *arguments, **named):
+        files.check()
+        return executor(*arguments, **named)
+
+    return check
 
 
 class DemoLatents(comfy.latent_formats.SDXL):

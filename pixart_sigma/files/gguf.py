@@ -16,14 +16,13 @@ import torch
 from ..errors import CheckpointError
 from .gguf_blocks import FORMULAS, dequantise_blocks
 from .gguf_names import to_transformers_names
+from .mapping import Entry, stored_bytes
 from .parts import FACTS
 from .quantised_weights import QuantisedWeight
+from .reading import MOST_DIMENSIONS, MOST_NAME, MOST_TENSORS, check_shape, open_file, parsing
 
-MAX_TENSORS = 100_000
 MAX_ENTRIES = 10_000  # of metadata
 MAX_STRINGS = 2_000_000  # in one list, such as a vocabulary
-MAX_NAME = 65_535  # bytes
-MAX_DIMENSIONS = 8
 # By the number of a metadata value's type, its bytes.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, LIST = 8, 9
@@ -69,16 +68,6 @@ class BlockType:
         return self.weight(shape, torch.empty(nbytes, dtype=torch.uint8, device="meta"))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: its shape, its dtype or block type, and where its bytes are."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | BlockType
-    start: int
-    nbytes: int
-
-
 def read_gguf_header(path: Path) -> dict[str, Entry]:
     """The tensors of a GGUF file by name, T5's as transformers calls them. Reads no tensor data.
 
@@ -102,21 +91,18 @@ def block_type(name: str) -> BlockType:
 
 
 def _read(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            return _Reader(file, size, path).read()
-    except (UnicodeDecodeError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+    with open_file(path) as file, parsing(path, "can not be read as GGUF"):
+        size = file.seek(0, 2)
+        file.seek(0)
+        return _Reader(file, size, path).read()
 
 
 def read_gguf_tensors(path: Path) -> dict[str, Any]:
     """The tensors by name, memory-mapped; those in blocks as QuantisedWeight. Raises as the header does."""
     header = read_gguf_header(path)
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     tensors: dict[str, Any] = {}
-    for name, entry in header.items():
-        stored = mapped[entry.start : entry.start + entry.nbytes]
+    for name, stored in stored_bytes(path, header).items():
+        entry = header[name]
         if isinstance(entry.dtype, BlockType):
             tensors[name] = entry.dtype.weight(entry.shape, stored)
         else:
@@ -140,7 +126,7 @@ class _Reader:
                 f"{self.path} is GGUF of version {version}, in this byte order; versions 2 and 3, "
                 "little-endian, are read. Choose another file."
             )
-        tensors, entries = self.count(8, MAX_TENSORS, "tensors"), self.count(8, MAX_ENTRIES, "entries")
+        tensors, entries = self.count(8, MOST_TENSORS, "tensors"), self.count(8, MAX_ENTRIES, "entries")
         metadata = dict(self.metadata_entry() for _ in range(entries))
         found: dict[str, tuple] = {}
         for _ in range(tensors):
@@ -182,9 +168,9 @@ class _Reader:
         return prod(shape) // dtype.block_size * dtype.type_size
 
     def tensor_entry(self) -> tuple[str, tuple]:
-        name = self.text(MAX_NAME)
-        dimensions = self.count(4, MAX_DIMENSIONS, f"dimensions of {name}")
-        shape = tuple(self.number(8) for _ in range(dimensions))[::-1]
+        name = self.text(MOST_NAME)
+        dimensions = self.count(4, MOST_DIMENSIONS, f"dimensions of {name}")
+        shape = check_shape(name, tuple(self.number(8) for _ in range(dimensions))[::-1])
         number, offset = self.number(4), self.number(8)
         dtype = self.types.get(number)
         if dtype is None:
@@ -195,7 +181,7 @@ class _Reader:
         return name, (shape, dtype, offset)
 
     def metadata_entry(self) -> tuple[str, Any]:
-        name = self.text(MAX_NAME)
+        name = self.text(MOST_NAME)
         return name, self.value(self.number(4), name)
 
     def value(self, kind: int, name: str) -> Any:
@@ -203,13 +189,13 @@ class _Reader:
         if kind in SCALARS:
             return self.number(SCALARS[kind]) if kind in UNSIGNED else self.skip(SCALARS[kind])
         if kind == STRING:
-            return self.text(MAX_NAME) if name in TEXTS else self.skip(self.number(8))
+            return self.text(MOST_NAME) if name in TEXTS else self.skip(self.number(8))
         if kind != LIST:
             raise _damaged(self.path, f"{name} has a value of type {kind}")
         held = self.number(4)
         if held in SCALARS:
             length = self.count(8, self.size // SCALARS[held], f"numbers in {name}")
-            if name.startswith(ORIGINAL_SHAPE) and length <= MAX_DIMENSIONS:
+            if name.startswith(ORIGINAL_SHAPE) and length <= MOST_DIMENSIONS:
                 return tuple(self.number(SCALARS[held]) for _ in range(length))
             return self.skip(length * SCALARS[held])
         if held != STRING:

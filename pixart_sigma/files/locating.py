@@ -1,12 +1,12 @@
 """Which files a path stands for: one file, an index of shards, or the weights in a folder. None is opened but
 indexes and JSON."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .reading import read_bytes, read_json
 
 CANONICAL_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 EXTENSIONS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
@@ -31,19 +31,6 @@ def find_weight_files(path: str | Path) -> tuple[Path, ...]:
     return tuple(located.parent / name for name in shards_of(located)) if is_index(located) else (located,)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError when it can not be read."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can not be read as JSON: {error}. Download it again.") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings. Download it again.")
-    return settings
-
-
 def resolve(path: str | Path) -> Path:
     """The folder that a repository in Hugging Face's cache (`models--owner--name`) stands for: the snapshot
     that `refs/main` names, else the only one. Any other path is itself.
@@ -56,8 +43,8 @@ def resolve(path: str | Path) -> Path:
         return path
     found = sorted(entry.name for entry in os.scandir(snapshots) if entry.is_dir())
     try:
-        main = (path / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        main = read_bytes(path / "refs" / "main").decode("utf-8").strip()
+    except ValueError:  # a CheckpointError is one
         main = ""
     if main in found or len(found) == 1:
         return snapshots / (main if main in found else found[0])

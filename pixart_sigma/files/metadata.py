@@ -11,6 +11,7 @@ from ..errors import SigmaError
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from ..settings import Settings, Ways
 from .picture_files import read_said
+from .reading import parse_json, parsing
 
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -85,12 +86,9 @@ class Metadata:
                 f"{path} does not say how it was made; give a picture that `pixart-sigma generate` wrote. "
                 "Other programs drop what a file says when they save it."
             )
-        try:
-            return cls._of(json.loads(text))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise SigmaError(
-                f"{path} does not say how it was made in a way that can be read: {error}"
-            ) from error
+        said = "does not say how it was made in a way that can be read"
+        with parsing(path, said, "Give another picture.", SigmaError):
+            return cls._of(parse_json(text))
 
     @classmethod
     def _of(cls, content: dict[str, Any]) -> "Metadata":

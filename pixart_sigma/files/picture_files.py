@@ -7,15 +7,14 @@ Nothing here imports torch, so that a mistake is known at once.
 import io
 import json
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SigmaError
+from .reading import parse_json, parsing, refuse_special
 from .writing import is_special, write_beside
 
 if TYPE_CHECKING:
@@ -37,18 +36,8 @@ MOST_EXIF = 65533  # bytes in the one segment of a JPEG
 SAYING = {"pnginfo", "exif"}  # of what `save_options` gives
 MOST_LETTERS = 48  # of a prompt, in a file's name
 
-# What Pillow's readers raise for files that are cut short or changed.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    struct.error,
-    zlib.error,
-)
+# What is read. Pillow hands others to another program, as EPS, or to libraries that no picture needs.
+READ = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "JPEG2000", "ICO")
 
 
 def check_ending(path: Path) -> str:
@@ -107,10 +96,11 @@ def read_said(path: str | Path) -> str | None:
             return text
         comment: Any = picture.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT)
     try:
-        if isinstance(comment, bytes):
-            comment = comment.removeprefix(ASCII).decode("ascii")
-        return json.dumps(json.loads(comment)[KEY])
-    except (ValueError, TypeError, LookupError):
+        with parsing(path):
+            if isinstance(comment, bytes):
+                comment = comment.removeprefix(ASCII).decode("ascii")
+            return json.dumps(parse_json(comment)[KEY])
+    except SigmaError:
         return None  # another program's comment
 
 
@@ -121,18 +111,16 @@ def open_picture(path: str | Path) -> Iterator["Image.Image"]:
     Raises SigmaError for a file that is no picture, is damaged or has too many pixels, and OSError where
     there is none that may be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of half of what it refuses; what it refuses is refused here.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with named_if_damaged(path), Image.open(path) as picture:
-                yield picture
-    except UnidentifiedImageError:
-        raise SigmaError(
-            f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file."
-        ) from None
+    refuse_special(path)
+    with open(path, "rb") as file, warnings.catch_warnings():
+        # Pillow warns of half of what it refuses; what it refuses is refused here.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.init()
+        readable = [name for name in READ if name in Image.OPEN]
+        with named_if_damaged(path), Image.open(file, formats=readable) as picture:
+            yield picture
 
 
 @contextmanager
@@ -140,21 +128,19 @@ def named_if_damaged(name: str | Path) -> Iterator[None]:
     """Within this block, what Pillow raises while it reads a picture becomes a SigmaError that names it."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        yield
-    except (SigmaError, UnidentifiedImageError):
-        raise
-    except Image.DecompressionBombError as error:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise SigmaError(
-            f"{name} is larger than the {most} million pixels that are read; make it smaller first."
-        ) from error
-    except DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the file system, which says it well
-        raise SigmaError(
-            f"{name} is a damaged picture ({error}); open it in another program and save it again."
-        ) from error
+    advice = "Open it in another program and save it again."
+    with parsing(name, "is a damaged picture", advice, SigmaError):
+        try:
+            yield
+        except UnidentifiedImageError:
+            raise SigmaError(
+                f"{name} is not a picture that can be read; give a PNG, JPEG or WebP file."
+            ) from None
+        except Image.DecompressionBombError as error:
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+            raise SigmaError(
+                f"{name} is larger than the {most} million pixels that are read; make it smaller first."
+            ) from error
 
 
 def name_of(prompt: str) -> str:

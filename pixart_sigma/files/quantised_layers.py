@@ -7,7 +7,6 @@ ComfyUI). The arithmetic is that of comfy-kitchen's formulas for any device.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from ..errors import CheckpointError
 from .parts import place
 from .quantised_weights import QuantisedWeight
+from .reading import AGAIN, parse_json, parsing
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 INT8, MXFP8, NVFP4 = "int8_tensorwise", "mxfp8", "nvfp4"
@@ -89,18 +89,15 @@ def pair_scales(
 def _read_formats(weights: dict, metadata: dict[str, str], path: Path) -> dict[str, dict]:
     """The facts of each weight that is said to be quantised. Raises CheckpointError for an unknown format."""
     told: dict[str, dict] = {}
-    try:
-        layers = json.loads(metadata.get(LAYER_FORMATS, "{}")).get("layers", {})
+    said = "says in a way that can not be read how it is quantised"
+    with parsing(path, said, AGAIN):
+        layers = parse_json(metadata.get(LAYER_FORMATS, "{}")).get("layers", {})
         for layer, facts in layers.items():
             told[place(layer + ".weight").bare] = dict(facts)
         for key, value in weights.items():
             if key.endswith(FORMAT):
-                told[key.removesuffix(FORMAT) + ".weight"] = dict(json.loads(bytes(value.tolist())))
+                told[key.removesuffix(FORMAT) + ".weight"] = dict(parse_json(bytes(value.tolist())))
         named = {key: facts["format"] for key, facts in told.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} says in a way that can not be read how it is quantised: {error!r}. Download it again."
-        ) from error
     for key, name in named.items():
         if name not in READ:
             known = "only ComfyUI's own loaders read it" if name in REFUSED else "it is unknown"

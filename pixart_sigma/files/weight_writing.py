@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from .quantised_weights import QuantisedWeight
-from .weight_files import SAFETENSORS_DTYPES
+from .safetensors_files import DTYPES
 
 Outline = Mapping[str, torch.Tensor | QuantisedWeight]  # on the meta device
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -23,7 +23,7 @@ def write_safetensors(
 
     In the file the wide dtypes come first, as readers expect, who map them into memory.
     """
-    dtypes = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     starts, end = {}, 0
     for name in sorted(outline, key=lambda name: (-outline[name].itemsize, name)):

@@ -203,7 +203,7 @@ def check_comparison(
         )
     nbytes = []
     for precision in precisions:
-        _, config, _, _ = read_encoder(text_encoder, precision)
+        _, config, _, _ = read_encoder(text_encoder, precision, outline=True)
         if caption_channels not in (None, config.d_model):
             raise SigmaError(
                 f"{text_encoder} makes embeddings {config.d_model} wide, and the transformer reads "

@@ -9,10 +9,10 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.locating import find_weight_files
+from ..files.mapping import Unchanged
 from ..memory.block_buffers import lay_out, unpack
+from .config import INT8_THRESHOLD
 from .weights import is_linear
-
-INT8_THRESHOLD = 6.0  # LLM.int8(): activations beyond it are multiplied unquantised (Dettmers et al., 2022)
 
 
 class StoredBlocks:
@@ -25,7 +25,7 @@ class StoredBlocks:
         """
         self.config, self.precision, self.dtype = config, precision, dtype
         self._weights, self._path = weights, path
-        self._files = {file: _stamp(file) for file in (find_weight_files(path) if path else ())}
+        self._files = Unchanged(find_weight_files(path) if path else (), "the streamed text encoder")
         self.is_int8 = any(key.endswith(".SCB") for key in weights)  # in the file already
         self.layout = lay_out(self._find_tensors())
 
@@ -65,17 +65,8 @@ class StoredBlocks:
             tensors[name].copy_(tensor)
 
     def check_files(self) -> None:
-        """Reading a mapped file that was cut off kills the process, so this is asked before every reading."""
-        for file, stamp in self._files.items():
-            if not file.exists():
-                raise CheckpointError(
-                    f"{file} is gone, and the streamed text encoder reads from it. Put it back, or load "
-                    "another encoder."
-                )
-            if _stamp(file) != stamp:
-                raise CheckpointError(
-                    f"{file} was changed, and the streamed text encoder reads from it. Load it again."
-                )
+        """CheckpointError where a file is not what it was, see `Unchanged`."""
+        self._files.check()
 
     def _find_tensors(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of what every block has. Raises CheckpointError where a block has others."""
@@ -104,12 +95,6 @@ class StoredBlocks:
             raise CheckpointError(
                 f"{self._path}: {key} is {stored.dtype}, unlike in the first block, so they can not "
                 "share a buffer. Write the folder again with quantize-t5."
-            )
-        scale = self._weights.get(f"encoder.block.{index}.{_scale_name(name)}")
-        if stored.dtype == torch.int8 and scale is not None and scale.numel() != shape[0]:
-            raise CheckpointError(
-                f"{self._path}: the scale of {key} has {scale.numel()} numbers for {shape[0]} rows. "
-                "Write the folder again with quantize-t5."
             )
 
     def _dtype_of(self, index: int, name: str) -> torch.dtype:
@@ -181,8 +166,3 @@ def unbind(module: torch.nn.Module) -> None:
 
 def _scale_name(name: str) -> str:
     return name.removesuffix("weight") + "SCB"
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns

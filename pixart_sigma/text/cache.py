@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..files.digests import user_cache
 from ..files.writing import clear_unfinished
 from ..prompt_embeds import Encoded
 from .embeddings import FORMAT, VERSION, check_embeds, read_tensors, write_tensors
@@ -30,7 +31,16 @@ def cache_key(encoder: EncoderIdentity, device: torch.device, **asked) -> str:
     A text is asked for as `prepare_prompt` returns it.
     """
     dtype = compute_dtype(encoder.precision, device)
-    decides = [FORMAT, VERSION, encoder.fingerprint, encoder.precision, device.type, str(dtype), asked]
+    decides = [
+        FORMAT,
+        VERSION,
+        encoder.fingerprint,
+        encoder.content,
+        encoder.precision,
+        device.type,
+        str(dtype),
+        asked,
+    ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -117,11 +127,8 @@ class EmbeddingCache:
 
 
 def user_cache_folder() -> Path:
-    """Where the terminal caches: in $XDG_CACHE_HOME or ~/.cache, on Windows in %LOCALAPPDATA%."""
-    variable, default = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
-    root = Path(os.environ.get(variable, ""))
-    # A relative one counts as not set, says the XDG Base Directory Specification.
-    return (root if root.is_absolute() else Path.home() / default) / "pixart_sigma" / "embeddings"
+    """Where the terminal caches, see `user_cache`."""
+    return user_cache() / "embeddings"
 
 
 def _use(path: Path) -> None:

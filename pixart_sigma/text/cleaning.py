@@ -19,6 +19,12 @@ def prepare_prompt(text: str, clean_caption: bool = False) -> str:
     """
     if not isinstance(text, str):
         raise SigmaError(f"The prompt must be a text, not {type(text).__name__}. Pass one prompt at a time.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SigmaError(
+            f"The prompt has half a character at place {error.start}, {text[error.start]!r}; write it again."
+        ) from None
     if not clean_caption:
         return text.lower().strip()
 

@@ -1,20 +1,21 @@
 """A T5 encoder's config: of its folder's config.json, or from the shapes of its weights; and what contradicts
 them."""
 
+import itertools
 import re
 from pathlib import Path
 
 from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
-from ..files.locating import read_json
+from ..files.reading import AGAIN, parsing, read_json
 
 FIRST_BLOCK = "encoder.block.0.layer."
 BIAS = FIRST_BLOCK + "0.SelfAttention.relative_attention_bias.weight"
 # Flags that would make it another network, with the one value of a T5 encoder.
 FIXED = {"is_decoder": False, "add_cross_attention": False, "scalable_attention": False}
-# How results are handed over is the caller's matter, not the file's.
-HANDED_OVER = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-POSITIVE = (
+# All of a config.json that reaches transformers, and the type of each: what else one may say decides nothing
+# of an encoder, or what is not a file's to decide, as which code computes the attention.
+SIZES = (
     "vocab_size",
     "d_model",
     "d_kv",
@@ -23,8 +24,24 @@ POSITIVE = (
     "num_heads",
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
-    "layer_norm_epsilon",
 )
+KNOWN: dict[str, tuple[type, ...]] = {name: (int,) for name in SIZES}
+KNOWN |= {"layer_norm_epsilon": (float,), "feed_forward_proj": (str,)}
+LARGEST = 2**24  # of any size
+# The same of what it says of bitsandbytes.
+QUANTISATION: dict[str, tuple[type, ...]] = {
+    "quant_method": (str,),
+    "load_in_8bit": (bool,),
+    "load_in_4bit": (bool,),
+    "llm_int8_threshold": (int, float),
+    "llm_int8_skip_modules": (list, type(None)),
+    "bnb_4bit_quant_type": (str,),
+    "bnb_4bit_use_double_quant": (bool,),
+    "bnb_4bit_quant_storage": (str,),
+    "bnb_4bit_compute_dtype": (str,),
+}
+INT8_THRESHOLD = 6.0  # LLM.int8(): activations beyond it are multiplied unquantised (Dettmers et al., 2022)
+STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32")
 
 
 def read_config(folder: Path):
@@ -49,18 +66,46 @@ def read_config(folder: Path):
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
             raise CheckpointError(f"{file} says {name} {settings[name]!r}, which a T5 encoder has not.")
-    try:
-        config = T5Config.from_dict(settings | HANDED_OVER)
-    except Exception as error:  # its checks raise classes of their own
-        raise CheckpointError(f"{file} does not describe a T5 encoder: {error}") from error
+    known = _known(settings, KNOWN, file)
+    with parsing(file, "does not describe a T5 encoder", AGAIN):
+        config = T5Config(**known, tie_word_embeddings=False)
     _check_values(settings, config, file)
-    return config, _saved_precision(settings.get("quantization_config"), file)
+    quantization = settings.get("quantization_config")
+    precision = _saved_precision(quantization, file)
+    if precision:
+        config.quantization_config = _read_quantization(quantization, file)
+    return config, precision
+
+
+def _known(settings: dict, types: dict[str, tuple[type, ...]], file: Path) -> dict:
+    """Of the settings those that are known, each of its type. Raises CheckpointError."""
+    known = {name: settings[name] for name in types if name in settings}
+    for name, value in known.items():
+        if type(value) not in types[name]:
+            words = " or ".join(kind.__name__ for kind in types[name])
+            raise CheckpointError(
+                f"{file} does not describe a T5 encoder: {name} is {value!r}, and {words} is needed. "
+                "Download it again."
+            )
+    return known
+
+
+def _read_quantization(said: dict, file: Path) -> dict:
+    """What a folder says of bitsandbytes, as far as it is known."""
+    known = _known(said, QUANTISATION, file)
+    skipped = known.get("llm_int8_skip_modules") or []
+    threshold = known["llm_int8_threshold"] = float(known.get("llm_int8_threshold", INT8_THRESHOLD))
+    storage = known.get("bnb_4bit_quant_storage", STORAGES[0])
+    names = all(isinstance(name, str) for name in skipped)
+    if not names or not 0 <= threshold < LARGEST or storage not in STORAGES:
+        raise CheckpointError(f"{file} says of its quantisation what can not be: {known}. Download it again.")
+    return known
 
 
 def _check_values(settings: dict, config, file: Path) -> None:
-    for name in POSITIVE:
+    for name in (*SIZES, "layer_norm_epsilon"):
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if not 0 < value <= LARGEST:
             raise CheckpointError(f"{file} says {name} {value!r}, which must be a number above 0.")
     exact = (
         config.relative_attention_num_buckets // 4
@@ -170,5 +215,6 @@ def check_config(config, shapes: dict[str, tuple[int, ...]], path: Path) -> None
 
 
 def _count_blocks(keys) -> int:
-    blocks = [int(match[1]) for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))]
-    return max(blocks, default=-1) + 1
+    """How many blocks follow one another from the first; what is of others is left over."""
+    blocks = {match[1] for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
+    return next(count for count in itertools.count() if str(count) not in blocks)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ..choices import MAX_SEQUENCE_LENGTH
 from ..errors import CheckpointError, SigmaError
 from ..files.fingerprint import raw_bytes
-from ..files.weight_files import MAX_SAFETENSORS_HEADER, check_file
+from ..files.safetensors_files import read_whole_safetensors
+from ..files.weight_files import check_file
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded, Prompts
 from ..settings import Settings, check_settings
@@ -167,20 +167,12 @@ def read_tensors(path: Path, names: tuple[str, ...]) -> tuple[dict[str, torch.Te
 
     Raises CheckpointError.
     """
+    check_file(path)
     try:
-        check_file(path)
-        with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), MAX_SAFETENSORS_HEADER)
-            metadata = json.loads(file.read(length)).get("__metadata__") or {}
-            _check_format(path, metadata.get("format"))
-            file.seek(0)
-            tensors = load(file.read())
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} can not be read as prompt embeddings: {error}. {_WRITE_AGAIN}"
-        ) from error
+        tensors, metadata = read_whole_safetensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} It is no file of prompt embeddings. {_WRITE_AGAIN}") from error
+    _check_format(path, metadata.get("format"))
     if sorted(tensors) != sorted(names):
         raise CheckpointError(
             f"{path} holds {', '.join(sorted(tensors))}, not {' and '.join(names)}. {_WRITE_AGAIN}"

@@ -9,13 +9,14 @@ import torch
 from ..choices import MAX_SEQUENCE_LENGTH, QUANTIZED
 from ..devices import pick_device
 from ..errors import SigmaError
+from ..files.mapping import Whole
 from ..prompt_embeds import Encoded
 from .changes import WeightChanges
 from .cleaning import prepare_prompt, refuse_embeddings
 from .loading import read_encoder, stream_model
 from .model import build_model
 from .streaming import StreamedT5
-from .tokenizer import find_tokenizer, load_tokenizer
+from .tokenizer import find_tokenizer, load_tokenizer, tokenize
 from .weights import WatchedWeight
 
 PAD = 0  # T5's token that fills up
@@ -28,8 +29,10 @@ class TextEncoder:
     bitsandbytes repacks its weights in place at the first CPU call and does not restore them exactly.
     """
 
-    def __init__(self, model, tokenizer, precision: str):
+    def __init__(self, model, tokenizer, precision: str, files: Whole | None = None):
+        """files: those that weights of the model may be mapped to."""
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
+        self._files = files
 
     @classmethod
     def load(
@@ -76,14 +79,16 @@ class TextEncoder:
                     "`pixart-sigma quantize-t5` and stream from that folder to save the time."
                 )
             return cls(model, loaded_tokenizer, precision)
-        if progress is not None:
-            done = itertools.count(1)  # atomic, unlike +=
-            total = len(weights)
-            weights = {
-                key: WatchedWeight(weight, lambda: progress(next(done), total))
-                for key, weight in weights.items()
-            }
-        return cls(build_model(config, weights, precision, device, path), loaded_tokenizer, precision)
+        done, total, files = itertools.count(1), len(weights), Whole(path)
+
+        def before_each() -> None:
+            files.check()
+            if progress is not None:
+                progress(next(done), total)  # next is atomic, unlike +=
+
+        weights = {key: WatchedWeight(weight, before_each) for key, weight in weights.items()}
+        model = build_model(config, weights, precision, device, path)
+        return cls(model, loaded_tokenizer, precision, files)
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +157,7 @@ class TextEncoder:
         """A prompt's tokens, and the words that are cut off."""
         refuse_embeddings(text)
         text = prepare_prompt(text, clean_caption)
-        tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        tokens = tokenize(self.tokenizer, text, return_offsets_mapping=True)
         ids, truncated = tokens["input_ids"], ""
         if len(ids) > max_sequence_length:
             first_cut = tokens["offset_mapping"][max_sequence_length - 1][0]
@@ -206,6 +211,8 @@ class TextEncoder:
         return groups
 
     def _encode_resident(self, input_ids: torch.Tensor, rows: dict, layer: int) -> torch.Tensor:
+        if self._files is not None and self.device.type == "cpu":
+            self._files.check()
         inputs_embeds = self.model.shared(input_ids.to(self.device))
         for index, row in rows.items():
             inputs_embeds[0, index] = row.to(inputs_embeds)

@@ -16,15 +16,18 @@ from .tokenizer import find_tokenizer, load_tokenizer
 from .weights import expected_nbytes, read_t5
 
 
-def read_encoder(path, precision: str | None = None, changes: WeightChanges | None = None):
+def read_encoder(
+    path, precision: str | None = None, changes: WeightChanges | None = None, outline: bool = False
+):
     """What TextEncoder.load builds from: (path of the encoder, T5Config, weights, precision). Weights are
-    memory-mapped, and changed when they are read. Raises as TextEncoder.load."""
+    memory-mapped, and changed when they are read; with `outline` they are on the meta device. Raises as
+    TextEncoder.load."""
     path = find_encoder(path)
     if precision is not None and precision not in T5_PRECISIONS:
         raise SigmaError(
             f"Unknown text encoder precision {precision!r}: use one of {', '.join(T5_PRECISIONS)}."
         )
-    config, weights, saved = read_t5(path)
+    config, weights, saved = read_t5(path, outline)
     if saved and precision not in (None, saved):
         raise SigmaError(
             f"{path} was saved in {saved}, so it can not be loaded in {precision}. Choose {saved}, "
@@ -68,7 +71,7 @@ def describe_encoder(
 ) -> Description:
     """Of the encoder that TextEncoder.load would give, whose weights are not loaded."""
     device = pick_device(device)
-    path, config, weights, precision = read_encoder(path, precision)
+    path, config, weights, precision = read_encoder(path, precision, outline=True)
     loaded_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer), config.vocab_size)
     if stream:
         nbytes = stream_model(config, weights, precision, device, path).window_nbytes(device)

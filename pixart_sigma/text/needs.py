@@ -52,7 +52,7 @@ class EncoderShapes:
     @classmethod
     def read(cls, path: Path) -> "EncoderShapes":
         """Of an encoder on disk. Raises CheckpointError and SigmaError as loading it does."""
-        _, config, weights, precision = read_encoder(path)
+        _, config, weights, precision = read_encoder(path, outline=True)
         quantized = getattr(config, "quantization_config", None) is not None
         return cls(config, weights, precision if quantized else None)
 

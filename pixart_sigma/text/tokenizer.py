@@ -1,14 +1,15 @@
 """T5's tokenizer: where it lies, and how it is read."""
 
 import functools
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SigmaError
 from ..files.download import BASE
+from ..files.reading import AGAIN, parsing, refuse_special
 from ..files.weight_files import read_header
+from .tokenizer_files import check_tokenizer_json, read_settings, write_for_transformers
 from .tokenizer_places import TOKENIZER_FILES, beside, elsewhere, in_folders
 from .weights import EMBEDDING_TABLES
 
@@ -48,6 +49,7 @@ def find_tokenizer(path: Path, tokenizer=None, others: list[Path] | None = None)
 
 
 def _given(tokenizer: Path) -> Path:
+    refuse_special(tokenizer)
     if tokenizer.is_file():
         return tokenizer
     if not tokenizer.exists():
@@ -84,21 +86,18 @@ def load_tokenizer(file: Path, vocab_size: int):
     from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    try:
+    with parsing(file, "can not be read as a tokenizer", AGAIN):
         if file.suffix == ".json":
+            check_tokenizer_json(file)
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
         else:
+            settings = read_settings(file.parent, vocab_size)
             with tempfile.TemporaryDirectory() as folder:  # the name and nothing else decides how it is read
-                shutil.copyfile(file, Path(folder) / "spiece.model")
-                settings = file.parent / "tokenizer_config.json"
-                if settings.is_file():
-                    shutil.copyfile(settings, Path(folder) / settings.name)
+                write_for_transformers(file, settings, Path(folder))
                 tokenizer = T5Tokenizer.from_pretrained(folder)
-                if not settings.is_file() and len(tokenizer) > vocab_size:
+                if not settings and len(tokenizer) > vocab_size:
                     tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
         empty = tokenizer("")["input_ids"]
-    except Exception as error:  # the parsers raise bare Exception for a broken file
-        raise SigmaError(f"{file} can not be read as a tokenizer: {error}. Download it again.") from error
     if empty != [tokenizer.eos_token_id]:
         raise SigmaError(
             f"{file} is not a T5 tokenizer: it encodes an empty prompt as {empty}, not as one end token."
@@ -109,3 +108,12 @@ def load_tokenizer(file: Path, vocab_size: int):
             "Pass the tokenizer that belongs to the encoder."
         )
     return tokenizer
+
+
+def tokenize(tokenizer, text: str, **asked) -> dict:
+    """What a loaded tokenizer makes of a text; asked: as transformers has it.
+
+    Raises SigmaError where it fails, as one from a damaged file may, whose parser does not look at all of it.
+    """
+    with parsing("The text encoder's tokenizer", "can not read this prompt", "Download its files again."):
+        return tokenizer(text, verbose=False, **asked)

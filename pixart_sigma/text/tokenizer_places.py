@@ -1,10 +1,12 @@
 """Where a T5 tokenizer may lie: beside its encoder, or with another model on this machine. All T5-XXL have
 the same one."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from ..errors import SigmaError
+from ..files.reading import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 HOSTS_TOKENIZER = Path("comfy", "text_encoders", "t5_tokenizer")  # in a ComfyUI
@@ -78,9 +80,8 @@ def _of_t5(root: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 def _class_of(folder: Path) -> str:
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return str(settings["tokenizer_class"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    except SigmaError:
         return ""
 
 

@@ -9,8 +9,9 @@ import torch
 from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
 from ..files.quantised_layers import pair_scales
-from ..files.weight_files import read_metadata, read_state_dict
+from ..files.weight_files import read_metadata, read_outline, read_state_dict
 from .config import check_config, config_from_shapes, read_config
+from .quantised_state import check_quantised, needed_beside
 
 EMBEDDING_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one table by two names
 # Of the whole T5 v1.1, and of what ComfyUI's CLIPSave writes beside any text encoder.
@@ -29,22 +30,23 @@ def is_linear(key: str) -> bool:
 
 
 class WatchedWeight:
-    """A weight that tells when it is read, the way transformers reads it."""
+    """A weight that tells before it is read, the way transformers reads it."""
 
-    def __init__(self, weight, read):
-        self.weight, self.read = weight, read
+    def __init__(self, weight, before):
+        self.weight, self.before = weight, before
 
     def __getitem__(self, index):
-        value = self.weight[index]
-        self.read()
-        return value
+        self.before()
+        return self.weight[index]
 
     def is_floating_point(self) -> bool:
         return self.weight.is_floating_point()
 
 
-def read_t5(path: Path):
+def read_t5(path: Path, outline: bool = False):
     """Read a T5 encoder: a folder with config.json, or one file in Hugging Face keys, whatever else it holds.
+
+    outline: its weights on the meta device, for what only asks for shapes.
 
     Returns (transformers.T5Config, dict of str to tensor or QuantisedWeight, saved precision or None when the
     weights are not quantised). Raises CheckpointError when a weight is missing, left over or of another
@@ -53,7 +55,7 @@ def read_t5(path: Path):
     config, precision = None, None
     if path.is_dir():
         config, precision = read_config(path)
-    weights = read_encoder_weights(path)
+    weights = read_encoder_weights(path, read_outline if outline else read_state_dict)
     tied = weights.pop("encoder.embed_tokens.weight", None)  # the same table as shared.weight
     if tied is not None:
         weights.setdefault("shared.weight", tied)
@@ -74,9 +76,9 @@ def read_t5(path: Path):
     return config, weights, precision
 
 
-def read_encoder_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_encoder_weights(path: Path, read=read_state_dict) -> dict[str, torch.Tensor]:
     """The encoder's tensors by their bare names, as they are stored; a whole T5's decoder is left out."""
-    weights = read_state_dict(path, part="text_encoder")
+    weights = read(path, part="text_encoder")
     return {key: weight for key, weight in weights.items() if not key.startswith(NOT_THE_ENCODERS)}
 
 
@@ -107,11 +109,13 @@ def check_weights(weights: dict, config, precision: str | None, path: Path) -> N
         # The dtype of 4-bit weights says nothing: they may be stored as numbers of any kind.
         beside = companions.get(key, set())
         if precision and (weight.dtype in (torch.int8, torch.uint8) or beside - {"_format"}):
-            needs = {"SCB"} if T5_PRECISIONS[precision].bits == 8 else {".absmax", ".quant_map"}
-            if absent := sorted(needs - beside):
+            if absent := sorted(needed_beside(precision) - beside):
                 raise CheckpointError(
                     f"{path}: {key} is {precision} but its {absent[0].strip('.')} is missing."
                 )
+            check_quantised(key, weights, expected[key], precision, path)
+        elif not weight.is_floating_point():
+            raise CheckpointError(f"{path}: {key} holds {weight.dtype} numbers, and floats are needed.")
         elif tuple(weight.shape) != expected[key]:
             raise CheckpointError(
                 f"{path}: {key} has shape {tuple(weight.shape)}, not the {expected[key]} "

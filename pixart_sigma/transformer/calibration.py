@@ -13,6 +13,7 @@ import torch
 
 from ..choices import MAX_STEPS
 from ..errors import SigmaError
+from ..files.reading import parse_json, parsing, read_bytes
 from ..files.writing import write_beside
 from ..noise_schedule import SPACINGS
 from ..setting_checks import check_whole
@@ -172,8 +173,9 @@ class Calibration:
     @classmethod
     def read(cls, path: Path) -> "Calibration":
         """Raises SigmaError if the file is not a calibration."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        read = read_bytes(path)
+        with parsing(path, "is not a calibration", "Delete it, or calibrate again.", SigmaError):
+            content = parse_json(read)
             if content["format"] not in (FORMAT, OLD_FORMAT):
                 raise ValueError(f"its format is {content['format']!r}")
             errors = {
@@ -204,12 +206,6 @@ class Calibration:
                 speed_in_place=point(content.get("speed_in_place")),
                 points=tuple(Point.from_dict(found, layers) for found in content.get("points", ())),
             )
-        except OSError as error:
-            raise SigmaError(f"The calibration {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, SigmaError) as error:
-            raise SigmaError(
-                f"{path} is not a calibration: {error!r}. Delete it, or calibrate again."
-            ) from error
 
     def fits(self, fingerprint: tuple[float, ...]) -> bool:
         """Whether it was measured on these weights, in whatever precision they are stored."""

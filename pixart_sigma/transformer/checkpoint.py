@@ -17,11 +17,12 @@ import torch
 from .. import DEMO, DEMO_KV
 from ..choices import VARIANTS
 from ..errors import CheckpointError, SettingError
-from ..files.locating import find_weight_files, read_json, resolve
+from ..files.locating import find_weight_files, resolve
 from ..files.parts import MARKERS
 from ..files.quantised_layers import pair_scales
 from ..files.quantised_weights import QuantisedWeight, describe_storage, split_rows
 from ..files.quantization import quantization_of
+from ..files.reading import read_json
 from ..files.weight_files import read_facts, read_header, read_metadata, read_outline, read_state_dict
 from ..noise_schedule import PUBLISHED, NoiseSchedule
 from .config import TransformerConfig, check_keys, left_over_key, read_config

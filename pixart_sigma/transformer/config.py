@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-KV_KEY = re.compile(r"transformer_blocks\.(\d+)\.attn1\.(?:sr|norm)\.(?:weight|bias)")
-BLOCK_KEY = re.compile(r"transformer_blocks\.(\d+)\.")
+KV_KEY = re.compile(r"transformer_blocks\.(\d{1,4})\.attn1\.(?:sr|norm)\.(?:weight|bias)")
+BLOCK_KEY = re.compile(r"transformer_blocks\.(\d{1,4})\.")
 TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
 USUAL_HEAD_DIMS = (72, 64, 32)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..files.locating import read_json
 from ..files.parts import kind_of, place
 from ..files.quantization import quantization_of
+from ..files.reading import read_json
 from ..files.weight_files import read_header, read_state_dict
 from .attention import torch_attention
 from .config import XL_2, TransformerConfig, find_heads
@@ -19,8 +19,8 @@ from .network import build_transformer, layer_classes
 
 # As diffusers' and SimpleTuner's trainers write it, and as the authors' of PixArt-alpha do, whose file holds
 # the transformer too; what stands in front is a wrapper's.
-KEY = re.compile(r"(?:.*\.)?controlnet_blocks\.(\d+)\.(before_proj|transformer_block|after_proj)\.(.+)")
-AUTHORS_KEY = re.compile(r"(?:.*\.)?controlnet\.(\d+)\.(before_proj|copied_block|after_proj)\.(.+)")
+KEY = re.compile(r"(?:.*\.)?controlnet_blocks\.(\d{1,4})\.(before_proj|transformer_block|after_proj)\.(.+)")
+AUTHORS_KEY = re.compile(r"(?:.*\.)?controlnet\.(\d{1,4})\.(before_proj|copied_block|after_proj)\.(.+)")
 OF_TRANSFORMER = re.compile(r"(?:.*\.)?(?:base_model|transformer)\.")
 ADAPTER = re.compile(r"\.(?:lora_[AB]|lora_down|lora_up|lokr_w[12]|hada_w[12]_[ab])\b")
 

@@ -38,7 +38,7 @@ DROPPED = {
     "original": ("y_embedder.y_embedding", "pos_embed"),
     "diffusers": ("caption_projection.y_embedding", "pos_embed.pos_embed"),
 }
-BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(.+)")
+BLOCK_KEY = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 MODULE_KEY = re.compile(r"(.+)\.(weight|bias)")
 
 
@@ -66,7 +66,7 @@ def to_original_keys(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     A name that is neither's is kept, and so is one of a joined tensor that lacks another part.
     """
     names = list(names)
-    in_blocks = (re.match(r"transformer_blocks\.(\d+)\.", name) for name in names)
+    in_blocks = (re.match(r"transformer_blocks\.(\d{1,4})\.", name) for name in names)
     blocks = sorted({int(match[1]) for match in in_blocks if match})
     modules = list(MODULES)
     modules += [f"blocks.{block}.{module}" for block in blocks for module in (*FUSED, *BLOCK_MODULES)]

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from ..errors import SigmaError
+from ..files.mapping import Whole
 from ..files.quantised_weights import dequantised
 from .changes import Change
 from .checkpoint import Checkpoint, inspect, load_transformer_state_dict
@@ -40,6 +41,7 @@ def load_transformer(
     elif variant is not None and variant != source.variant:
         source = inspect(source.path, variant)
     transformer = build_transformer(source.config)
+    files = Whole(source.components["transformer"])
     state_dict = load_transformer_state_dict(source)
     if unknown := sorted(changes.keys() - state_dict.keys()):
         raise SigmaError(f"A change is for {unknown[0]}, which {source.path} does not have.")
@@ -47,6 +49,7 @@ def load_transformer(
     quantised = {name: weight for name, weight in state_dict.items() if stays_quantised(name, weight)}
     put_layers(transformer, quantised.items(), changes)
     for name in list(state_dict):
+        files.check()
         if name in quantised:
             stored = stored_parts(state_dict.pop(name))
             layer = name.removesuffix("weight")
@@ -59,6 +62,8 @@ def load_transformer(
     transformer.load_state_dict(state_dict, assign=True)
     transformer.eval().requires_grad_(False)
     if not stream:
+        if torch.device(device).type == "cpu":  # where weights may stay mapped
+            transformer.register_forward_pre_hook(files.check)
         return transformer
     del state_dict, weight, quantised  # each block's weights are dropped as it is parked
     return stream_blocks(transformer, device)

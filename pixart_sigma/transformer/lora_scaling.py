@@ -1,6 +1,5 @@
 """How strongly an adapter's files say that it acts: alpha, in all the places where trainers write it."""
 
-import json
 import math
 import os
 import re
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.locating import read_json
+from ..files.reading import AGAIN, parse_json, parsing, read_json
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' save_lora_weights, and with it SimpleTuner's
@@ -63,16 +62,14 @@ def read_scaling(file: Path, metadata: dict[str, str], component: tuple[str, ...
         return _of(read_json(config), config)
     if METADATA not in metadata:
         return Scaling()
-    try:
-        said = json.loads(metadata[METADATA])
+    with parsing(file, f"has a {METADATA} that can not be read", AGAIN):
+        said = parse_json(metadata[METADATA])
         found = {
             name.removeprefix(prefix): value
             for prefix in component
             for name, value in said.items()
             if name.startswith(prefix)
         }
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"The {METADATA} of {file} can not be read: {error}.") from error
     return _of(found, file)
 
 

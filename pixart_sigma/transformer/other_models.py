@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.locating import read_json
+from ..files.reading import read_json
 
 ALPHA_KEYS = (
     "csize_embedder.",

@@ -3,16 +3,18 @@
 import inspect
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from ..errors import CheckpointError
-from ..files.locating import read_json
 from ..files.parts import kind_of, models
 from ..files.quantization import quantization_of
+from ..files.reading import parsing, read_json
 from ..files.weight_files import read_header, read_state_dict
 
 SDXL_SCALING_FACTOR = 0.13025
@@ -20,6 +22,10 @@ SD15_SCALING_FACTOR = 0.18215
 # In a config.json, by the only value beside null that is taken.
 NOT_DONE = {"shift_factor": 0, "latents_mean": None, "latents_std": None, "act_fn": "silu"}
 ANOTHER = "it is damaged, or the VAE of another model."
+KINDS = {
+    "down": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
 # The published VAE, in diffusers' words.
 SDXL_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -28,6 +34,34 @@ SDXL_VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
     "norm_num_groups": 32,
+}
+MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 8, 16, 2**16
+
+
+def _whole(value, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _all(value, is_right) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MOST_LEVELS and all(map(is_right, value))
+
+
+# All that is taken from a config.json beside the scaling factor, and what each may be. What another key says
+# reaches nobody.
+OBEYED: dict[str, Callable[[Any], bool]] = {
+    "in_channels": lambda value: _whole(value, MOST_CHANNELS),
+    "out_channels": lambda value: _whole(value, MOST_CHANNELS),
+    "latent_channels": lambda value: _whole(value, MOST_CHANNELS),
+    "block_out_channels": lambda value: _all(value, lambda width: _whole(width, MOST_CHANNELS)),
+    "down_block_types": lambda value: _all(value, lambda kind: kind in KINDS["down"]),
+    "up_block_types": lambda value: _all(value, lambda kind: kind in KINDS["up"]),
+    "layers_per_block": lambda value: _whole(value, MOST_LAYERS),
+    "norm_num_groups": lambda value: _whole(value, MOST_CHANNELS),
+    "sample_size": lambda value: _whole(value, MOST_CHANNELS),
+    "force_upcast": lambda value: isinstance(value, bool),
+    "use_quant_conv": lambda value: isinstance(value, bool),
+    "use_post_quant_conv": lambda value: isinstance(value, bool),
+    "mid_block_add_attention": lambda value: isinstance(value, bool),
 }
 # What the training of a VAE leaves beside it.
 TRAINING = ("loss.", "discriminator.", "perceptual_loss.", "lpips.")
@@ -50,7 +84,10 @@ def load_vae(
     """An AutoencoderKL in eval mode, without gradients, from what `read_vae` reads; it raises the same."""
     state_dict, config = read_vae(path)
     vae = build_vae(config)
-    state_dict = {key: tensor.to(device, dtype) for key, tensor in _in_diffusers(state_dict, config).items()}
+    # Copies: a small model is not worth watching its file for.
+    state_dict = {
+        key: tensor.to(device, dtype, copy=True) for key, tensor in _in_diffusers(state_dict, config).items()
+    }
     vae.load_state_dict(state_dict, assign=True)
     return vae.eval().requires_grad_(False)
 
@@ -84,6 +121,9 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"{path} is a quantised VAE ({quantization}), which is not read here. Use one in float32, "
             "float16 or bfloat16; it is small."
         )
+    other = next((key for key, tensor in state_dict.items() if not tensor.is_floating_point()), None)
+    if other is not None:
+        raise CheckpointError(f"{path}: {other} holds {state_dict[other].dtype} numbers: {ANOTHER}")
     config = _obeyed(settings, path) if settings else _config_from(state_dict, path)
     if config.get("scaling_factor") == SD15_SCALING_FACTOR or _is_beside_sd15(path):
         raise CheckpointError(
@@ -117,6 +157,12 @@ def _obeyed(settings: dict, path: Path) -> dict:
                 f"The config.json of {path} says {name} {settings[name]!r}, which PixArt-Sigma is run "
                 "without: it is the VAE of another model."
             )
+    for name, is_right in OBEYED.items():
+        if settings.get(name) is not None and not is_right(settings[name]):
+            raise CheckpointError(
+                f"The config.json of {path} says {name} {settings[name]!r}, which no VAE of SDXL's kind has: "
+                f"{ANOTHER}"
+            )
     scale = settings.get("scaling_factor", SDXL_SCALING_FACTOR)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1000:
         raise CheckpointError(
@@ -124,7 +170,8 @@ def _obeyed(settings: dict, path: Path) -> dict:
         )
     parameters = inspect.signature(AutoencoderKL).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters}
-    return defaults | settings | {"scaling_factor": scale}
+    known = {name: settings[name] for name in OBEYED if settings.get(name) is not None}
+    return defaults | known | {"scaling_factor": scale}
 
 
 def _is_beside_sd15(path: Path) -> bool:
@@ -157,11 +204,9 @@ def _in_diffusers(state_dict: dict, config: dict) -> dict:
 
 def _check(state_dict: dict, config: dict, path: Path) -> None:
     """Raise CheckpointError unless these are the weights of a VAE of this configuration, all of them."""
-    try:
+    with parsing(path, "is not a VAE that can be built", ANOTHER):
         expected = {key: tuple(tensor.shape) for key, tensor in build_vae(config).state_dict().items()}
         found = _in_diffusers(state_dict, config)
-    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a VAE that can be built: {error}. {ANOTHER}") from error
     left_over = sorted(found.keys() - expected.keys())
     if found is not state_dict:  # what the conversion does not know it leaves out
         left_over += [key for key in state_dict if not ORIGINAL.fullmatch(key)]
