@@ -1,8 +1,8 @@
 """A digest of all that a large file holds, made once.
 
-A T5 of 10 GB is read in some seconds from a fast disk, and has to be read to be loaded anyway, which then finds
-it in the system's memory. The digest is kept with the user's caches by the file's place, size, time and number,
-as build tools keep theirs: who changes a file and sets its time back is believed.
+A T5 of 10 GB is read in some seconds from a fast disk, and has to be read to be loaded anyway, which then
+finds it in the system's memory. The digest is kept with the user's caches by the file's place, size, time and
+number, as build tools keep theirs: who changes a file and sets its time back is believed.
 """
 
 import contextlib

@@ -56,6 +56,12 @@ def stored_bytes(path: Path, entries: Mapping[str, Entry]) -> dict[str, torch.Te
     return {name: _slice(storage, entry) for name, entry in entries.items()}
 
 
+def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
+    """A tensor, read from its file into RAM. Raises CheckpointError where the file ends before it."""
+    with open_file(path) as file:
+        return read_entry(file, entry, path).view(entry.dtype).view(entry.shape)
+
+
 def read_entry(file: BinaryIO, entry: Entry, path: Path) -> torch.Tensor:
     """The bytes of a tensor, read from an open file."""
     found = torch.empty(entry.nbytes, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from ..errors import CheckpointError
 from .gguf import BlockType, read_gguf_facts, read_gguf_header, read_gguf_tensors
 from .locating import is_index, locate, shards_of
-from .mapping import stored_bytes
+from .mapping import Entry, stored_bytes
 from .parts import FACTS, PARTS, Choice, choose, kind_of, models
 from .pickles import check_zip, load_pickle
 from .quantised_layers import FORMAT
@@ -72,6 +72,11 @@ def read_outline(path: str | Path, part: str | None = None) -> dict[str, Any]:
         tensors = read_state_dict(path, part)
         outline |= {name: tensors[name] for name in header if name.endswith(FORMAT)}
     return outline
+
+
+def find_tensors(path: str | Path, part: str | None = None) -> dict[str, tuple[Path, Entry] | None]:
+    """In which file, and where there, each tensor of `read_state_dict` lies; None for those in pickles."""
+    return _read(Path(path), part, _file_places)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -200,6 +205,14 @@ def _file_header(path: Path) -> dict:
         return {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
     tensors = load_pickle(path, "meta", format == "zip")
     return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def _file_places(path: Path) -> dict:
+    format = _format(path)
+    if format in ("gguf", "safetensors"):
+        entries = read_gguf_header(path) if format == "gguf" else read_safetensors_header(path).entries
+        return {name: (path, entry) for name, entry in entries.items()}
+    return dict.fromkeys(load_pickle(path, "meta", format == "zip"))
 
 
 def _file_tensors(path: Path) -> dict[str, Any]:

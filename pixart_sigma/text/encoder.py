@@ -10,6 +10,7 @@ from ..choices import MAX_SEQUENCE_LENGTH, QUANTIZED
 from ..devices import pick_device
 from ..errors import SigmaError
 from ..files.mapping import Whole
+from ..files.weight_files import find_tensors
 from ..prompt_embeds import Encoded
 from .changes import WeightChanges
 from .cleaning import prepare_prompt, refuse_embeddings
@@ -86,7 +87,10 @@ class TextEncoder:
             if progress is not None:
                 progress(next(done), total)  # next is atomic, unlike +=
 
-        weights = {key: WatchedWeight(weight, before_each) for key, weight in weights.items()}
+        places = find_tensors(path, "text_encoder")
+        weights = {
+            key: WatchedWeight(weight, before_each, places.get(key)) for key, weight in weights.items()
+        }
         model = build_model(config, weights, precision, device, path)
         return cls(model, loaded_tokenizer, precision, files)
 

@@ -17,7 +17,6 @@ from ..files.reading import parse_json, parsing
 STATE = ".quant_state.bitsandbytes__"  # and the name of the 4-bit type
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTED_IN = ("float32", "float16", "bfloat16")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES_4BIT, CODES_8BIT = 16, 256  # numbers that a code stands for
 FORMATS = 4  # of int8 weights, of which the first is by row
 AGAIN = "Quantise the encoder again, with `pixart-sigma quantize-t5`."
@@ -46,7 +45,7 @@ def _check_int8(key: str, weights: dict, shape: tuple[int, ...]) -> None:
     weight = weights[key]
     if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
         raise ValueError(f"it has shape {tuple(weight.shape)} in {weight.dtype}, not {shape} in int8")
-    _check_numbers("SCB", weights[key.removesuffix("weight") + "SCB"], shape[0], FLOATS)
+    _check_numbers("SCB", weights[key.removesuffix("weight") + "SCB"], shape[0], (torch.float32,))
     form = weights.get(key + "_format")
     if form is not None and (form.numel() != 1 or not form.is_meta and int(form) >= FORMATS):
         raise ValueError("its weight_format is none that is known")

@@ -8,6 +8,7 @@ import torch
 
 from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
+from ..files.mapping import Entry, read_tensor
 from ..files.quantised_layers import pair_scales
 from ..files.weight_files import read_metadata, read_outline, read_state_dict
 from .config import check_config, config_from_shapes, read_config
@@ -30,14 +31,22 @@ def is_linear(key: str) -> bool:
 
 
 class WatchedWeight:
-    """A weight that tells before it is read, the way transformers reads it."""
+    """A weight that tells before it is read, the way transformers reads it.
 
-    def __init__(self, weight, before):
+    Transformers reads several at a time while the file may be cut off, and reading what is mapped to it would
+    then end the process; so what is stored as it is wanted is read from the file itself.
+    """
+
+    def __init__(self, weight, before, place: tuple[Path, Entry] | None = None):
+        """place: where the weight lies, if it is known."""
         self.weight, self.before = weight, before
+        stored = place is not None and isinstance(weight, torch.Tensor)
+        as_it_is = stored and (place[1].shape, place[1].dtype) == (tuple(weight.shape), weight.dtype)
+        self.place = place if as_it_is else None
 
     def __getitem__(self, index):
         self.before()
-        return self.weight[index]
+        return (self.weight if self.place is None else read_tensor(*self.place))[index]
 
     def is_floating_point(self) -> bool:
         return self.weight.is_floating_point()

@@ -472,7 +472,10 @@ def changed(folder: Path, root: Path, change) -> Path:
     [
         (lambda weights: weights.pop(f"{Q}.weight"), f"{Q}.weight"),
         (lambda weights: weights.pop(f"{Q}.SCB"), f"{Q}.weight is int8 but its SCB is missing"),
-        (lambda weights: weights.update({f"{Q}.SCB": torch.ones(3)}), f"{Q}.weight .*SCB is .3,. in torch.float32, and 64 numbers"),
+        (
+            lambda weights: weights.update({f"{Q}.SCB": torch.ones(3)}),
+            "SCB is .3,. .*, and 64 numbers",
+        ),
         (lambda weights: weights.update({f"{Q}.weight": torch.ones(3, 4).char()}), "shape .3, 4., not"),
         (
             lambda weights: (weights.pop(f"{Q}.SCB"), weights.update({f"{Q}.weight": torch.ones(64, 64)})),

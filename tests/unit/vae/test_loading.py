@@ -1,6 +1,7 @@
 """A VAE is read the same from every kind of file, and what is none says what it is."""
 
 import json
+import os
 import re
 import shutil
 
@@ -173,11 +174,46 @@ def test_a_vae_that_overflows_in_half_precision_decodes_in_full(tmp_path, pipeli
         ({"scaling_factor": 0}, "scaling_factor 0"),
         ({"use_quant_conv": False}, "unknown key quant_conv"),
         ({"layers_per_block": 2}, "lacks"),
+        ({"layers_per_block": 10**5}, "layers_per_block 100000, which no VAE"),
+        ({"layers_per_block": -1}, "layers_per_block -1, which no VAE"),
+        ({"block_out_channels": [10**9] * 4}, "block_out_channels"),
+        ({"block_out_channels": []}, "block_out_channels"),
+        ({"block_out_channels": [True] * 4}, "block_out_channels"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 1000}, "down_block_types"),
+        ({"up_block_types": ["x"] * 4}, "up_block_types"),
+        ({"norm_num_groups": 0}, "norm_num_groups 0"),
+        ({"norm_num_groups": 7}, "can not be used|divisible by num_groups"),
+        ({"in_channels": 16}, r"conv_in.weight is \(32, 3, 3, 3\), not \(32, 16"),
+        ({"sample_size": "x"}, "sample_size 'x'"),
+        ({"force_upcast": "x"}, "force_upcast 'x'"),
+        ({"scaling_factor": -1}, "scaling_factor -1"),
+        ({"scaling_factor": float("inf")}, "scaling_factor inf"),
     ],
 )
 def test_a_config_that_contradicts_is_named(tmp_path, pipeline_folder, settings, words):
     with pytest.raises(CheckpointError, match=words):
         read_vae(with_config(pipeline_folder, tmp_path / "vae", **settings))
+
+
+@pytest.mark.parametrize("settings", [{"self": 1}, {"_class_name": 5}, {"unknown": {"a": [1]}}])
+def test_what_a_config_says_beside_that_reaches_nobody(tmp_path, pipeline_folder, settings):
+    config = read_vae(with_config(pipeline_folder, tmp_path / "vae", **settings))[1]
+    assert config == read_vae(pipeline_folder / "vae")[1]
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path, weights):
+    made = weights | {"decoder.conv_in.bias": weights["decoder.conv_in.bias"].long()}
+    save_file(made, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="decoder.conv_in.bias holds torch.int64 numbers"):
+        read_vae(tmp_path / "vae.safetensors")
+
+
+def test_a_loaded_vae_does_not_read_from_its_file(tmp_path, pipeline_folder):
+    """It could not go on when that is cut off."""
+    folder = with_config(pipeline_folder, tmp_path / "vae")
+    vae = load_vae(folder)
+    os.truncate(folder / "diffusion_pytorch_model.safetensors", 100)
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
 
 def with_config(pipeline_folder, folder, **settings):
