@@ -4,8 +4,9 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -62,16 +63,16 @@ def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
         return read_entry(file, entry, path).view(entry.dtype).view(entry.shape)
 
 
-def read_entry(file: BinaryIO, entry: Entry, path: Path) -> torch.Tensor:
+def read_entry(file: BufferedReader, entry: Entry, path: Path) -> torch.Tensor:
     """The bytes of a tensor, read from an open file."""
     found = torch.empty(entry.nbytes, dtype=torch.uint8)
     file.seek(entry.start)
-    if entry.nbytes and file.readinto(memoryview(found.numpy())) != entry.nbytes:
+    if entry.nbytes and file.readinto(found.numpy().data) != entry.nbytes:
         raise _cut_off(path, file.seek(0, 2), entry)
     return found
 
 
-def _slice(storage: torch.UntypedStorage, entry: Entry) -> torch.Tensor:
+def _slice(storage: Any, entry: Entry) -> torch.Tensor:
     if not entry.nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.asarray(storage[entry.start : entry.start + entry.nbytes], dtype=torch.uint8)

@@ -117,7 +117,7 @@ def _check_outline(outline: Any) -> None:
     """
     stack: list[int] = []
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(outline):
         name = operation.name
         if name == "MARK":

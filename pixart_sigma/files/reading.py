@@ -4,6 +4,7 @@ whatever a parser makes of a damaged one becomes an error that names the file.
 Nothing here imports torch, so that a mistake is known at once.
 """
 
+import io
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import CheckpointError, SigmaError
 
@@ -49,7 +50,7 @@ def refuse_special(path: str | Path) -> None:
             raise CheckpointError(f"{path} is {words}; give a regular file. Write it to one first.")
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> io.BufferedReader:
     """A regular file, to be read. Raises CheckpointError, with what to do, for one that cannot be opened."""
     refuse_special(path)
     try:

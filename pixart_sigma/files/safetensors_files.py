@@ -5,9 +5,10 @@ header in JSON, and the tensors one behind the other.
 """
 
 from dataclasses import dataclass, field
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def _shaped(stored: torch.Tensor, entry: Entry) -> torch.Tensor:
     return stored.view(entry.dtype).view(entry.shape)
 
 
-def _read_header(file: BinaryIO, path: Path) -> Header:
+def _read_header(file: BufferedReader, path: Path) -> Header:
     size = file.seek(0, 2)
     file.seek(0)
     head = file.read(9)

@@ -72,7 +72,7 @@ def read_config(folder: Path):
     _check_values(settings, config, file)
     quantization = settings.get("quantization_config")
     precision = _saved_precision(quantization, file)
-    if precision:
+    if precision and isinstance(quantization, dict):
         config.quantization_config = _read_quantization(quantization, file)
     return config, precision
 

@@ -40,9 +40,10 @@ class WatchedWeight:
     def __init__(self, weight, before, place: tuple[Path, Entry] | None = None):
         """place: where the weight lies, if it is known."""
         self.weight, self.before = weight, before
-        stored = place is not None and isinstance(weight, torch.Tensor)
-        as_it_is = stored and (place[1].shape, place[1].dtype) == (tuple(weight.shape), weight.dtype)
-        self.place = place if as_it_is else None
+        self.place = None
+        if place is not None and isinstance(weight, torch.Tensor):
+            if (place[1].shape, place[1].dtype) == (tuple(weight.shape), weight.dtype):
+                self.place = place
 
     def __getitem__(self, index):
         self.before()

@@ -22,6 +22,8 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+import psutil
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import formats  # noqa: E402
@@ -71,8 +73,6 @@ class _Child:
         self.process, self.is_alive = started, True
 
     def run(self, name: str, number: int) -> Failure | None:
-        import psutil
-
         self.pipe.send((name, number))
         begin, before, process = time.monotonic(), None, psutil.Process(self.process.pid)
         busy = sum(process.cpu_times()[:2])

@@ -1,5 +1,6 @@
 """Our MODEL and sampler equal diffusers' pipeline, and do what the host's own nodes ask. On the CPU."""
 
+import os
 import shutil
 
 import comfy.sample
@@ -103,6 +104,15 @@ def test_the_schedule_is_that_of_diffusers(files, scheduler):
         (sigmas,) = ReferenceSchedule.execute(model, 20, 1.0).args
         assert sigmas.shape == (21,) and sigmas[-1] == 0, name
         assert difference(sigmas[:-1] / scheduler.sigmas[:-1], torch.ones(20)) < 1e-5, name
+
+
+def test_a_file_that_is_cut_off_ends_a_run_and_not_the_host(file, tmp_path):
+    """Its weights are mapped, and copied to the device before each run."""
+    shutil.copy(file, tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "model.safetensors")
+    os.truncate(tmp_path / "model.safetensors", 4096)
+    with pytest.raises(SigmaError, match="model.safetensors was cut off while its weights are in use"):
+        sample(model)
 
 
 def test_whole_runs_are_those_of_diffusers(files, scheduler):

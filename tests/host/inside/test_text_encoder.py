@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import comfy.cli_args
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.sd
@@ -16,9 +17,12 @@ from comfy_extras.nodes_hunyuan import CLIPTextEncodeHunyuanDiT
 from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
 from pack.nodes.host.adapters import patch_clip
+from pack.nodes.host.mapping import obey_host
 from pack.nodes.host.t5_alone import t5_alone
 from pack.nodes.host.text_encoder import load_clip
 from pack.pixart_sigma import DEMO, TextEncoder
+from pack.pixart_sigma.errors import SigmaError
+from pack.pixart_sigma.files.mapping import files_are_mapped
 from pack.pixart_sigma.files.weight_files import read_state_dict
 from pack.pixart_sigma.text.quantize import quantize_t5
 from pack.pixart_sigma.transformer.lora import fit_adapter
@@ -157,6 +161,33 @@ def test_what_is_beyond_300_tokens_is_quoted(clip, engine, caplog):
     encode(clip, LONG + "(blue:1.2) square")
     second = caplog.messages[-1]
     assert second.count("red circle") == first.count("red circle") and "blue square" in second
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a (house:1e999)", "gives 'house' the weight inf"),
+        ("a (house:-9999)", "gives 'house' the weight -9999"),
+        ("(" * 900 + "house" + ")" * 900, "brackets in brackets, 900 deep"),
+        ("a \ud800 house", "half a character"),
+    ],
+    ids=["infinite", "large", "nested", "half"],
+)
+def test_prompts_of_which_nothing_can_be_made_are_named(clip, text, words):
+    with pytest.raises(SigmaError, match=words):
+        clip.tokenize(text)
+    assert clip.tokenize("(" * 50 + "house" + ")" * 50)
+
+
+def test_files_are_mapped_as_the_host_was_told(monkeypatch):
+    monkeypatch.setattr(comfy.cli_args.args, "disable_mmap", True)
+    try:
+        obey_host()
+        assert not files_are_mapped()
+    finally:
+        monkeypatch.undo()
+        obey_host()
+    assert files_are_mapped()
 
 
 def test_the_hosts_tokenizer_options_belong_to_one_clone(clip):
