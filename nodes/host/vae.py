@@ -67,6 +67,8 @@ def load_vae(path: Path) -> comfy.sd.VAE:
         path = path / "vae"
     state_dict, config = read_vae(path)
     _check_config(config, path)
+    # Copies: a small model is not worth watching its file for.
+    state_dict = {key: tensor.clone() for key, tensor in state_dict.items()}
     widths, layers = tuple(config["block_out_channels"]), config["layers_per_block"]
     published = (widths, layers) == (SDXL_VAE["block_out_channels"], SDXL_VAE["layers_per_block"])
     return SigmaVAE(

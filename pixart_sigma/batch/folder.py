@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import SigmaError
+from ..files.reading import read_json
 from ..files.writing import write_beside
 from ..prompt_embeds import Encoded
 from ..text.cache import EmbeddingCache
@@ -162,8 +163,8 @@ class BatchFolder:
             write_beside(path, lambda file: file.write(json.dumps(made_with, indent=2).encode()))
             return
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            known = read_json(path)
+        except SigmaError:
             known = {}
         other = [name for name, value in made_with.items() if known.get(name) != value]
         if other:

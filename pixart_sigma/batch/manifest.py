@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SigmaError
+from ..files.reading import parse_json
 
 NO_SEED = -1
 
@@ -42,7 +43,7 @@ class Manifest:
         with open(self.path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    content = json.loads(line)
+                    content = parse_json(line)
                     entry = Entry(**{name: content.get(name, default) for name, default in DEFAULTS.items()})
                     found[int(content["row"]), int(entry.seed)] = entry
                 except (ValueError, TypeError, KeyError, AttributeError):

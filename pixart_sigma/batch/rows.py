@@ -4,7 +4,6 @@ Nothing here imports torch, so that a mistake is known at once.
 """
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import SigmaError
+from ..files.reading import parse_json
 from ..setting_checks import MAX_SEED
 from ..settings import Settings
 from .storage import is_remote
@@ -107,8 +107,8 @@ def _read_lines(name: str, file: TextIO, as_json: bool | None) -> Iterator[Row]:
 
 def _of_json(number: int, text: str) -> Row:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         return Row(number, {}, f"this is not JSON: {error}")
     if isinstance(content, str):
         content = {"prompt": content}

@@ -23,6 +23,7 @@ AGAIN = "Download it again."
 MOST_BYTES = 32 * 2**20
 MOST_CONTAINERS = 1_000_000  # lists and objects in a JSON text
 MOST_DEPTH = 64
+NESTED = f"its values are nested more than {MOST_DEPTH} deep"
 MOST_DIGITS = 32  # of a whole number
 MOST_TENSORS = 100_000
 MOST_NAME = 65_535  # letters of a tensor's name
@@ -109,7 +110,7 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What JSON in UTF-8 says, within the bounds above. Raises ValueError or RecursionError; see `parsing`.
+    """What JSON in UTF-8 says, within the bounds above. Raises ValueError.
 
     Infinity and NaN are read by their names, which diffusers writes, but no number that a float cannot hold.
     """
@@ -118,14 +119,17 @@ def parse_json(content: bytes | str) -> Any:
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     if text.count("[") + text.count("{") > MOST_CONTAINERS:
         raise ValueError(f"it has more than {MOST_CONTAINERS} lists and objects")
-    found = json.loads(text, parse_float=_finite, parse_int=_whole)
+    try:
+        found = json.loads(text, parse_float=_finite, parse_int=_whole)
+    except RecursionError:
+        raise ValueError(NESTED) from None
     level = [found]
     for _ in range(MOST_DEPTH):
         level = [inner for outer in level for inner in _inner(outer)]
         if not level:
             break
     else:
-        raise ValueError(f"its values are nested more than {MOST_DEPTH} deep")
+        raise ValueError(NESTED)
     if "\\ud" in text or "\\uD" in text:
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # UnicodeEncodeError for half a character
     return found

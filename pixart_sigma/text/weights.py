@@ -10,6 +10,7 @@ from ..choices import QUANTIZED, T5_PRECISIONS
 from ..errors import CheckpointError
 from ..files.mapping import Entry, read_tensor
 from ..files.quantised_layers import pair_scales
+from ..files.reading import AGAIN, parsing
 from ..files.weight_files import read_metadata, read_outline, read_state_dict
 from .config import check_config, config_from_shapes, read_config
 from .quantised_state import check_quantised, needed_beside
@@ -137,13 +138,8 @@ def expected_shapes(config, path: Path | str = "config") -> dict[str, tuple[int,
     """Keys and shapes of T5EncoderModel(config), counted on the meta device."""
     from transformers import T5EncoderModel
 
-    try:
-        with torch.device("meta"):
-            model = T5EncoderModel(config)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: the encoder's config does not describe a T5 encoder: {error}"
-        ) from error
+    with parsing(path, "has a config that does not describe a T5 encoder", AGAIN), torch.device("meta"):
+        model = T5EncoderModel(config)
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if "embed_tokens" not in key}
 
 

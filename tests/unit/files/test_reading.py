@@ -53,7 +53,7 @@ def test_no_path_has_a_nul(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 200_000, "RecursionError|nested more than"),
+        ("[" * 200_000, "nested more than"),
         ("[" * 70 + "]" * 70, "nested more than 64 deep"),
         ('{"a": ' + "9" * 5000 + "}", "a number has 5000 digits"),
         ('{"a": 1e999}', "1e999 is a number that is too large"),
@@ -107,7 +107,7 @@ def safetensors(path, header, data=b""):
         ({"__metadata__": {"a": 1}}, "metadata are not texts"),
         ({str(place): {} for place in range(100_001)}, "lists 100001 tensors"),
         (b'{"a":' + b"[]," * 1_000_001 + b"}", "more than 1000000 lists"),
-        (b'{"a":' + b"[" * 200_000 + b"}", "RecursionError"),
+        (b'{"a":' + b"[" * 200_000 + b"}", "nested more than"),
         ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, "3 bytes behind its last tensor"),
     ],
     ids=lambda value: str(value)[:30],
