@@ -11,11 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import SigmaError
 from ..files.picture_files import picture_bytes
+from ..files.reading import parse_json, parsing
 from ..pipeline import SigmaPipeline
 from ..prompt_embeds import Encoded
 from ..run_inputs import Prompted
@@ -128,11 +128,9 @@ def _as_tensor(said: dict[str, Any]) -> torch.Tensor:
 
 
 def _read(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
+    with parsing("What was between two stages", "is damaged", "Run the batch again.", SigmaError):
         tensors = load(content)
-        return tensors, json.loads(tensors.pop("said").numpy().tobytes())
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise SigmaError(f"What was between two stages is damaged ({error}); run the batch again.") from error
+        return tensors, parse_json(tensors.pop("said").numpy().tobytes())
 
 
 @dataclass(frozen=True)
