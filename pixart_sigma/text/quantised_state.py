@@ -43,8 +43,10 @@ def check_quantised(key: str, weights: dict, shape: tuple[int, ...], precision: 
 
 def _check_int8(key: str, weights: dict, shape: tuple[int, ...]) -> None:
     weight = weights[key]
-    if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
-        raise ValueError(f"it has shape {tuple(weight.shape)} in {weight.dtype}, not {shape} in int8")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"it has shape {tuple(weight.shape)}, not {shape}")
+    if weight.dtype != torch.int8:
+        raise ValueError(f"it holds {weight.dtype} numbers")
     _check_numbers("SCB", weights[key.removesuffix("weight") + "SCB"], shape[0], (torch.float32,))
     form = weights.get(key + "_format")
     if form is not None and (form.numel() != 1 or not form.is_meta and int(form) >= FORMATS):

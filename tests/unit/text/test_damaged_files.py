@@ -118,7 +118,7 @@ SCB = f"{Q.removesuffix('weight')}SCB"
         ("int8", SCB, torch.ones(1), "SCB is .*128 numbers are needed"),
         ("int8", SCB, torch.ones(128, dtype=torch.float16), "SCB is .* in torch.float16"),
         ("int8", SCB, torch.full((128,), float("inf")), "SCB has numbers that are not finite"),
-        ("int8", Q, torch.zeros(4, 128, dtype=torch.int8), r"shape \(4, 128\) in torch.int8"),
+        ("int8", Q, torch.zeros(4, 128, dtype=torch.int8), r"shape \(4, 128\), not"),
         ("int8", f"{Q}_format", torch.tensor(9, dtype=torch.uint8), "weight_format is none that is known"),
     ],
 )
