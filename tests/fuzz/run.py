@@ -66,7 +66,7 @@ class _Child:
     def __init__(self, seed: int, folder: Path, bases):
         self.pipe, other = multiprocessing.Pipe()
         started = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(other, seed, folder, bases), daemon=True
+            target=_serve, args=(other, self.pipe, seed, folder, bases), daemon=True
         )
         started.start()
         other.close()
@@ -103,15 +103,19 @@ class _Child:
         self.pipe.close()
 
 
-def _serve(pipe, seed: int, folder: Path, bases) -> None:
-    """Run each case that is asked for, and answer with how it failed, or ""."""
+def _serve(pipe, asking, seed: int, folder: Path, bases) -> None:
+    """Run each case that is asked for, and answer with how it failed, or "", until nobody asks any more."""
     import torch
 
+    asking.close()  # the other end, so that this one is told when that process is gone
     torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)
     while True:
-        name, number = pipe.recv()
+        try:
+            name, number = pipe.recv()
+        except EOFError:
+            return
         where = folder / "case"
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir()
