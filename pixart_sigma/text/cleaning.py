@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 
 from ..errors import SigmaError
+from ..setting_checks import check_text
 
 # A word that names a textual-inversion embedding, as ComfyUI writes it: at the start, after a space, or in
 # brackets.
@@ -19,12 +20,7 @@ def prepare_prompt(text: str, clean_caption: bool = False) -> str:
     """
     if not isinstance(text, str):
         raise SigmaError(f"The prompt must be a text, not {type(text).__name__}. Pass one prompt at a time.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SigmaError(
-            f"The prompt has half a character at place {error.start}, {text[error.start]!r}; write it again."
-        ) from None
+    check_text("prompt", text)
     if not clean_caption:
         return text.lower().strip()
 
