@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'pixart-sigma[ray]'")
 
@@ -44,8 +45,19 @@ def workers_of(process, stage):
     return [child for child in children if stage in " ".join(child.cmdline())]
 
 
+@pytest.fixture
+def one_thread():
+    """As many sum up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_ray_makes_what_the_local_driver_makes_though_a_worker_is_killed(small_pipeline_folder, tmp_path):
+def test_ray_makes_what_the_local_driver_makes_though_a_worker_is_killed(
+    small_pipeline_folder, tmp_path, one_thread
+):
     rows = tmp_path / "rows.jsonl"
     prompts = [{"prompt": f"boat {number % 3}", "seed": number} for number in range(11)]
     prompts[4]["kv_compression"] = "mean:2:27"  # of a layer that the small model does not have
