@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what is written out here for editors and type checkers is f
     from .sampling.guidance import guide
     from .sampling.noise import get_noise
     from .settings import Settings, Ways
+    from .text.cache import EmbeddingCache
     from .text.embeddings import PromptEmbeddings, encode
     from .text.encoder import TextEncoder, load_text_encoder
     from .transformer.checkpoint import inspect
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "AdapterFile": "adapter_files",
     "CheckpointError": "errors",
     "ControlPicture": "transformer.control_pictures",
+    "EmbeddingCache": "text.cache",
     "PromptEmbeddings": "text.embeddings",
     "Prompts": "prompt_embeds",
     "Result": "pipeline",
@@ -71,6 +73,7 @@ __all__ = [
     "DEMO",
     "DEMO_KV",
     "DEMO_PHASED",
+    "EmbeddingCache",
     "PromptEmbeddings",
     "Prompts",
     "Result",

@@ -28,31 +28,33 @@ class Run:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What runs that go through the transformer together begin with; a generator for each run."""
+    """What runs that go through the transformer together begin with."""
 
     runs: Sequence[Run]
-    generators: list[torch.Generator]
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> "RunInputs":
         """Raises SigmaError for several runs that differ in more than their prompts and seeds, or of more
-        than a picture each, whose generators nobody could tell apart."""
+        than a picture each, whose noise nobody could tell apart."""
         if len({run.settings.alike for run in runs}) != 1:
             raise SigmaError("Runs that go through the transformer together differ in prompt and seed alone.")
         if len(runs) > 1 and runs[0].settings.count != 1:
             raise SettingError("count", runs[0].settings.count, "several runs at once make a picture each")
-        return cls(runs, [torch.Generator().manual_seed(run.settings.seed) for run in runs])
+        return cls(runs)
 
     def noise(
         self, height: int, width: int, dtype: torch.dtype, device: torch.device, channels: int
-    ) -> torch.Tensor:
-        """Unit noise (B, channels, height // 8, width // 8), of each run as if it were alone. It is drawn
-        once: the generators go on."""
-        drawn = [
-            get_noise(run.settings.count, height, width, generator, dtype, device, channels)
-            for run, generator in zip(self.runs, self.generators, strict=True)
-        ]
-        return torch.cat(drawn)
+    ) -> tuple[torch.Tensor, list[torch.Generator]]:
+        """Unit noise (B, channels, height // 8, width // 8), of each run as if it were alone, and for each
+        picture the generator that it goes on with, where it would be if there were no more pictures."""
+        drawn, generators = [], []
+        for run in self.runs:
+            generator = torch.Generator().manual_seed(run.settings.seed)
+            for _ in range(run.settings.count):
+                drawn.append(get_noise(1, height, width, generator, dtype, device, channels))
+                generators.append(torch.Generator())
+                generators[-1].set_state(generator.get_state())
+        return torch.cat(drawn), generators
 
     def prompts(self, device: torch.device, dtype: torch.dtype) -> Prompts:
         """Of one run a row for all its pictures, of several a row for each."""
@@ -71,15 +73,14 @@ class RunInputs:
             return Prompts(positive, mask, negative[0])
         return Prompts(positive, mask, *pad_embeds(negative))
 
-    def states(self) -> list[torch.Tensor]:
-        """Where the generators are."""
-        return [generator.get_state() for generator in self.generators]
 
-    def generator(self, states: list[torch.Tensor]) -> torch.Generator | list[torch.Generator]:
-        """The generators, where they were, as `denoise` takes them."""
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state)
-        return self.generators if len(self.runs) > 1 else self.generators[0]
+def _rewound(
+    generators: list[torch.Generator], states: list[torch.Tensor]
+) -> torch.Generator | list[torch.Generator]:
+    """The generators, where they were, as `denoise` takes them."""
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return generators if len(generators) > 1 else generators[0]
 
 
 def denoise_runs(
@@ -97,12 +98,12 @@ def denoise_runs(
     device, dtype = transformer.device, transformer.dtype
     width, height = settings.made_size(config.sample_size * 8)
     painted = None if given.mask is None else latent_mask(given.mask, width, height)
-    noise = inputs.noise(height, width, dtype, device, config.in_channels)
+    noise, generators = inputs.noise(height, width, dtype, device, config.in_channels)
     prompts = inputs.prompts(device, dtype)
     work = Pass(height, width, len(noise), settings.guided)
 
     def part(begun: torch.Tensor | Unfinished, on_step, stage: TransformerStage, ways: Ways):
-        states = inputs.states()  # for a smaller way, where memory runs out
+        states = [one.get_state() for one in generators]  # for a smaller way, where memory runs out
 
         def use(network, in_turn: bool) -> torch.Tensor:
             if given.controls:
@@ -114,7 +115,7 @@ def denoise_runs(
                 noise_schedule=noise_schedule,
                 image_latents=given.image_latents,
                 mask=painted,
-                generator=inputs.generator(states),
+                generator=_rewound(generators, states),
                 callback=on_step,
             )
 

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import secrets
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -30,6 +31,7 @@ RECIPE_DECIDES = (
 )
 # Where two-stage finetunes of PixArt-Sigma were trained to hand over.
 REFINER_START = 0.8
+MUCH_LARGER = 2  # times the pixels
 MOST_TEXT = 2**20  # bytes of a file of prompts
 
 
@@ -37,6 +39,9 @@ def read_settings(arguments, base: Settings | None = None) -> Settings:
     """The picture that the options describe, the rest as in `base`. A prompt is taken from them where it is
     one text; --aspect is for `with_aspect`, once the checkpoint's base is known."""
     given = _given(Settings, arguments)
+    if given.get("seed") == "random":
+        given["seed"] = secrets.randbelow(2**32)  # no longer than somebody may want to type again
+        tell(f"The seed is {given['seed']}.")
     size, aspect = getattr(arguments, "size", None), getattr(arguments, "aspect", None)
     if size and aspect:
         raise SigmaError("--size and --aspect both choose the size; give one of them.")
@@ -231,6 +236,29 @@ def tell_recipe(checkpoint, settings: Settings) -> None:
     recipe = find_recipe(checkpoint.path)
     if recipe and settings.recipe is None and settings.scheduler not in ("lcm", "one_step"):
         tell(f"{checkpoint.path.name} seems to be made for few steps: --recipe {recipe} runs it so.")
+
+
+def tell_size(settings: Settings, base_size: int) -> None:
+    """That a picture is made at a size that was trained for, and is then enlarged, where that shows."""
+    asked, made = settings.asked_size(base_size), settings.made_size(base_size)
+    if math.prod(asked) > MUCH_LARGER * math.prod(made):
+        tell(
+            "A picture of {}x{} is made at {}x{}, a size this transformer was trained for, and enlarged; "
+            "--no-binning makes it at its own size, which looks worse.".format(*asked, *made)
+        )
+
+
+def check_apart(**named: str | None) -> None:
+    """That no two options, by their names, write to one file."""
+    used: dict[str, str] = {}
+    for name, place in named.items():
+        if place in (None, "-") or Path(str(place)).is_dir():
+            continue
+        other = used.setdefault(os.path.realpath(str(place)), name)
+        if other != name:
+            raise SigmaError(
+                f"--{other} and --{name.replace('_', '-')} would both write {place}; name two files."
+            )
 
 
 def check_writable(path: Path) -> None:

@@ -17,6 +17,7 @@ from ..files.picture_files import write_picture
 from ..files.writing import say
 from .batch import batch
 from .checks import (
+    check_apart,
     check_writable,
     parse_precisions,
     parse_share,
@@ -26,6 +27,7 @@ from .checks import (
     take_prompt,
     tell_adapters,
     tell_guess,
+    tell_size,
 )
 from .convert import convert
 from .generate import embedding_cache, generate, model_arguments, tell_truncated
@@ -106,6 +108,7 @@ def _plan(arguments) -> int:
 
         pipeline = SigmaPipeline.from_path(arguments.model, ways, variant=arguments.variant)
         tell_guess(pipeline.checkpoint)
+        tell_size(settings, pipeline.base_size)
         made = pipeline.plan(settings, controlnets=arguments.control or ())
     else:
         from ..planner import Models, plan
@@ -130,6 +133,7 @@ def _calibrate(arguments) -> int:
         )
     if arguments.plot:
         check_picture_file(arguments.plot)
+    check_apart(out=arguments.out, plot=arguments.plot)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else None
 
     from ..pipeline import SigmaPipeline

@@ -10,6 +10,7 @@ from ..files.metadata import Metadata
 from ..files.writing import say, write_beside
 from ..settings import Settings, Ways
 from .checks import (
+    check_apart,
     check_prompt,
     check_writable,
     parse_control_image,
@@ -21,6 +22,7 @@ from .checks import (
     tell_adapters,
     tell_guess,
     tell_recipe,
+    tell_size,
     with_aspect,
 )
 from .like import (
@@ -32,7 +34,7 @@ from .like import (
     tell_differences,
     tell_other_controls,
 )
-from .output import check_out, write_pictures
+from .output import STANDARD_OUTPUT, check_out, write_pictures
 from .progress import progress
 
 # Where --strength is not given: of --image, and with --mask, whose white is meant to become another picture.
@@ -41,14 +43,19 @@ IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0
 
 def generate(arguments) -> int:
     report = arguments.memory_report
-    check_out(arguments.out)
+    check_out(arguments.out or "./")
+    check_apart(out=arguments.out, memory_report=report)
     if report not in (None, "-"):
         check_writable(Path(report))
     take_prompt(arguments)
     check_prompt(arguments)
     like = Metadata.read(arguments.like) if arguments.like else None
+    if like and like.index and arguments.count is None:
+        tell(f"{arguments.like} is picture {like.index} of {like.settings.count}, which are all made again.")
     take_refiner(arguments, like)
     settings, ways = read_run(arguments, like)
+    if arguments.out == STANDARD_OUTPUT and (settings.count > 1 or report == "-"):
+        raise SigmaError("--out - is for one picture, and nothing beside it; name files.")
     if arguments.negative and not settings.uses_negative:
         tell("Without guidance the negative prompt is not used; --nag 5 lets it act there.")
 
@@ -61,6 +68,7 @@ def generate(arguments) -> int:
     tell_adapters(pipeline.components, encodes=embeddings is None)
     tell_recipe(pipeline.checkpoint, settings)
     settings = with_aspect(settings, arguments.aspect, pipeline.base_size)
+    tell_size(settings, pipeline.base_size)
     plan = _plan(arguments, pipeline, settings) if ways.budget else None
     if plan:
         tell(plan.why)
@@ -95,6 +103,8 @@ def _plan(arguments, pipeline, settings: Settings):
 def read_run(arguments, like: Metadata | None) -> tuple[Settings, Ways]:
     """What the options ask for, beside a picture that it shall be like."""
     settings, ways = Settings(), Ways()
+    if arguments.strength is not None and not arguments.image and not like:
+        raise SigmaError("--strength says how much of a picture stays; give that picture with --image.")
     if arguments.mask and not arguments.image:
         raise SigmaError("--mask says where a picture is painted anew; give that picture with --image.")
     if like:

@@ -1,12 +1,14 @@
 """Options that several commands share, by what they are about."""
 
 import argparse
-import math
+import re
 
 from ..adapter_files import parse_adapter
-from ..choices import DECODES, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
+from ..choices import DECODES, SCHEDULERS, T5_DEVICES, T5_PRECISIONS, TRANSFORMER_DEVICES, VARIANTS
 from ..noise_schedule import SPACINGS
 from ..recipes import RECIPES
+
+RANDOM = "random"
 
 
 def add_prompt_file(command: argparse.ArgumentParser):
@@ -34,7 +36,7 @@ def add_binning(command: argparse.ArgumentParser):
     )
 
 
-def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to start from", steps: int = 20):
+def add_sampling(command: argparse.ArgumentParser, of_seed: str = "the noise to start from", steps: int = 20):
     """How many steps, how much guidance, from which noise."""
     command.add_argument("--steps", type=int, help=f"default: {steps}")
     command.add_argument(
@@ -43,7 +45,9 @@ def add_sampling(command: argparse.ArgumentParser, seed: str = "the noise to sta
         dest="guidance_scale",
         help="default 4.5; 1 or less: no guidance, half the work",
     )
-    command.add_argument("--seed", type=int, help=f"{seed} (default: 0)")
+    command.add_argument(
+        "--seed", type=seed, metavar="N|random", help=f"{of_seed}; random draws one (default: 0)"
+    )
 
 
 def add_attention_guidance(command: argparse.ArgumentParser):
@@ -62,11 +66,12 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
     add_text_encoder(command, t5_precision)
     command.add_argument(
         "--transformer",
+        type=path_name,
         help="transformer file or folder, instead of the model's; demo-kv is the demo's with KV compression, "
         "demo-phased the one for --recipe phased-4",
     )
     add_adapters(command)
-    command.add_argument("--vae", help="VAE file or folder, instead of the model's")
+    command.add_argument("--vae", type=path_name, help="VAE file or folder, instead of the model's")
     command.add_argument(
         "--transformer-device",
         choices=TRANSFORMER_DEVICES,
@@ -79,6 +84,7 @@ def add_model(command: argparse.ArgumentParser, t5_precision: bool = True):
 def add_refiner(command: argparse.ArgumentParser):
     command.add_argument(
         "--refiner",
+        type=path_name,
         metavar="FILE[:START]",
         help="a second transformer for the last steps, as two-stage finetunes have it; START is the share of "
         "the steps after which it takes over (default: 0.8)",
@@ -102,14 +108,19 @@ def add_variant(command: argparse.ArgumentParser):
 
 
 def add_text_encoder(command: argparse.ArgumentParser, t5_precision: bool = True):
-    command.add_argument("--model", help="demo (default), or a pipeline folder")
-    command.add_argument("--text-encoder", help="T5 file or folder, instead of the model's")
+    command.add_argument("--model", type=path_name, help="demo (default), or a pipeline folder")
+    command.add_argument("--text-encoder", type=path_name, help="T5 file or folder, instead of the model's")
     command.add_argument(
         "--tokenizer",
+        type=path_name,
         help="T5's tokenizer file or folder; default: the one beside T5, else that of another model here",
     )
     if t5_precision:
-        command.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
+        command.add_argument(
+            "--t5-precision",
+            choices=tuple(T5_PRECISIONS),
+            help="what T5 is loaded in; default: as it was saved, else int8, for the demo fp32",
+        )
     command.add_argument(
         "--t5-device",
         choices=T5_DEVICES,
@@ -145,16 +156,42 @@ def add_embedding_cache(command: argparse.ArgumentParser):
 
 
 def byte_count(text: str) -> float:
-    """2e9 from "2GB", "2000MB" or "2e9"."""
-    units = {"GB": 1e9, "MB": 1e6, "": 1}
-    number = text.upper().rstrip("GMB")
-    try:
-        size = float(number) * units[text.upper()[len(number) :].strip()]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write for example 2GB or 500MB")
+    """2e9 from "2GB", "2000 mb" or "2G"; 2 * 2**30 from "2GiB"."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT])(I?B)?\s*", text.upper())
+    size = 0.0
+    if match:
+        size = float(match[1]) * (1024 if match[3] == "IB" else 1000) ** (1 + "KMGT".index(match[2]))
+    if not size:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: write a number and its unit, for example 2GB, 500MB or 8GiB"
+        )
     return size
+
+
+def path_name(text: str) -> str:
+    """A path that says something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a file or folder, or leave the option out")
+    return text
+
+
+def report_file(text: str) -> str:
+    """A file of JSON, or "-"; what else follows the option is a PROMPT that it took."""
+    if text != "-" and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not end in .json; give such a file, or put PROMPT before the option"
+        )
+    return text
+
+
+def seed(text: str) -> int | str:
+    """A number, or "random", which `read_settings` draws."""
+    if text == RANDOM:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one, or random") from None
 
 
 def add_start(command: argparse.ArgumentParser):
@@ -168,7 +205,7 @@ def add_start(command: argparse.ArgumentParser):
     command.add_argument(
         "--strength",
         type=float,
-        help="with --image: towards 0 keeps it, 1 forgets it (default: 0.6, with --mask 1)",
+        help="with --image: the nearer to 0 the more of it stays, 1 forgets it (default: 0.6, with --mask 1)",
     )
 
 
@@ -191,7 +228,7 @@ def add_control(command: argparse.ArgumentParser):
 
 def add_schedule(command: argparse.ArgumentParser):
     """Where the steps lie, and what takes them."""
-    command.add_argument("--scheduler", help="default: dpmpp_2m")
+    command.add_argument("--scheduler", help=f"{', '.join(SCHEDULERS)} (default: dpmpp_2m)")
     command.add_argument("--timesteps", help="comma-separated, instead of --steps")
     command.add_argument(
         "--spacing", choices=SPACINGS, help="where the steps lie; default: as the checkpoint says"

@@ -37,6 +37,7 @@ from .option_groups import (
     add_text_encoder,
     add_variant,
     byte_count,
+    report_file,
 )
 
 # Fields of Settings and Ways that an option sets under another name.
@@ -85,7 +86,9 @@ def _add_generate(commands):
     generate = commands.add_parser("generate", help="make a picture from a prompt")
     generate.set_defaults(command="generate")
     # Not nargs="?", which takes nothing as soon as an option comes before it.
-    generate.add_argument("prompt", help="left out with --embeddings and --like").required = False
+    generate.add_argument(
+        "prompt", metavar="PROMPT", help="left out with --prompt-file, --embeddings and --like"
+    ).required = False
     add_prompt_file(generate)
     generate.add_argument("--embeddings", metavar="FILE", help="a file of encode, in place of the prompts")
     generate.add_argument(
@@ -114,14 +117,15 @@ def _add_generate(commands):
         "--memory-report",
         nargs="?",
         const="-",
-        metavar="FILE",
-        help="print a table; with a file name, write JSON",
+        type=report_file,
+        metavar="FILE.json",
+        help="print a table of the stages' memory; with a file name, write JSON",
     )
     generate.add_argument(
         "--out",
-        default="picture.png",
         metavar="FILE|FOLDER/",
-        help=".png, .jpg or .webp; in a folder, a new file named after the prompt (default: picture.png)",
+        help=".png, .jpg or .webp; in a folder, a new file named after the prompt; - is standard output, as "
+        "PNG (default: picture.png, or picture_2.png and so on where there is one)",
     )
 
 
@@ -199,13 +203,15 @@ def _add_encode(commands):
         "encode", help="write the embeddings of a prompt, for generate --embeddings without T5"
     )
     encode.set_defaults(command="encode")
-    encode.add_argument("prompt").required = False
+    encode.add_argument("prompt", metavar="PROMPT", help="left out with --prompt-file").required = False
     add_prompt_file(encode)
     add_text_encoder(encode)
     add_adapters(encode)
     add_encoding(encode)
     add_embedding_cache(encode)
-    encode.add_argument("--out", default="prompt.safetensors")
+    encode.add_argument(
+        "--out", default="prompt.safetensors", metavar="FILE", help="default: prompt.safetensors"
+    )
 
 
 def _add_plan(commands):
@@ -216,13 +222,13 @@ def _add_plan(commands):
     plan.add_argument(
         "--budget", type=byte_count, required=True, metavar="SIZE", help="such as 2GB or 1600MB"
     )
-    plan.add_argument("--size", metavar="WIDTHxHEIGHT", default="1024x1024")
+    plan.add_argument("--size", metavar="WIDTHxHEIGHT", default="1024x1024", help="default: 1024x1024")
     add_binning(plan)
     plan.add_argument("--count", type=int, help="pictures (default: 1)")
-    plan.add_argument("--guidance", type=float, dest="guidance_scale")
+    plan.add_argument("--guidance", type=float, dest="guidance_scale", help="1 or less: none, half the work")
     plan.add_argument("--model", help="demo, or a pipeline folder; default: the published shapes, no files")
     add_variant(plan)
-    plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS))
+    plan.add_argument("--t5-precision", choices=tuple(T5_PRECISIONS), help="what T5 is loaded in")
     plan.add_argument(
         "--control",
         action="append",
@@ -259,7 +265,7 @@ def _add_calibrate(commands):
     calibrate.add_argument(
         "--prompts", metavar="FILE", help="a text file, one prompt in a line; default: four of our own"
     )
-    add_sampling(calibrate, seed="of the first prompt; the next has the next")
+    add_sampling(calibrate, of_seed="of the first prompt; the next has the next")
     calibrate.add_argument("--out", help="default: with the transformer, where auto finds it")
     calibrate.add_argument("--plot", metavar="FILE.png", help="also draw the errors and what was chosen")
 
@@ -286,12 +292,12 @@ def _add_compare(commands):
     add_encoding(compare)
     add_embedding_cache(compare)
     add_size(compare)
-    add_sampling(compare, seed="of every picture")
+    add_sampling(compare, of_seed="of every picture")
     compare.add_argument(
         "--no-pictures", action="store_true", help="compare the embeddings alone: only T5 runs"
     )
     compare.add_argument("--json", action="store_true", help="print JSON, with every token, not a table")
-    compare.add_argument("--out", default="comparison.png")
+    compare.add_argument("--out", default="comparison.png", metavar="FILE", help="default: comparison.png")
 
 
 def _add_convert(commands):
@@ -322,7 +328,7 @@ def _add_convert(commands):
 def _add_inspect(commands):
     inspect = commands.add_parser("inspect", help="say what a model file or folder is, and what uses it")
     inspect.set_defaults(command="inspect")
-    inspect.add_argument("path")
+    inspect.add_argument("path", metavar="PATH", help="a file or folder")
     add_variant(inspect)
 
 
@@ -355,14 +361,19 @@ def _add_quantize(commands):
     quantize.set_defaults(command="quantize")
     quantize.add_argument("source", help="T5 folder or file")
     quantize.add_argument("out", help="folder to write")
-    quantize.add_argument("--precision", choices=QUANTIZED, default=DEFAULT_T5_PRECISION)
+    quantize.add_argument(
+        "--precision",
+        choices=QUANTIZED,
+        default=DEFAULT_T5_PRECISION,
+        help=f"default: {DEFAULT_T5_PRECISION}",
+    )
     quantize.add_argument("--tokenizer", help="tokenizer file or folder, if not beside the source")
 
 
 def _add_download(commands):
     download = commands.add_parser("download", help="get the official files into ComfyUI's folders")
     download.set_defaults(command="download")
-    download.add_argument("variant", choices=tuple(VARIANTS))
+    download.add_argument("variant", choices=tuple(VARIANTS), help="what the transformer was trained for")
     download.add_argument(
         "--to", help="ComfyUI's models folder (default: $COMFYUI_PATH/models, else ./models)"
     )

@@ -55,6 +55,7 @@ class Metadata:
     noise_schedule: that the transformer was run with; an earlier version had the published one for all.
     adapters: of the transformer, in their order.
     embeddings_sha256: of encoded prompts whose encoder is not known; their words alone would not do.
+    index: which of a run's pictures it is, from 1; 0 where the run made one.
     """
 
     settings: Settings
@@ -68,6 +69,7 @@ class Metadata:
     noise_schedule: NoiseSchedule = PUBLISHED
     controls: tuple[ControlModel, ...] = ()
     adapters: tuple[UsedAdapter, ...] = ()
+    index: int = 0
 
     def as_json(self) -> str:
         """The settings' fields, and beside them ways, models, versions and digests."""
@@ -109,6 +111,7 @@ class Metadata:
             noise_schedule=NoiseSchedule.from_dict(content.get("noise_schedule", {})),
             controls=tuple(ControlModel(**control) for control in content.get("controls", ())),
             adapters=tuple(UsedAdapter(**adapter) for adapter in content.get("adapters", ())),
+            index=int(content.get("index", 0)),
             **{name: str(value) for name, value in known.items()},
         )
 

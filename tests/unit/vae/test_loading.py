@@ -94,6 +94,11 @@ def test_every_form_is_read_the_same(tmp_path, weights, pipeline_folder, form):
         assert torch.equal(found.state_dict()[key], tensor), key
 
 
+def test_a_pipelines_folder_has_its_vae(weights, pipeline_folder):
+    loaded = load_vae(pipeline_folder).state_dict()
+    assert all(torch.equal(loaded[key], weights[key].float()) for key in weights)
+
+
 def test_averages_of_a_training_checkpoint(tmp_path, weights):
     torch.save(
         {"state_dict": weights, "state_dict_ema": prefixed("", weights), "epoch": 1}, tmp_path / "vae.ckpt"
