@@ -14,7 +14,6 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...pixart_sigma.errors import UNUSABLE, CheckpointError, SigmaError
-from ...pixart_sigma.memory.out_of_memory import is_out_of_memory
 from .tokenizer import PAD, T5_TOKENIZER, SigmaTokenizer, sections_of
 
 
@@ -160,11 +159,9 @@ class SigmaTextModel(torch.nn.Module):
         try:
             with _normal_tensors():
                 self.encoder.model.to(device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except (RuntimeError, MemoryError) as error:  # part of it may have been moved: it is of no use
             logging.getLogger(__name__).warning(
-                f"The text encoder does not fit on {device} and is dropped: {error}"
+                f"The text encoder can not be moved to {device} and is read again: {error}"
             )
             self.drop()
 

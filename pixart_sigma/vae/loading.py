@@ -102,8 +102,9 @@ def read_vae(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The weights of a VAE and its configuration in diffusers' words.
 
     `path` is a diffusers folder (`config.json` and weights), or a pipeline's that has it, or one file, in
-    diffusers' keys or in the keys of the original release that ComfyUI uses, alone or beside other models. Older names of the attention
-    become those of today, and its weights (C, C) in diffusers' keys and (C, C, 1, 1) in the original ones.
+    diffusers' keys or in the original release's keys that ComfyUI uses, alone or beside other models. Older
+    names of the attention become those of today, and its weights (C, C) in diffusers' keys and (C, C, 1, 1)
+    in the original ones.
     Raises CheckpointError for another kind of model, for one that is quantised or not whole, and for the VAE
     of Stable Diffusion 1.x.
     """

@@ -278,7 +278,10 @@ def test_the_command(capsys):
         (["--budget", "2 parsecs"], "no size"),
         (["--budget", "100MB"], "too small"),
         (["--budget", "2GB", "--size", "9000x9000"], "9000"),
-        (["--budget", "2GB", "--count", "0"], "--count is 0; give a whole number of pictures, 1 or more"),
+        (
+            ["--budget", "2GB", "--count", "0"],
+            "--count is 0; give a whole number of pictures, from 1",
+        ),
     ):
         assert main(["plan", *arguments]) == 2
         assert words in capsys.readouterr().err

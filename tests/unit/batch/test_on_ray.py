@@ -68,7 +68,7 @@ def test_ray_makes_what_the_local_driver_makes_though_a_worker_is_killed(
     on_ray = command(small_pipeline_folder, out, rows, "--skip-bad", "--ray", "local")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "pixart_sigma", *on_ray, "--workers", "transformer=2"],
+        [sys.executable, "-m", "pixart_sigma", *on_ray],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -248,7 +248,7 @@ def test_facts_that_can_not_be_read_are_named(tmp_path, weights):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    with pytest.raises(CheckpointError, match="says of itself can not be read"):
+    with pytest.raises(CheckpointError, match="says of itself what can not be read"):
         inspect(tmp_path / "odd.gguf")
 
 
