@@ -243,7 +243,7 @@ def test_what_inspect_says_of_a_file_commands_no_terminal(run, monkeypatch):
 def test_quiet_says_errors_and_what_was_asked_for(run):
     long = "boat " * 400
     assert "was cut" in run("generate", long, *FAST)[2]
-    assert run("generate", long, *FAST, "--quiet") == (0, "picture.png\n", "")
+    assert run("generate", long, *FAST, "--quiet") == (0, "picture_2.png\n", "")
     assert_mistake(run("generate", "a star", "--steps", 0, "--quiet"), "--steps is 0")
     assert_mistake(run("generate", "a star", "--model", "/nowhere", "--quiet"), "/nowhere")
 
@@ -347,4 +347,4 @@ def test_strength_and_a_mask_work_together(run, photo):
     assert run("generate", "a star", *FAST, *made)[0] == 0
     assert Metadata.read("picture.png").settings.strength == 0.5
     assert run("generate", "a star", *FAST, *made[:2])[0] == 0
-    assert Metadata.read("picture.png").settings.strength == 0.6
+    assert Metadata.read("picture_2.png").settings.strength == 0.6
