@@ -24,19 +24,6 @@ FAST = ("--steps", 2, "--size", "64x64", "--no-binning")
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
-    """Runs `pixart-sigma` in `tmp_path` -> (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*options):
-        status = main([*map(str, options)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def unloaded(monkeypatch):
     """Nothing may be loaded."""
     monkeypatch.setattr("pixart_sigma.pipeline.SigmaPipeline.from_path", lambda *_, **__: 1 / 0)

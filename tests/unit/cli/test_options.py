@@ -19,19 +19,6 @@ from pixart_sigma.files.picture_files import write_picture
 FAST = ("--steps", "2", "--size", "64x64", "--no-binning")
 
 
-@pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
-    """Runs `pixart-sigma` in `tmp_path` -> (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*options):
-        status = main([*map(str, options)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 # What is read
 
 
