@@ -5,7 +5,9 @@ Nothing here needs Ray: a worker is made once in its process, and called with ta
 
 import json
 import platform
+from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,6 +69,22 @@ class _Row:
     carried: bytes = b""
     error: str = ""
     fatal: str = ""
+    done: bool = False  # by this stage
+
+    def finish(self, result: bytes | SigmaError) -> None:
+        """What it carries on, or why it cannot be made."""
+        self.done = True
+        if isinstance(result, SigmaError):
+            self.error = str(result)
+        else:
+            self.carried = result
+
+    def finish_by(self, make: Callable[["_Row"], bytes]) -> None:
+        """Finish it with what `make` makes of it, or raises as SigmaError."""
+        try:
+            self.finish(make(self))
+        except SigmaError as error:
+            self.finish(error)
 
     def as_dict(self) -> dict[str, Any]:
         content = {
@@ -89,7 +107,7 @@ class _Row:
         return cls(picture, row["carried"], row["error"], row["fatal"])
 
 
-class Worker:
+class Worker(ABC):
     """A stage in a process of its own, with a pipeline whose model stays loaded."""
 
     name: ClassVar[str]
@@ -116,23 +134,17 @@ class Worker:
             self.do(ready)
         except OSError as error:  # of the place to write to: no other picture fares better
             for row in ready:
-                row.fatal = f"{platform.node()}: {error}"
+                if not row.done:
+                    row.fatal = f"{platform.node()}: {error}"
         except Exception as error:  # nobody foresaw it, and no other picture shall be lost with it
             for row in ready:
-                row.error = row.error or f"{type(error).__name__}: {error}"
+                if not row.done:
+                    row.error = f"{type(error).__name__}: {error}"
         return pyarrow.Table.from_pylist([row.as_dict() for row in rows], SCHEMA)
 
+    @abstractmethod
     def do(self, rows: list[_Row]) -> None:
-        """Carry out the stage for each: set what it carries, or its error."""
-        for row in rows:
-            try:
-                row.carried = self.do_one(row)
-            except SigmaError as error:
-                row.error = str(error)
-
-    def do_one(self, row: _Row) -> bytes:
-        """What the row carries on."""
-        raise NotImplementedError
+        """Carry out the stage: `finish` each row with what it carries on, or with why it cannot be made."""
 
 
 class EncodeWorker(Worker):
@@ -146,9 +158,10 @@ class EncodeWorker(Worker):
 
     def do(self, rows: list[_Row]) -> None:
         self.work.encode_ahead([row.picture for row in rows], self._recent)
-        super().do(rows)
+        for row in rows:
+            row.finish_by(self._encode)
 
-    def do_one(self, row: _Row) -> bytes:
+    def _encode(self, row: _Row) -> bytes:
         asked = self.work.encode(row.picture.settings, self._recent)
         return asked.to_bytes(self.work.pipeline.dtype)
 
@@ -166,11 +179,7 @@ class DenoiseWorker(Worker):
 
         pictures = [row.picture for row in rows]
         for picture, drawn in self.work.draw_all(pictures, asked, self.order.together):
-            row = by_picture[id(picture)]
-            if isinstance(drawn, SigmaError):
-                row.error = str(drawn)
-            else:
-                row.carried = drawn.to_bytes()
+            by_picture[id(picture)].finish(drawn if isinstance(drawn, SigmaError) else drawn.to_bytes())
 
 
 class DecodeWorker(Worker):
@@ -182,7 +191,11 @@ class DecodeWorker(Worker):
         super().__init__(order)
         self._storage = Storage(order.out)
 
-    def do_one(self, row: _Row) -> bytes:
+    def do(self, rows: list[_Row]) -> None:
+        for row in rows:
+            row.finish_by(self._decode)
+
+    def _decode(self, row: _Row) -> bytes:
         picture = row.picture
         name = entry_name(picture.row, picture.settings.seed)
         entry = read_entry(self._storage, name)

@@ -142,12 +142,18 @@ def test_a_picture_that_fails_is_an_error_of_its_row(order, drawn, monkeypatch):
     assert [bool(row["error"]) for row in rows] == [False, True, False] and "layer" in rows[1]["error"]
     assert rows[1]["carried"] == b"" and rows[0]["carried"]
 
-    def unforeseen(*arguments):
-        raise RuntimeError("nobody thought of it")
+    encode = PictureWork.encode
+
+    def unforeseen(self, settings, cache):
+        if settings.prompt == "a house":
+            raise RuntimeError("nobody thought of it")
+        return encode(self, settings, cache)
 
     monkeypatch.setattr(PictureWork, "encode", unforeseen)
     rows = through(order, pictures, EncodeWorker)
-    assert {row["error"] for row in rows} == {"RuntimeError: nobody thought of it"}
+    done = [one.settings.prompt for one in pictures].index("a house")
+    assert all(row["carried"] and not row["error"] for row in rows[:done])  # what was done is not lost
+    assert {row["error"] for row in rows[done:]} == {"RuntimeError: nobody thought of it"}
 
 
 def test_a_full_disk_is_no_error_of_a_row(order, drawn, monkeypatch):
